@@ -1,0 +1,145 @@
+"""RAC, the rectified flow auto coder: one velocity field that decodes forwards and encodes backwards.
+
+RAC: Rectified Flow Auto Coder (arXiv 2603.05925).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RacError
+from ..fields import FieldConfig, Projector
+from ..flow import Euler, Solver, TimeGrid, Trajectory, integrate
+from ..images import crop, pad_to_multiple
+from ..latents import LatentSpec
+from ..states import Spread, StateSpec, contract, expand, image_of, image_state
+from ..storage import load_tensors, read_config, save_directory
+
+FORMAT = "rac"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RACConfig:
+    """All that makes a RAC, its weights apart."""
+
+    spec: LatentSpec
+    """That of the teacher whose latents it codes."""
+    field: FieldConfig
+    state_channels: int = 4
+    spread: Spread = "shuffle"
+    contraction: Literal["inverse", "projector"] = "inverse"
+    """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
+    teacher: str | None = None
+    """Name or directory of the teacher it was trained on; not needed to use the coder."""
+    steps: int = 4
+    """Steps where none are asked for."""
+
+    def states(self) -> StateSpec:
+        """The layout of its states. Raises `RacError` where the latent does not fit."""
+        return StateSpec(self.spec.factor, self.spec.channels, self.state_channels, self.spread)
+
+
+class RAC(nn.Module):
+    """image <-> latent by one field.
+
+    `steps` is a number of steps or a `TimeGrid` (rising; encoding walks it the other way), `solver` any of `rac.flow`'s.
+    """
+
+    def __init__(self, config: RACConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.states = config.states()
+        self.field = config.field.build(config.state_channels, config.spec.factor)
+        self.projector = (
+            Projector(config.state_channels, config.spec.channels, config.spec.factor)
+            if config.contraction == "projector"
+            else None
+        )
+
+    @property
+    def spec(self) -> LatentSpec:
+        """The latents it reads and writes: its teacher's."""
+        return self.config.spec
+
+    @property
+    def teacher(self) -> str | None:
+        """Name or directory of the teacher it was trained on, or None."""
+        return self.config.teacher
+
+    # ------------------------------------------------------------------------------------- latent -> image
+
+    def decode(self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
+        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped.
+
+        Raises `RacError` for a latent of other channels or with NaN, and for steps below 1.
+        """
+        self.spec.check(latent)
+        flow = integrate(self.field, expand(latent, self.states), self._grid(steps), solver or Euler())
+        return image_of(flow.end)
+
+    def trajectory(
+        self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
+    ) -> Trajectory:
+        """The states on the way from the seed state to the image state, and what they cost. Raises as `decode`."""
+        self.spec.check(latent)
+        seed = expand(latent, self.states)
+        return integrate(self.field, seed, self._grid(steps), solver or Euler(), keep="nodes")
+
+    # ------------------------------------------------------------------------------------- image -> latent
+
+    def encode(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
+        """Image B 3 H W in [-1, 1] -> latent B c h w, by walking the grid backwards.
+
+        Sides that are no multiple of the factor are padded by reflection at the bottom and the right. Reversed Euler
+        misses the exact inverse of the decoder by O(1/steps); `solver=FixedPoint(Euler())` finds it, up to the
+        contraction, and warns where it cannot. Raises `RacError` for an image too small, and for steps below 1.
+        """
+        return self.contract(self.encode_trajectory(image, steps, solver).end)
+
+    def encode_trajectory(
+        self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
+    ) -> Trajectory:
+        """The states on the way from the image state back to the seed state. Raises as `encode`."""
+        padded, _ = pad_to_multiple(image, self.spec.factor)
+        start = image_state(padded, self.config.state_channels)
+        return integrate(self.field, start, self._grid(steps).reversed(), solver or Euler(), keep="nodes")
+
+    def contract(self, state: Tensor) -> Tensor:
+        """Seed state B C H W -> latent B c h w: by the spread's inverse, or by the projector if it has one."""
+        return contract(state, self.states) if self.projector is None else self.projector(state)
+
+    # ------------------------------------------------------------------------------------- there and back
+
+    def reconstruct(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
+        """decode(encode(image)), cropped to the image's own size: B 3 H W, not clamped."""
+        return crop(self.decode(self.encode(image, steps, solver), steps, solver), (image.shape[-2], image.shape[-1]))
+
+    def _grid(self, steps: int | TimeGrid | None) -> TimeGrid:
+        if isinstance(steps, TimeGrid):
+            if steps.nodes[0] > steps.nodes[-1]:
+                raise RacError("give the rising grid; encoding walks it backwards by itself")
+            return steps
+        return TimeGrid.uniform(self.config.steps if steps is None else steps)
+
+    # ------------------------------------------------------------------------------------- files
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, whole or not at all. `dtype` narrows the floats on disk."""
+        save_directory(Path(directory), {"format": FORMAT, "version": VERSION}, self.config, self.state_dict(), dtype)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RAC:
+        """Read what `save` wrote: float32, in evaluation mode, parameters frozen.
+
+        Raises `WeightsError` for a directory that is not a RAC's, and for weights missing, cut, or of another shape.
+        """
+        directory = Path(directory)
+        coder = cls(read_config(directory, {"format": FORMAT, "version": VERSION}, RACConfig))
+        load_tensors(coder, directory)
+        return coder.eval().requires_grad_(False)

@@ -1,0 +1,172 @@
+"""The TAESD family of tiny autoencoders (Ollin Boer Bohan): TAESD, TAESDXL, TAESD3, TAEF1 and TAEF2.
+
+Fully convolutional, 8 times smaller latents, images in [0, 1]. The members differ in their latent channels only;
+TAEF2 also pools context into the blocks at latent resolution. The layers stand in the order of the published state
+dicts, so those load strictly. Source: https://github.com/madebyollin/taesd (MIT).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import from_json, to_json
+from ..errors import WeightsError
+from ..latents import LatentSpec
+from ..storage import fit_tensors
+from .adapter import Adapter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FACTOR = 8
+POOLED_LATENT_STD = 0.85
+"""TAEF2's raw latents are about N(0, 0.85^2); the others' are about unit variance as they are."""
+
+
+@dataclass(frozen=True)
+class TAESDConfig:
+    """Which member of the family."""
+
+    latent_channels: int = 4
+    pooled: bool = False
+    """TAEF2's pooled blocks at latent resolution."""
+    width: int = 64
+
+
+class TAESD(Adapter):
+    """A coder of the TAESD family."""
+
+    def __init__(self, config: TAESDConfig) -> None:
+        scale = 1 / POOLED_LATENT_STD if config.pooled else 1.0
+        super().__init__(
+            TAESDNetwork(config), LatentSpec(FACTOR, config.latent_channels, scale=scale, range=(0.0, 1.0))
+        )
+        self._config = config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from what `config` gave. Raises `RacError` naming what does not fit."""
+        fields = {key: value for key, value in config.items() if key != "_class_name"}
+        return cls(from_json(TAESDConfig, fields, "the TAESD config"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of `TAESDConfig`."""
+        return {"_class_name": "TAESD", **to_json(self._config)}
+
+    @classmethod
+    def from_files(cls, encoder: Path, decoder: Path) -> Self:
+        """Read a published pair of .pth state dicts; the member is told from their shapes. Raises `WeightsError`."""
+        tensors = _read_pth(encoder)
+        coder = cls(_infer_config(tensors, encoder))
+        fit_tensors(coder.network.encoder, tensors, str(encoder))
+        fit_tensors(coder.network.decoder, _read_pth(decoder), str(decoder))
+        return coder
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.network.encoder(pixels)
+
+    def _decode(self, raw_latent: Tensor) -> Tensor:
+        return self.network.decoder(raw_latent)
+
+
+class TAESDNetwork(nn.Module):
+    """The family's `encoder` (pixels in [0, 1] -> raw latent) and `decoder` (raw latent -> pixels)."""
+
+    def __init__(self, config: TAESDConfig) -> None:
+        super().__init__()
+        width = config.width
+
+        def blocks(pooled: bool = False) -> list[nn.Module]:
+            return [Block(width, pooled) for _ in range(3)]
+
+        def down(pooled: bool = False) -> list[nn.Module]:
+            return [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), *blocks(pooled)]
+
+        def up(pooled: bool = False) -> list[nn.Module]:
+            return [*blocks(pooled), nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            Block(width),
+            *down(),
+            *down(),
+            *down(config.pooled),
+            nn.Conv2d(width, config.latent_channels, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            SoftClamp(),
+            nn.Conv2d(config.latent_channels, width, 3, padding=1),
+            nn.ReLU(),
+            *up(config.pooled),
+            *up(),
+            *up(),
+            Block(width),
+            nn.Conv2d(width, 3, 3, padding=1),
+        )
+
+
+class Block(nn.Module):
+    """Three 3x3 convolutions with ReLU, residual, ReLU; `pooled` first adds normalised context."""
+
+    def __init__(self, width: int, pooled: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.pool = _pool(width) if pooled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B width h w -> the same shape."""
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + x)
+
+
+class SoftClamp(nn.Module):
+    """Keeps raw latents within (-3, 3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        return torch.tanh(x / 3) * 3
+
+
+def _pool(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, 4 * width, 1, bias=False),
+        nn.GroupNorm(4, 4 * width),
+        nn.ReLU(),
+        nn.Conv2d(4 * width, width, 1, bias=False),
+    )
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    """Read a .pth state dict without running code from it. Raises `WeightsError`."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist; a TAESD pair has both its files side by side") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        raise WeightsError(f"{path} is cut short or no state dict of plain tensors; download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors; expected a TAESD encoder or decoder")
+    return tensors
+
+
+def _infer_config(encoder: Mapping[str, Tensor], source: Path) -> TAESDConfig:
+    try:
+        width, latent_channels = encoder["0.weight"].shape[0], encoder["14.weight"].shape[0]
+    except KeyError as error:
+        raise WeightsError(f"{source} is no TAESD encoder: it lacks tensor {error}") from None
+    return TAESDConfig(latent_channels, pooled="11.pool.0.weight" in encoder, width=width)

@@ -1,0 +1,70 @@
+"""Frozen dataclasses <-> JSON. Strict: an unknown or missing key is an error that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args
+
+import cattrs
+
+from .errors import RacError
+
+T = TypeVar("T")
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_structure_hook(Path, lambda value, _: Path(value))
+_converter.register_unstructure_hook(Path, str)
+
+
+def _is_tagged_union(cls: Any) -> bool:
+    members = [member for member in get_args(cls) if member is not NoneType]
+    return len(members) > 1 and all(is_dataclass(member) and "kind" in _defaults(member) for member in members)
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(cls)}
+
+
+def _structure_tagged_union(cls: Any) -> Callable[[Any, Any], Any]:
+    members = {_defaults(member)["kind"]: member for member in get_args(cls)}
+
+    def structure(data: Any, _: Any) -> Any:
+        kind = data.get("kind") if isinstance(data, dict) else None
+        if kind not in members:
+            raise ValueError(f"kind {kind!r} is not known; expected one of {', '.join(members)}")
+        return _converter.structure(data, members[kind])
+
+    return structure
+
+
+# Dataclasses that carry their name in `kind` (the fields' configurations) are told apart by it.
+_converter.register_structure_hook_factory(_is_tagged_union, _structure_tagged_union)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts, lists, strings and numbers; tuples become lists."""
+    return json.loads(json.dumps(_converter.unstructure(config)))
+
+
+def from_json(cls: type[T], data: Any, source: str = "config") -> T:
+    """Build `cls` from `to_json`'s form. Raises `RacError` naming `source` and every key that does not fit."""
+    try:
+        return _converter.structure(data, cls)
+    except cattrs.BaseValidationError as error:
+        raise RacError(f"{source} does not fit: {'; '.join(cattrs.transform_error(error))}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises `RacError` naming the file if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RacError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RacError(
+            f"{path} is not readable JSON ({error}); restore it from a backup or save the coder again"
+        ) from None

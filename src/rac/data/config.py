@@ -1,0 +1,41 @@
+"""What to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RacError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how crops are drawn from them."""
+
+    paths: tuple[Path, ...] = ()
+    """Folders of images (searched through), tar files of images, single images. None: scikit-image's photographs."""
+    size: int = 64
+    """Side of the square training crops, in pixels."""
+    smallest_crop: int | None = None
+    """Least side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
+    largest_crop: int | None = None
+    """Greatest side of that region. None: the picture's short side. Sides are drawn log-uniformly between the two."""
+    flip: bool = True
+    """Mirror every other crop, at random."""
+    held_out: int = 8
+    """Images for the gallery and its PSNR. Their pictures are never trained on."""
+    cached_crops: int = 0
+    """Prepare this many crops (and their latents, if there is a teacher) once and train on those. 0: always new crops."""
+    keep_mb: int = 256
+    """Memory for decoded pictures, in megabytes: spares decoding small collections again and again."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("held_out", 1), ("cached_crops", 0), ("keep_mb", 0)):
+            if getattr(self, name) < least:
+                raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
+        smallest, largest = self.smallest_crop, self.largest_crop
+        if min(smallest or 1, largest or 1) < 1 or (smallest or self.size) > (largest or max(self.size, smallest or 1)):
+            raise RacError(
+                f"crops cannot have sides from {smallest or self.size} to {largest} pixels; "
+                "smallest_crop must be at least 1 and at most largest_crop"
+            )

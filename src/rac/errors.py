@@ -1,0 +1,23 @@
+"""The errors a user can cause, and how they are worded.
+
+Every message names the value, what was expected, and the mend. The command line prints such an error as one line
+and exits with 2; library users catch `RacError` (a `ValueError`), or one of its kinds.
+"""
+
+from __future__ import annotations
+
+
+class RacError(ValueError):
+    """Something the caller gave, or the machine refused, that the caller can mend."""
+
+
+class ImageError(RacError):
+    """A picture file that cannot be read or written as asked."""
+
+
+class WeightsError(RacError):
+    """A name, directory or file of weights that cannot be loaded or saved."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An implicit step did not reach its tolerance; the result carries the residual."""

@@ -1,0 +1,11 @@
+"""Station 5: networks (state, time) -> velocity.
+
+A field's configuration is a frozen dataclass with a `kind`; `build` makes the network.
+"""
+
+from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
+from .projector import Projector
+
+FieldConfig = TinyFieldConfig | LdmFieldConfig
+
+__all__ = ["ConvField", "FieldConfig", "LdmFieldConfig", "Projector", "TinyFieldConfig"]

@@ -1,0 +1,201 @@
+"""Convolutional fields: a VAE decoder's shape, told the time.
+
+Both fields fold the state by f (pixel unshuffle), append the time as a channel, and upsample back to the state's size
+(RAC, section 3.2). Their last convolution starts at zero, so that the flow starts as the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import RacError
+
+POSITION_SCALE = 0.01
+
+
+class ConvField(nn.Module):
+    """A network behind the common input: (state B C H W, time B[, interval B]) -> velocity B C H W.
+
+    H and W must be multiples of the factor. `interval` (signed, for mean velocities) is only known to fields built with
+    `interval=True`; where it is not given it is 0, which asks for the velocity itself.
+    """
+
+    def __init__(self, network: nn.Module, factor: int, position: bool = False, interval: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.factor = factor
+        self.position = position
+        self.interval = interval
+
+    def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
+        """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for."""
+        if interval is not None and not self.interval:
+            raise RacError("this field knows no interval; build it with interval=True to ask for mean velocities")
+        folded = F.pixel_unshuffle(state, self.factor)
+        channels = [folded, _constant(time, folded)]
+        if self.interval:
+            channels.append(_constant(torch.zeros_like(time) if interval is None else interval, folded))
+        if self.position:
+            channels.append(_position(folded))
+        return self.network(torch.cat(channels, dim=1))
+
+
+def extra_channels(position: bool, interval: bool) -> int:
+    """Channels that `ConvField` appends to the folded state."""
+    return 1 + int(interval) + 2 * int(position)
+
+
+def _constant(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype).view(-1, 1, 1, 1).expand(like.shape[0], 1, *like.shape[2:])
+
+
+def _position(like: Tensor) -> Tensor:
+    """cos(pi x), cos(pi y) over [-1, 1], scaled by 0.01: where in the whole image a block lies."""
+    height, width = like.shape[2:]
+    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype).view(1, 1, height, 1)
+    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype).view(1, 1, 1, width)
+    across, down = torch.cos(torch.pi * x), torch.cos(torch.pi * y)
+    shape = (like.shape[0], 1, height, width)
+    return POSITION_SCALE * torch.cat([across.expand(shape), down.expand(shape)], dim=1)
+
+
+@dataclass(frozen=True)
+class TinyFieldConfig:
+    """Residual 3 x 3 convolutions without normalisation (TAESD's decoder shape).
+
+    Purely local unless `position` is set: it runs at any size and tiles exactly.
+    """
+
+    kind: Literal["tiny"] = "tiny"
+    widths: tuple[int, ...] = (64, 64, 64, 64)
+    """Channels at strides f, f/2, ..., the last of which is the output's resolution (`patch` below 1)."""
+    blocks: tuple[int, ...] = (3, 3, 3, 1)
+    """Residual blocks at each of these strides."""
+    patch: int = 1
+    """Stride of the last level: the output convolution gives C*patch^2 channels, laid out by pixel shuffle."""
+    position: bool = False
+    """Two channels of relative position."""
+    interval: bool = False
+    """One channel for the signed interval, for mean velocities."""
+    taesd_range: bool = False
+    """TAESD's own habits, which the original nano RAC inherits: 3 tanh(x / 3) on the input, 2 y - 1 on the output,
+    and no zero initialisation."""
+
+    def build(self, state_channels: int, factor: int) -> ConvField:
+        """The field. Raises `RacError` unless factor = patch * 2^(len(widths) - 1)."""
+        if len(self.widths) != len(self.blocks):
+            raise RacError(f"widths {self.widths} and blocks {self.blocks} must be of one length")
+        if factor != self.patch * 2 ** (len(self.widths) - 1):
+            raise RacError(
+                f"{len(self.widths)} widths and patch {self.patch} undo a factor of "
+                f"{self.patch * 2 ** (len(self.widths) - 1)}, not the teacher's {factor}; change widths, blocks or patch"
+            )
+        network = _TinyNetwork(self, state_channels, state_channels * factor**2)
+        return ConvField(network, factor, self.position, self.interval)
+
+
+class _TinyNetwork(nn.Module):
+    def __init__(self, config: TinyFieldConfig, out_channels: int, folded_channels: int) -> None:
+        super().__init__()
+        channels = folded_channels + extra_channels(config.position, config.interval)
+        layers: list[nn.Module] = [nn.Conv2d(channels, config.widths[0], 3, padding=1), nn.ReLU()]
+        for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
+            if level > 0:
+                layers += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(config.widths[level - 1], width, 3, padding=1, bias=False),
+                ]
+            layers += [ResidualBlock(width) for _ in range(blocks)]
+        last = nn.Conv2d(config.widths[-1], out_channels * config.patch**2, 3, padding=1)
+        self.layers = nn.Sequential(*layers, last, nn.PixelShuffle(config.patch))
+        self.taesd_range = config.taesd_range
+        if not config.taesd_range:
+            _zero(last)
+
+    def forward(self, folded: Tensor) -> Tensor:
+        if self.taesd_range:
+            return self.layers(torch.tanh(folded / 3) * 3).mul(2).sub(1)
+        return self.layers(folded)
+
+
+class ResidualBlock(nn.Module):
+    """Three 3 x 3 convolutions with ReLU between, a residual, a ReLU. Keeps B width H W."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape in and out."""
+        return F.relu(self.convolutions(x) + x)
+
+
+@dataclass(frozen=True)
+class LdmFieldConfig:
+    """The SD-VAE decoder's shape (arXiv 2112.10752) at any width, from diffusers.
+
+    Widths are 128 (1, 2, 4, 4) at f = 8 for the full decoder; `LdmFieldConfig.scaled` shrinks it by parameters. It
+    normalises over the whole image and attends in the middle, so it does not tile exactly.
+    """
+
+    kind: Literal["ldm"] = "ldm"
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels at strides 1, 2, ..., f."""
+    layers_per_block: int = 2
+    groups: int = 32
+    """Groups of the group normalisation; must divide every width."""
+    attention: bool = True
+    """Self-attention in the middle."""
+    position: bool = True
+    interval: bool = False
+
+    @classmethod
+    def scaled(cls, ratio: float) -> LdmFieldConfig:
+        """The decoder at about `ratio` of the SD-VAE decoder's parameters (49.49 M), all widths in the same proportion.
+
+        Parameters grow with the square of the width, so widths are 128 (1, 2, 4, 4) sqrt(ratio), each to the nearest
+        multiple of 8, which then is the number of groups. Raises `RacError` unless 0 < ratio <= 1.
+        """
+        if not 0 < ratio <= 1:
+            raise RacError(f"ratio {ratio} must lie in (0, 1]; 0.1, 0.2, 0.3 and 1 are the paper's")
+        full = cls()
+        if ratio == 1:
+            return full
+        return cls(widths=tuple(8 * max(1, round(width * ratio**0.5 / 8)) for width in full.widths), groups=8)
+
+    def build(self, state_channels: int, factor: int) -> ConvField:
+        """The field. Raises `RacError` unless factor = 2^(len(widths) - 1) and the groups divide the widths."""
+        from diffusers.models.autoencoders.vae import Decoder
+
+        if factor != 2 ** (len(self.widths) - 1):
+            raise RacError(f"{len(self.widths)} widths undo a factor of {2 ** (len(self.widths) - 1)}, not {factor}")
+        if any(width % self.groups for width in self.widths):
+            raise RacError(f"groups {self.groups} must divide every width of {self.widths}")
+        network = Decoder(
+            in_channels=state_channels * factor**2 + extra_channels(self.position, self.interval),
+            out_channels=state_channels,
+            up_block_types=("UpDecoderBlock2D",) * len(self.widths),
+            block_out_channels=self.widths,
+            layers_per_block=self.layers_per_block,
+            norm_num_groups=self.groups,
+            mid_block_add_attention=self.attention,
+        )
+        _zero(network.conv_out)
+        return ConvField(network, factor, self.position, self.interval)
+
+
+def _zero(layer: nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)

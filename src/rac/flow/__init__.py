@@ -1,0 +1,27 @@
+"""Station 4: seed state <-> image state, along a velocity field.
+
+t = 0 is the seed state, t = 1 the image state. Direction is a property of the grid: `grid.reversed()` encodes.
+"""
+
+from .grid import TimeGrid
+from .integrate import Field, Trajectory, integrate
+from .invert import FixedPoint
+from .path import PathSample, straight
+from .solvers import RK4, Euler, Heun, MeanEuler, Midpoint, ReversibleHeun, Solver
+
+__all__ = [
+    "RK4",
+    "Euler",
+    "Field",
+    "FixedPoint",
+    "Heun",
+    "MeanEuler",
+    "Midpoint",
+    "PathSample",
+    "ReversibleHeun",
+    "Solver",
+    "TimeGrid",
+    "Trajectory",
+    "integrate",
+    "straight",
+]

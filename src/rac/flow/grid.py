@@ -1,0 +1,78 @@
+"""Time nodes. A grid of K + 1 nodes is K steps; a grid that falls integrates backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import RacError
+from . import times
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """Strictly rising or strictly falling nodes in [0, 1], as plain numbers.
+
+    Raises `RacError` for fewer than two nodes, for nodes outside [0, 1], and for nodes that do not rise or fall strictly.
+    """
+
+    nodes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.nodes) < 2:
+            raise RacError(f"a time grid needs at least 2 nodes, not {len(self.nodes)}")
+        if not all(0 <= node <= 1 for node in self.nodes):
+            raise RacError(f"time nodes must lie in [0, 1], not {self.nodes}")
+        gaps = [b - a for a, b in zip(self.nodes[:-1], self.nodes[1:], strict=True)]
+        if not (all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)):
+            raise RacError(f"time nodes must rise or fall strictly, not {self.nodes}")
+
+    @classmethod
+    def of(cls, nodes: Sequence[float] | torch.Tensor) -> TimeGrid:
+        """A grid of the given nodes."""
+        return cls(tuple(float(node) for node in nodes))
+
+    @classmethod
+    def uniform(cls, steps: int) -> TimeGrid:
+        """`steps` equal steps from 0 to 1."""
+        steps = check_steps(steps)
+        return cls(tuple(k / steps for k in range(steps + 1)))
+
+    @classmethod
+    def shifted(cls, steps: int, alpha: float) -> TimeGrid:
+        """Uniform nodes moved by `times.shift`: alpha > 1 puts more of them near the source."""
+        return cls.of(times.shift(torch.tensor(cls.uniform(steps).nodes, dtype=torch.float64), alpha))
+
+    @classmethod
+    def random(cls, steps: int, generator: torch.Generator) -> TimeGrid:
+        """0, then `steps` - 1 sorted uniform draws, then 1 (RAC, section 3.2)."""
+        check_steps(steps)
+        while True:
+            inner = (
+                torch.rand(steps - 1, generator=generator, device=generator.device, dtype=torch.float64)
+                .sort()
+                .values.tolist()
+            )
+            nodes = (0.0, *inner, 1.0)
+            if len(set(nodes)) == len(
+                nodes
+            ):  # two equal draws are all but impossible, yet would be a step of no length
+                return cls(nodes)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, which is the number of Euler's evaluations."""
+        return len(self.nodes) - 1
+
+    def reversed(self) -> TimeGrid:
+        """The same nodes, walked the other way."""
+        return TimeGrid(self.nodes[::-1])
+
+
+def check_steps(steps: int) -> int:
+    """Return `steps`, or raise `RacError` unless it is a whole number of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise RacError(f"steps {steps!r} must be a whole number of at least 1; 4 is a good start")
+    return steps

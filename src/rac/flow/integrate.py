@@ -1,0 +1,69 @@
+"""The only integration loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .grid import TimeGrid
+from .solvers import Euler, Field, Solver
+
+__all__ = ["Field", "Trajectory", "integrate"]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Where an integration went, and what it cost."""
+
+    end: Tensor
+    """The last state, B C H W."""
+    states: tuple[Tensor, ...]
+    """The states at the nodes, the first one included; empty if only the end was kept."""
+    times: tuple[float, ...]
+    """The nodes of the grid."""
+    evaluations: int
+    """How often the field was asked."""
+    carry: Any = None
+    """What the solver carried; hand it back with the reversed grid to retrace a reversible solver's steps."""
+    residuals: tuple[float, ...] = ()
+    """For implicit rules: the residual of each step (largest absolute value)."""
+
+
+def integrate(
+    field: Field,
+    state: Tensor,
+    grid: TimeGrid,
+    solver: Solver = Euler(),  # noqa: B008 - frozen and without state
+    *,
+    keep: Literal["end", "nodes"] = "end",
+    carry: Any = None,
+    perturb: Callable[[Tensor], Tensor] | None = None,
+) -> Trajectory:
+    """Carry `state` along `field` over the nodes of `grid`.
+
+    `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `keep` decides what is
+    kept: the end alone, or the states at all nodes. `perturb` changes the state before each step (training's step noise).
+    RAC, equations 4 to 6.
+    """
+    evaluations = 0
+
+    def counted(*args: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return field(*args)
+
+    states = [state]
+    residuals = []
+    for t0, t1 in zip(grid.nodes[:-1], grid.nodes[1:], strict=True):
+        if perturb is not None:
+            state = perturb(state)
+        state, carry, residual = solver.step(counted, state, t0, t1, carry)
+        if keep == "nodes":
+            states.append(state)
+        if residual is not None:
+            residuals.append(residual)
+    kept = tuple(states) if keep == "nodes" else ()
+    return Trajectory(state, kept, grid.nodes, evaluations, carry, tuple(residuals))

@@ -1,0 +1,211 @@
+"""RAC's training objective, term by term (RAC, section 3.4; the terms marked "ours" are not in the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..draws import Draws
+from ..errors import RacError
+from ..flow import Field, TimeGrid, Trajectory, integrate, straight
+from ..flow.mean import mean_velocity_target
+from ..flow.memory import recomputed
+from ..states import RGB, StateSpec, expand, image_state
+
+INSTANTANEOUS = 0.75
+"""Share of images whose mean-velocity interval is empty (MeanFlow, arXiv 2505.13447, table 1a)."""
+
+
+@dataclass(frozen=True)
+class RACWeights:
+    """Weight of each term; a term of weight 0 is not computed."""
+
+    reconstruction: float = 0.0
+    """MSE of the decoded state's image against the image."""
+    pad: float = 0.0
+    """MSE of the decoded state's other channels against their constant."""
+    path_decode: float = 0.0
+    """MSE of the interior states against the straight line, decoding (RAC, equation 9)."""
+    path_encode: float = 0.0
+    """The same, encoding."""
+    latent: float = 0.0
+    """MSE of the contracted encoding against the teacher's latent."""
+    state: float = 0.0
+    """MSE of the encoding against the seed state."""
+    pixel: float = 0.0
+    """MSE of the teacher's decode of the encoded latent against the image."""
+    round_trip: float = 0.0
+    """MSE of image -> latent -> image against the image (RAC, equation 10)."""
+    round_trip_state: float = 0.0
+    """The same without contracting to a latent in between."""
+    mean_velocity: float = 0.0
+    """MSE of the mean velocity against its identity (flow/mean.py). Needs a field built with `interval`."""
+    velocity: float = 0.0
+    """Ours: MSE of the velocity at a random time on the straight line against its slope. No unrolling."""
+
+    def chosen(self) -> dict[str, float]:
+        """The terms whose weight is not 0, in the order above."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+
+
+@dataclass(frozen=True)
+class RACObjective:
+    """Which terms, and how the unrolled ones are unrolled."""
+
+    weights: RACWeights = field(default_factory=RACWeights)
+    steps: tuple[int, int] = (4, 4)
+    """Steps of the unrolled flows: drawn evenly from the first to the last number, anew each iteration."""
+    random_grid: bool = True
+    """Random time nodes between 0 and 1 (RAC, section 3.2), or equal steps."""
+    step_noise: float = 0.05
+    """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
+    compare: Literal["image", "state"] = "image"
+    """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
+    recompute: bool = True
+    """Recompute activations in the backward pass, evaluation by evaluation, instead of storing them."""
+
+    def __post_init__(self) -> None:
+        low, high = self.steps
+        if not 1 <= low <= high:
+            raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
+
+
+PAPER = RACWeights(
+    reconstruction=1.0,
+    pad=0.1,
+    path_decode=0.1,
+    path_encode=0.1,
+    latent=1.0,
+    state=0.5,
+    pixel=1.0,
+    round_trip=1.0,
+    round_trip_state=1.0,
+)
+"""The paper's term list."""
+
+NANO = RACWeights(
+    reconstruction=1.0,
+    path_decode=0.1,
+    path_encode=0.1,
+    latent=1.0,
+    state=0.5,
+    pixel=1.0,
+    round_trip=1.0,
+    round_trip_state=1.0,
+)
+"""The term list of the authors' nano script; it compares whole states, pad channels included."""
+
+
+class Coding(NamedTuple):
+    """What the objective needs of a coder and its teacher, as functions."""
+
+    field: Field
+    states: StateSpec
+    contract: Callable[[Tensor], Tensor]
+    """Seed state -> latent: the spread's inverse, or a learned projector."""
+    teacher_decode: Callable[[Tensor], Tensor] | None
+    """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
+
+
+def rac_terms(
+    coding: Coding, image: Tensor, latent: Tensor, objective: RACObjective, draws: Draws
+) -> dict[str, Tensor]:
+    """The terms of nonzero weight, unweighted, by name.
+
+    `image` is B 3 H W in [-1, 1] with sides that are multiples of f, `latent` B c h w the teacher's.
+    Raises `RacError` if the `pixel` term is wanted without a teacher.
+    """
+    weights = objective.weights
+    wanted = weights.chosen()
+    seed, target = expand(latent, coding.states), image_state(image, coding.states.state_channels)
+    terms: dict[str, Tensor] = {}
+
+    if weights.reconstruction or weights.pad or weights.path_decode:
+        decoding = _unroll(coding, seed, objective, draws)
+        terms["reconstruction"] = _image_error(decoding.end, target, objective)
+        if weights.pad:
+            terms["pad"] = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:])
+        terms["path_decode"] = path_error(decoding, seed, target)
+
+    if (
+        weights.path_encode
+        or weights.latent
+        or weights.state
+        or weights.pixel
+        or weights.round_trip
+        or weights.round_trip_state
+    ):
+        encoding = _unroll(coding, target, objective, draws, backwards=True)
+        terms["path_encode"] = path_error(encoding, seed, target)
+        terms["state"] = F.mse_loss(encoding.end, seed)
+        encoded = coding.contract(encoding.end)
+        terms["latent"] = F.mse_loss(encoded, latent)
+        if weights.pixel:
+            if coding.teacher_decode is None:
+                raise RacError("the pixel term needs the teacher's decoder; give a teacher, or weight 0")
+            terms["pixel"] = F.mse_loss(coding.teacher_decode(encoded), image)
+        if weights.round_trip:
+            returned = _unroll(coding, expand(encoded, coding.states), objective, draws)
+            terms["round_trip"] = _image_error(returned.end, target, objective)
+        if weights.round_trip_state:
+            returned = _unroll(coding, encoding.end, objective, draws)
+            terms["round_trip_state"] = _image_error(returned.end, target, objective)
+
+    if weights.velocity:
+        terms["velocity"] = velocity_error(coding.field, seed, target, draws.uniform(image))
+    if weights.mean_velocity:
+        terms["mean_velocity"] = mean_velocity_error(coding.field, seed, target, draws)
+    return {name: terms[name] for name in wanted}
+
+
+def path_error(trajectory: Trajectory, seed: Tensor, target: Tensor) -> Tensor:
+    """Mean over the interior nodes of the MSE against the straight line (RAC, equation 9); 0 without interior nodes."""
+    interior = list(zip(trajectory.states, trajectory.times, strict=True))[1:-1]
+    if not interior:
+        return seed.new_zeros(())
+    errors = [F.mse_loss(state, straight(seed, target, seed.new_tensor(t)).state) for state, t in interior]
+    return sum(errors[1:], errors[0]) / len(errors)
+
+
+def velocity_error(field: Field, seed: Tensor, target: Tensor, time: Tensor) -> Tensor:
+    """MSE of the velocity at `time` (B) on the straight line against target - seed (arXiv 2209.03003, equation 1)."""
+    point = straight(seed, target, time)
+    return F.mse_loss(field(point.state, time), point.velocity)
+
+
+def mean_velocity_error(field: Field, seed: Tensor, target: Tensor, draws: Draws) -> Tensor:
+    """MSE of u(s_t, t, r - t) against its identity, t and r uniform and independent, r = t for most images."""
+    time, end, kind = draws.uniform(seed), draws.uniform(seed), draws.uniform(seed)
+    end = end.where(kind >= INSTANTANEOUS, time)
+    wanted = mean_velocity_target(field, seed, target, time, end)
+    return F.mse_loss(field(straight(seed, target, time).state, time, end - time), wanted)
+
+
+def _unroll(
+    coding: Coding, state: Tensor, objective: RACObjective, draws: Draws, backwards: bool = False
+) -> Trajectory:
+    """One flow as training unrolls it: on a grid of its own, with step noise, nothing stored but states."""
+    steps = draws.integer(*objective.steps)
+    grid = TimeGrid.random(steps, draws.generator) if objective.random_grid else TimeGrid.uniform(steps)
+
+    def perturb(state: Tensor) -> Tensor:
+        spread = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+        return state + objective.step_noise * spread * draws.normal(state)
+
+    return integrate(
+        recomputed(coding.field) if objective.recompute else coding.field,
+        state,
+        grid.reversed() if backwards else grid,
+        keep="nodes",
+        perturb=perturb if objective.step_noise else None,
+    )
+
+
+def _image_error(state: Tensor, target: Tensor, objective: RACObjective) -> Tensor:
+    if objective.compare == "state":
+        return F.mse_loss(state, target)
+    return F.mse_loss(state[:, :RGB], target[:, :RGB])

@@ -1,0 +1,102 @@
+"""What the machine does: devices, precision, memory layout, threads, and where randomness comes from.
+
+The only module that chooses any of these. float32 on the CPU is right everywhere; the rest is speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from .errors import RacError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest one present.
+
+    Raises `RacError` for a name torch does not know and for a device this machine (or this torch) lacks.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RacError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:1 or mps") from None
+    present = {"cpu": True, "mps": mps, "cuda": cuda and (device.index or 0) < torch.cuda.device_count()}
+    if not present.get(device.type, False):
+        raise RacError(f"device {name!r} is not available to this torch ({torch.__version__}); use auto or cpu")
+    return device
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """Run matrix products and convolutions in bfloat16 if `bf16`; weights and reductions stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """How 4-dimensional tensors lie in memory; channels last is faster for convolutions in bfloat16."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def set_threads(count: int) -> None:
+    """Let torch compute with `count` threads; 0 leaves its choice. Raises `RacError` below 0."""
+    if count < 0:
+        raise RacError(f"threads {count} must be 0 (torch chooses) or more")
+    if count:
+        torch.set_num_threads(count)
+
+
+def derived_seed(rng_seed: int, *stream: int | str) -> int:
+    """A 63-bit seed that is a pure function of `rng_seed` and the names and numbers that tell streams apart."""
+    key = "/".join(map(str, (rng_seed, *stream)))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(rng_seed: int, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for one stream, such as `generator(rng_seed, "crop", 17)`.
+
+    Nothing has to be stored to go on after an interruption: the numbers of iteration 17 come from 17.
+    """
+    return torch.Generator(device).manual_seed(derived_seed(rng_seed, *stream))
+
+
+class Draws:
+    """The randomness of one training batch, or of some rows of it.
+
+    What belongs to an image is drawn for the whole batch and cut to the rows in hand. So the same image meets the
+    same noise however the batch is split (gradient accumulation, later ranks), as long as the same draws are made in
+    the same order for every part.
+    """
+
+    shared: torch.Generator
+    """A CPU generator for what the whole batch shares, such as a random time grid."""
+
+    def __init__(
+        self, rng_seed: int, iteration: int, batch: int, rows: slice | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.shared = generator(rng_seed, "shared", iteration)
+        self._own = generator(rng_seed, "own", iteration, device=device)
+        self._batch = batch
+        self._rows = rows or slice(0, batch)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers in the shape, type and place of `like`, whose first dimension is these rows."""
+        return self._cut(torch.randn(self._whole(like), generator=self._own, dtype=like.dtype, device=like.device))
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Like `normal`, uniform on [0, 1)."""
+        return self._cut(torch.rand(self._whole(like), generator=self._own, dtype=like.dtype, device=like.device))
+
+    def _whole(self, like: Tensor) -> tuple[int, ...]:
+        rows = len(range(self._batch)[self._rows])
+        if like.ndim == 0 or like.shape[0] != rows:
+            raise RacError(f"these draws are for {rows} rows of a batch of {self._batch}, not for shape {tuple(like.shape)}")
+        return (self._batch, *like.shape[1:])
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        return whole[self._rows]

@@ -1,0 +1,128 @@
+"""Directories that hold a module: config.json and safetensors, written whole or not at all, read strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from .config import from_json, read_json, to_json
+from .errors import RacError, WeightsError
+from .files import explained, make_folder
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+T = TypeVar("T")
+
+
+def save_directory(
+    directory: Path,
+    header: Mapping[str, Any],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `header` and the dataclass `config` to config.json and `tensors` to model.safetensors.
+
+    Files of the same names are replaced, others in the directory stay. Both are complete before either takes its name.
+    Raises `WeightsError` where the system refuses.
+    """
+    text = json.dumps({**header, "config": to_json(config)}, indent=2) + "\n"
+    folder = make_folder(directory)
+    with explained(folder / WEIGHTS, WeightsError):
+        staging = folder / f".saving-{os.getpid()}.tmp"
+        try:
+            staging.mkdir()
+            write_tensors(staging / WEIGHTS, tensors, dtype)
+            (staging / CONFIG).write_text(text, encoding="utf-8")
+            for name in (WEIGHTS, CONFIG):
+                os.replace(staging / name, folder / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file, on disk when this returns (not atomic: write to a name that nobody reads yet)."""
+    ready = {
+        name: (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).detach().contiguous()
+        for name, tensor in tensors.items()
+    }
+    # Not save_file: it makes files that only their owner can read.
+    with open(path, "wb") as file:
+        file.write(to_bytes(ready, dict(metadata or {})))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_config(directory: Path, header: Mapping[str, Any], cls: type[T]) -> T:
+    """Read what `save_directory` put into config.json. Raises `WeightsError` naming what does not fit."""
+    path = directory / CONFIG
+    try:
+        data = read_json(path)
+        for key, value in header.items():
+            if not isinstance(data, dict) or data.get(key) != value:
+                found = data.get(key) if isinstance(data, dict) else None
+                raise RacError(
+                    f"{path} has {key} {found!r}, expected {value!r}; it was written by another program or version"
+                )
+        return from_json(cls, data.get("config"), str(path))
+    except WeightsError:
+        raise
+    except RacError as error:
+        raise WeightsError(str(error)) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of one safetensors file. Raises `WeightsError` if it is missing, cut or another format."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; expected a safetensors file there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise WeightsError(
+            f"{path} ({size} bytes) is not a whole safetensors file ({error}); copy or download it again"
+        ) from None
+
+
+def load_tensors(module: nn.Module, directory: Path) -> None:
+    """Fill `module` (float32) from model.safetensors, all of it and nothing else. Raises `WeightsError` where it does not fit."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise WeightsError(f"{directory} holds no weights; expected {WEIGHTS} beside {CONFIG}")
+    tensors, _ = read_tensors(path)
+    fit_tensors(module, tensors, str(path))
+
+
+def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `module`. Raises `WeightsError` naming the first that is missing, unknown or of another shape."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        name, kind = (missing[0], "lacks") if missing else (unknown[0], "has an unknown")
+        raise WeightsError(
+            f"{source} {kind} tensor {name} ({len(missing)} missing, {len(unknown)} unknown); "
+            "the weights belong to another configuration"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise WeightsError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(own[name].shape)}; "
+                "use the config.json that belongs to these weights"
+            )
+    module.load_state_dict(dict(tensors))

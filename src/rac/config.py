@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args
 
 import cattrs
+from cattrs.v import format_exception
 
 from .errors import RacError
 
@@ -35,7 +36,7 @@ def _structure_tagged_union(cls: Any) -> Callable[[Any, Any], Any]:
     def structure(data: Any, _: Any) -> Any:
         kind = data.get("kind") if isinstance(data, dict) else None
         if kind not in members:
-            raise ValueError(f"kind {kind!r} is not known; expected one of {', '.join(members)}")
+            raise RacError(f"kind {kind!r} is not known; expected one of {', '.join(members)}")
         return _converter.structure(data, members[kind])
 
     return structure
@@ -52,10 +53,18 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(cls: type[T], data: Any, source: str = "config") -> T:
     """Build `cls` from `to_json`'s form. Raises `RacError` naming `source` and every key that does not fit."""
+    if not isinstance(data, dict):
+        raise RacError(f"{source} does not fit: expected the settings of a {cls.__name__} by name, not {data!r}")
     try:
         return _converter.structure(data, cls)
     except cattrs.BaseValidationError as error:
-        raise RacError(f"{source} does not fit: {'; '.join(cattrs.transform_error(error))}") from None
+        reasons = cattrs.transform_error(error, format_exception=_reason)
+        raise RacError(f"{source} does not fit: {'; '.join(reasons)}") from None
+
+
+def _reason(error: BaseException, cls: type | None) -> str:
+    """Our own errors say what is wrong; cattrs words the others."""
+    return str(error) if isinstance(error, RacError) else format_exception(error, cls)
 
 
 def read_json(path: Path) -> Any:

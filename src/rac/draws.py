@@ -14,12 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws for images `first` to `first + count` of a batch of `total`, from one generator.
+    """Draws for images `first` to `first + count` of a batch of `total`.
 
-    Every part of a batch must start from a generator in the same state, and make the same draws in the same order.
+    Every part of a batch must start from generators in the same state, and make the same draws in the same order.
     """
 
-    generator: torch.Generator
+    shared: torch.Generator
+    """For what the whole batch shares, such as a time grid; on the CPU."""
+    own: torch.Generator
+    """For what each image has of its own; on the device where it is needed."""
     total: int
     first: int
     count: int
@@ -27,22 +30,21 @@ class Draws:
     @classmethod
     def whole(cls, generator: torch.Generator, count: int) -> Draws:
         """Draws for a batch that is not cut."""
-        return cls(generator, count, 0, count)
+        return cls(generator, generator, count, 0, count)
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape, type and device of `like`, whose first dimension is `count`."""
-        numbers = torch.randn(self.total, *like.shape[1:], generator=self.generator, device=self.generator.device)
-        return self._own(numbers).to(like)
+        numbers = torch.randn(self.total, *like.shape[1:], generator=self.own, device=self.own.device)
+        return self._rows(numbers).to(like)
 
     def uniform(self, like: Tensor) -> Tensor:
         """One number in [0, 1) per image: `count`, with the type and device of `like`."""
-        numbers = torch.rand(self.total, generator=self.generator, device=self.generator.device)
-        return self._own(numbers).to(like)
+        numbers = torch.rand(self.total, generator=self.own, device=self.own.device)
+        return self._rows(numbers).to(like)
 
     def integer(self, low: int, high: int) -> int:
         """One whole number from low to high, both included, for the whole batch."""
-        drawn = torch.randint(low, high + 1, (), generator=self.generator, device=self.generator.device)
-        return int(drawn)
+        return int(torch.randint(low, high + 1, (), generator=self.shared))
 
-    def _own(self, numbers: Tensor) -> Tensor:
+    def _rows(self, numbers: Tensor) -> Tensor:
         return numbers[self.first : self.first + self.count]

@@ -5,17 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import nn
-
-from .coders.rac import FORMAT, RAC
+from .coders.protocol import Coder
+from .coders.rac import HEADER, RAC
 from .config import read_json
 from .errors import RacError, WeightsError
 from .storage import CONFIG
-
-if TYPE_CHECKING:
-    from .coders.protocol import Coder
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -25,12 +20,12 @@ def available() -> list[str]:
     return sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
 
 
-def load(name_or_dir: str | Path) -> RAC | Coder:
+def load(name_or_dir: str | Path) -> Coder:
     """A coder, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
-    `name_or_dir` is one of `available()`, a directory written by `save` or by diffusers (AutoencoderKL, AutoencoderTiny,
-    AutoencoderDC), a TAESD-family .pth file, or a name on the Hugging Face hub. Raises `WeightsError` for an unknown
-    name (naming the near ones), a directory without weights, and weights that do not fit.
+    `name_or_dir` is one of `available()`, a directory written by `save` or by diffusers (AutoencoderKL,
+    AutoencoderTiny, AutoencoderDC), a TAESD-family .pth file, or a name on the Hugging Face hub. Raises `WeightsError`
+    for an unknown name (naming the near ones), a directory without weights, and weights that do not fit.
     """
     from .coders.teacher import load_teacher
 
@@ -48,12 +43,12 @@ def load(name_or_dir: str | Path) -> RAC | Coder:
     )
 
 
-def save(coder: RAC | Coder, directory: str | Path) -> None:
+def save(coder: Coder, directory: str | Path) -> None:
     """Write `coder` to `directory` (config.json and safetensors), whole or not at all; `load` gives back the same bits.
 
     Raises `WeightsError` where the system refuses.
     """
-    if not isinstance(coder, nn.Module):
+    if not isinstance(coder, Coder):
         raise RacError(f"expected a coder, such as rac.load gives, not {type(coder).__name__}")
     coder.save(directory)
 
@@ -63,7 +58,7 @@ def _is_rac(directory: Path) -> bool:
     if not config.is_file():
         return False
     data = read_json(config)
-    return isinstance(data, dict) and data.get("format") == FORMAT
+    return isinstance(data, dict) and data.get("format") == HEADER["format"]
 
 
 def _on_hub(name: str) -> bool:

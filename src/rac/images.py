@@ -251,15 +251,15 @@ def write_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     Raises:
         ImageError: another suffix, another shape, NaN in the image, no permission, no folder, a full disk.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _WRITERS:
-        raise ImageError(f"{path} cannot be written: its suffix must be one of {' '.join(_WRITERS)}")
     write_picture(Image.fromarray(to_pixels(image)), path)
 
 
 def write_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Like `write_image`, for an RGB `PIL.Image` (strips, galleries). Raises `ImageError`."""
-    kind, options = _WRITERS[Path(path).suffix.lower()]
+    path = Path(path)
+    if path.suffix.lower() not in _WRITERS:
+        raise ImageError(f"{path} cannot be written: its suffix must be one of {' '.join(_WRITERS)}")
+    kind, options = _WRITERS[path.suffix.lower()]
     buffer = io.BytesIO()
     try:
         picture.save(buffer, kind, **options)

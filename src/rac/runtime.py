@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from .errors import RacError
 
@@ -43,6 +44,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def place(module: nn.Module, device: torch.device, channels_last: bool = False) -> nn.Module:
+    """Move `module` itself to `device` and lay its weights out as asked; gives it back."""
+    move: Any = module.to  # its stubs do not know memory_format
+    move(device=device, memory_format=memory_format(channels_last))
+    return module
+
+
 def set_threads(count: int) -> None:
     """Let torch compute with `count` threads; 0 leaves its choice. Raises `RacError` below 0."""
     if count < 0:
@@ -63,40 +71,3 @@ def generator(rng_seed: int, *stream: int | str, device: torch.device | str = "c
     Nothing has to be stored to go on after an interruption: the numbers of iteration 17 come from 17.
     """
     return torch.Generator(device).manual_seed(derived_seed(rng_seed, *stream))
-
-
-class Draws:
-    """The randomness of one training batch, or of some rows of it.
-
-    What belongs to an image is drawn for the whole batch and cut to the rows in hand. So the same image meets the
-    same noise however the batch is split (gradient accumulation, later ranks), as long as the same draws are made in
-    the same order for every part.
-    """
-
-    shared: torch.Generator
-    """A CPU generator for what the whole batch shares, such as a random time grid."""
-
-    def __init__(
-        self, rng_seed: int, iteration: int, batch: int, rows: slice | None = None, device: torch.device | str = "cpu"
-    ) -> None:
-        self.shared = generator(rng_seed, "shared", iteration)
-        self._own = generator(rng_seed, "own", iteration, device=device)
-        self._batch = batch
-        self._rows = rows or slice(0, batch)
-
-    def normal(self, like: Tensor) -> Tensor:
-        """Standard normal numbers in the shape, type and place of `like`, whose first dimension is these rows."""
-        return self._cut(torch.randn(self._whole(like), generator=self._own, dtype=like.dtype, device=like.device))
-
-    def uniform(self, like: Tensor) -> Tensor:
-        """Like `normal`, uniform on [0, 1)."""
-        return self._cut(torch.rand(self._whole(like), generator=self._own, dtype=like.dtype, device=like.device))
-
-    def _whole(self, like: Tensor) -> tuple[int, ...]:
-        rows = len(range(self._batch)[self._rows])
-        if like.ndim == 0 or like.shape[0] != rows:
-            raise RacError(f"these draws are for {rows} rows of a batch of {self._batch}, not for shape {tuple(like.shape)}")
-        return (self._batch, *like.shape[1:])
-
-    def _cut(self, whole: Tensor) -> Tensor:
-        return whole[self._rows]

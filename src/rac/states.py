@@ -5,7 +5,7 @@ left inverse:
 
     image_of(image_state(image)) == image          contract(expand(latent)) == latent
 
-Source: RAC (arXiv 2603.05925), equations 1, 3 and 7; the spreads `centre` and `shuffle` go beyond the paper's `nearest`.
+RAC (arXiv 2603.05925), equations 1, 3 and 7; the spreads `centre` and `shuffle` go beyond the paper's `nearest`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ Spread = Literal["nearest", "centre", "shuffle"]
 class StateSpec:
     """How a latent of c channels at stride f is laid out in a state of C channels.
 
-    - `nearest`: the latent, padded to C channels, each value repeated over its f x f block (the paper). Inverse: block mean.
-    - `centre`: each value at its block's centre site, `PAD` at the other f*f - 1. Inverse: read that site.
-    - `shuffle`: the c values of a block in c of its C*f*f sub-pixel slots, `PAD` in the others. Inverse: read those slots.
+    - `nearest`: the latent, padded to C channels, each value repeated over its f x f block (the paper). Inverse: the
+      block's mean.
+    - `centre`: each value at its block's centre site, `PAD` at the other f*f - 1. Inverse: that site.
+    - `shuffle`: the c values of a block in c of its C*f*f sub-pixel slots, `PAD` in the others. Inverse: those slots.
 
     Raises `RacError` where the latent does not fit: `nearest` and `centre` need C >= c, `shuffle` only C*f*f >= c.
     """
@@ -50,13 +51,12 @@ class StateSpec:
             raise RacError(f"factor {self.factor} and latent_channels {self.latent_channels} must be at least 1")
         if self.spread not in ("nearest", "centre", "shuffle"):
             raise RacError(f"spread {self.spread!r} is not known; expected nearest, centre or shuffle")
-        room = self.state_channels * (self.factor**2 if self.spread == "shuffle" else 1)
-        if self.latent_channels > room:
-            least = -(-self.latent_channels // self.factor**2) if self.spread == "shuffle" else self.latent_channels
+        sites = self.factor**2 if self.spread == "shuffle" else 1
+        if self.latent_channels > self.state_channels * sites:
+            least = max(RGB, -(-self.latent_channels // sites))
             raise RacError(
-                f"{self.latent_channels} latent channels do not fit a state of {self.state_channels} channels with spread "
-                f"{self.spread}; give state_channels of at least {max(least, RGB)}"
-                + ("" if self.spread == "shuffle" else ", or spread 'shuffle'")
+                f"{self.latent_channels} latent channels do not fit {self.state_channels} state channels with spread "
+                f"{self.spread}; give state_channels of at least {least}, or a denser spread (shuffle is the densest)"
             )
 
     def slots(self) -> list[int]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .config import from_json, read_json, to_json
+from .config import from_json, read_json
 from .errors import RacError, WeightsError
 from .files import explained, make_folder
 
@@ -24,27 +24,26 @@ WEIGHTS = "model.safetensors"
 T = TypeVar("T")
 
 
-def save_directory(
-    directory: Path,
-    header: Mapping[str, Any],
-    config: Any,
+def write_directory(
+    directory: str | Path,
+    config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    weights: str = WEIGHTS,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `header` and the dataclass `config` to config.json and `tensors` to model.safetensors.
+    """Write `config` to config.json and `tensors` to the file `weights`, floats as `dtype` where one is given.
 
-    Files of the same names are replaced, others in the directory stay. Both are complete before either takes its name.
+    Both are complete before either takes its name; files of these names are replaced, others in the directory stay.
     Raises `WeightsError` where the system refuses.
     """
-    text = json.dumps({**header, "config": to_json(config)}, indent=2) + "\n"
     folder = make_folder(directory)
-    with explained(folder / WEIGHTS, WeightsError):
+    with explained(folder / weights, WeightsError):
         staging = folder / f".saving-{os.getpid()}.tmp"
         try:
             staging.mkdir()
-            write_tensors(staging / WEIGHTS, tensors, dtype)
-            (staging / CONFIG).write_text(text, encoding="utf-8")
-            for name in (WEIGHTS, CONFIG):
+            write_tensors(staging / weights, tensors, dtype)
+            (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name in (weights, CONFIG):
                 os.replace(staging / name, folder / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -63,13 +62,13 @@ def write_tensors(
     }
     # Not save_file: it makes files that only their owner can read.
     with open(path, "wb") as file:
-        file.write(to_bytes(ready, dict(metadata or {})))
+        file.write(to_bytes(ready, {"format": "pt", **(metadata or {})}))
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_config(directory: Path, header: Mapping[str, Any], cls: type[T]) -> T:
-    """Read what `save_directory` put into config.json. Raises `WeightsError` naming what does not fit."""
+    """Read `header` and, under "config", a `cls` from config.json. Raises `WeightsError` naming what does not fit."""
     path = directory / CONFIG
     try:
         data = read_json(path)
@@ -87,7 +86,7 @@ def read_config(directory: Path, header: Mapping[str, Any], cls: type[T]) -> T:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of one safetensors file. Raises `WeightsError` if it is missing, cut or another format."""
+    """The tensors and the metadata of one safetensors file. Raises `WeightsError` if it is missing, cut or foreign."""
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; expected a safetensors file there")
     try:
@@ -101,7 +100,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_tensors(module: nn.Module, directory: Path) -> None:
-    """Fill `module` (float32) from model.safetensors, all of it and nothing else. Raises `WeightsError` where it does not fit."""
+    """Fill `module` from model.safetensors, all of it and nothing else. Raises `WeightsError` where it does not fit."""
     path = directory / WEIGHTS
     if not path.is_file():
         raise WeightsError(f"{directory} holds no weights; expected {WEIGHTS} beside {CONFIG}")
@@ -110,7 +109,7 @@ def load_tensors(module: nn.Module, directory: Path) -> None:
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into `module`. Raises `WeightsError` naming the first that is missing, unknown or of another shape."""
+    """Copy `tensors` into `module`. Raises `WeightsError` naming one that is missing, unknown or of another shape."""
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
@@ -122,7 +121,7 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise WeightsError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(own[name].shape)}; "
-                "use the config.json that belongs to these weights"
+                f"{source}: {name} has shape {tuple(tensor.shape)}, the configuration asks for "
+                f"{tuple(own[name].shape)}; use the config.json that belongs to these weights"
             )
     module.load_state_dict(dict(tensors))

@@ -6,20 +6,19 @@ A subclass says how its network encodes pixels to raw latents and back; `Adapter
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from ..errors import RacError, WeightsError
-from ..files import make_folder, write_bytes
-from ..images import crop, pad_to_multiple
+from ..images import pad_to_multiple
 from ..latents import LatentSpec, denormalise, normalise
-from ..storage import CONFIG
+from ..storage import write_directory
+from .protocol import Coder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,15 +26,11 @@ if TYPE_CHECKING:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(Coder):
     """A coder around a network with habits of its own: images B 3 H W in [-1, 1], latents normalised.
-
-    Nothing is detached: gradients flow through `encode` and `decode`, to frozen networks' inputs too.
     """
 
     network: Any
-    spec: LatentSpec
-    teacher: str | None = None
 
     def __init__(self, network: nn.Module, spec: LatentSpec) -> None:
         super().__init__()
@@ -70,23 +65,12 @@ class Adapter(nn.Module, ABC):
         half, middle = _affine(self.spec.range)
         return (self._decode(denormalise(latent, self.spec)).to(latent.dtype) - middle) / half
 
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """Image -> latent -> image of the same size."""
-        height, width = image.shape[-2:]
-        return crop(self.decode(self.encode(image)), (height, width))
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and the weights (as `dtype`, if given); `load_teacher` reads them back, to float32.
 
-    def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and the weights as `dtype`; `load_teacher` reads them back, to float32.
-
-        Each file is replaced whole or not at all. Raises `RacError` if the directory cannot be written.
+        Both files are complete before either takes its name. Raises `RacError` if the directory cannot be written.
         """
-        tensors = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in self.network.state_dict().items()
-        }
-        folder = make_folder(directory)
-        write_bytes(folder / WEIGHTS, safetensors.save(tensors, {"format": "pt"}), WeightsError)
-        write_bytes(folder / CONFIG, (json.dumps(self.config, indent=2) + "\n").encode(), WeightsError)
+        write_directory(directory, self.config, self.network.state_dict(), WEIGHTS, dtype)
 
     def _pixels(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3:
@@ -97,16 +81,16 @@ class Adapter(nn.Module, ABC):
 
 
 class DiffusersCoder(Adapter):
-    """A coder around one of diffusers' autoencoders; all of them work in [-1, 1] and keep statistics in their config."""
+    """A coder around one of diffusers' autoencoders, which work in [-1, 1] and keep statistics in their config."""
 
     network_class: ClassVar[str]
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__(network, spec_of(network.config))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build the network from a diffusers config.json. Raises `WeightsError` if the config does not fit the class."""
+        """Build the network from a diffusers config. Raises `WeightsError` if it does not fit the class."""
         import diffusers
 
         try:
@@ -131,7 +115,7 @@ def spec_of(config: Mapping[str, Any]) -> LatentSpec:
     (raw - mean) * scale / std; in the terms of `LatentSpec`, that mean is (mean - shift) * scale.
     """
     widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     return LatentSpec(
         factor=2 ** (len(widths) - 1),

@@ -21,16 +21,16 @@ from .adapter import DiffusersCoder, spec_of
 class KLVAEConfig:
     """Shape of a KL-VAE; each width after the first halves the resolution once more."""
 
-    widths: tuple[int, ...] = (32, 64, 96, 128)
+    widths: tuple[int, ...] = (16, 32, 64, 128)
     layers_per_block: int = 1
     latent_channels: int = 8
-    norm_groups: int = 8
+    norm_groups: int = 4
     middle_attention: bool = False
     """Self-attention at latent resolution, as in the SD-VAE; off keeps the coder local, so good at any size."""
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
-            raise RacError(f"widths {self.widths} must name one positive width per resolution, such as 32 64 96 128")
+            raise RacError(f"widths {self.widths} must name one positive width per resolution, such as 16 32 64 128")
         for name in ("layers_per_block", "latent_channels", "norm_groups"):
             if getattr(self, name) < 1:
                 raise RacError(f"{name} must be at least 1, not {getattr(self, name)}")

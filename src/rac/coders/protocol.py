@@ -1,38 +1,43 @@
-"""What every coder offers."""
+"""What every coder is."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..images import crop
 from ..latents import LatentSpec
 
 
-class Coder(Protocol):
-    """image <-> latent. Every coder is an `nn.Module` as well."""
+class Coder(nn.Module, ABC):
+    """image <-> latent.
 
-    @property
-    def spec(self) -> LatentSpec:
-        """What one must know to use its latents."""
-        ...
+    Nothing is detached: gradients flow through `encode` and `decode`, to a frozen coder's inputs too.
+    """
 
+    spec: LatentSpec
+    """What one must know to use its latents."""
+    teacher: str | None = None
+    """Name or directory of the coder that it was trained to imitate, if any."""
+
+    @abstractmethod
     def encode(self, image: Tensor) -> Tensor:
-        """Image B 3 H W in [-1, 1] -> latent B c h w.
+        """Image B 3 H W in [-1, 1] -> latent B c ceil(H/f) ceil(W/f).
 
         Sides that are no multiple of the factor are padded by reflection at the bottom and the right.
         """
-        ...
 
+    @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped."""
-        ...
+        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped. Raises `RacError` as `LatentSpec.check`."""
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """decode(encode(image)), cropped to the image's own size."""
-        ...
+        return crop(self.decode(self.encode(image)), (image.shape[-2], image.shape[-1]))
 
-    def save(self, directory: str | Path) -> None:
-        """Write config.json and safetensors to `directory`, whole or not at all."""
-        ...
+    @abstractmethod
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and safetensors (floats as `dtype`, if given) to `directory`, whole or not at all."""

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..config import to_json
 from ..errors import RacError
 from ..fields import FieldConfig, Projector
 from ..flow import Euler, Solver, TimeGrid, Trajectory, integrate
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec
 from ..states import Spread, StateSpec, contract, expand, image_of, image_state
-from ..storage import load_tensors, read_config, save_directory
+from ..storage import load_tensors, read_config, write_directory
+from .protocol import Coder
 
-FORMAT = "rac"
-VERSION = 1
+HEADER = {"format": "rac", "version": 1}
+"""What the config.json of a RAC begins with."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,17 @@ class RACConfig:
         return StateSpec(self.spec.factor, self.spec.channels, self.state_channels, self.spread)
 
 
-class RAC(nn.Module):
+class RAC(Coder):
     """image <-> latent by one field.
 
-    `steps` is a number of steps or a `TimeGrid` (rising; encoding walks it the other way), `solver` any of `rac.flow`'s.
+    `steps` is a number of steps or a rising `TimeGrid` (encoding walks it the other way), `solver` any of `rac.flow`'s.
     """
 
     def __init__(self, config: RACConfig) -> None:
         super().__init__()
         self.config = config
+        self.spec = config.spec
+        self.teacher = config.teacher
         self.states = config.states()
         self.field = config.field.build(config.state_channels, config.spec.factor)
         self.projector = (
@@ -61,16 +65,6 @@ class RAC(nn.Module):
             if config.contraction == "projector"
             else None
         )
-
-    @property
-    def spec(self) -> LatentSpec:
-        """The latents it reads and writes: its teacher's."""
-        return self.config.spec
-
-    @property
-    def teacher(self) -> str | None:
-        """Name or directory of the teacher it was trained on, or None."""
-        return self.config.teacher
 
     # ------------------------------------------------------------------------------------- latent -> image
 
@@ -131,7 +125,7 @@ class RAC(nn.Module):
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors, whole or not at all. `dtype` narrows the floats on disk."""
-        save_directory(Path(directory), {"format": FORMAT, "version": VERSION}, self.config, self.state_dict(), dtype)
+        write_directory(directory, {**HEADER, "config": to_json(self.config)}, self.state_dict(), dtype=dtype)
 
     @classmethod
     def load(cls, directory: str | Path) -> RAC:
@@ -140,6 +134,6 @@ class RAC(nn.Module):
         Raises `WeightsError` for a directory that is not a RAC's, and for weights missing, cut, or of another shape.
         """
         directory = Path(directory)
-        coder = cls(read_config(directory, {"format": FORMAT, "version": VERSION}, RACConfig))
+        coder = cls(read_config(directory, HEADER, RACConfig))
         load_tensors(coder, directory)
         return coder.eval().requires_grad_(False)

@@ -7,7 +7,6 @@ dicts, so those load strictly. Source: https://github.com/madebyollin/taesd (MIT
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import from_json, to_json
 from ..errors import WeightsError
+from ..fields.conv import ResidualBlock
 from ..latents import LatentSpec
 from ..storage import fit_tensors
 from .adapter import Adapter
@@ -85,7 +85,7 @@ class TAESDNetwork(nn.Module):
         width = config.width
 
         def blocks(pooled: bool = False) -> list[nn.Module]:
-            return [Block(width, pooled) for _ in range(3)]
+            return [PooledBlock(width) if pooled else ResidualBlock(width) for _ in range(3)]
 
         def down(pooled: bool = False) -> list[nn.Module]:
             return [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), *blocks(pooled)]
@@ -95,7 +95,7 @@ class TAESDNetwork(nn.Module):
 
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
-            Block(width),
+            ResidualBlock(width),
             *down(),
             *down(),
             *down(config.pooled),
@@ -108,30 +108,26 @@ class TAESDNetwork(nn.Module):
             *up(config.pooled),
             *up(),
             *up(),
-            Block(width),
+            ResidualBlock(width),
             nn.Conv2d(width, 3, 3, padding=1),
         )
 
 
-class Block(nn.Module):
-    """Three 3x3 convolutions with ReLU, residual, ReLU; `pooled` first adds normalised context."""
+class PooledBlock(ResidualBlock):
+    """A residual block that first adds normalised context to what it is given."""
 
-    def __init__(self, width: int, pooled: bool = False) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.pool = nn.Sequential(
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+            nn.GroupNorm(4, 4 * width),
             nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(4 * width, width, 1, bias=False),
         )
-        self.pool = _pool(width) if pooled else None
 
     def forward(self, x: Tensor) -> Tensor:
         """B width h w -> the same shape."""
-        if self.pool is not None:
-            x = x + self.pool(x)
-        return torch.relu(self.conv(x) + x)
+        return super().forward(x + self.pool(x))
 
 
 class SoftClamp(nn.Module):
@@ -142,23 +138,14 @@ class SoftClamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def _pool(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width, 4 * width, 1, bias=False),
-        nn.GroupNorm(4, 4 * width),
-        nn.ReLU(),
-        nn.Conv2d(4 * width, width, 1, bias=False),
-    )
-
-
 def _read_pth(path: Path) -> dict[str, Tensor]:
     """Read a .pth state dict without running code from it. Raises `WeightsError`."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist; a TAESD pair has both its files side by side") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-        raise WeightsError(f"{path} is cut short or no state dict of plain tensors; download it again") from None
+    except Exception as error:  # the unpickler fails in many ways on what is no pickle
+        raise WeightsError(f"{path} is cut short or no state dict of plain tensors; download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; expected a TAESD encoder or decoder")
     return tensors

@@ -79,7 +79,7 @@ def _from_directory(directory: Path) -> Adapter:
 
 def _kind(config: object) -> type[Adapter]:
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise WeightsError(f"its _class_name is {name!r}, expected one of {', '.join(KINDS)}")
     return KINDS[name]
 

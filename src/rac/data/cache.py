@@ -113,8 +113,10 @@ def weights_hash(module: Teacher) -> str:
 def _identity(config: DataConfig, rng_seed: int, teacher: Teacher | None, name: str | None) -> dict[str, Any]:
     data = to_json(replace(config, keep_mb=0))
     data["paths"] = [str(path.expanduser().resolve()) for path in config.paths]
-    made_by = None if teacher is None else {"name": name, "spec": to_json(teacher.spec), "weights": weights_hash(teacher)}
-    return {"data": data, "rng_seed": rng_seed, "teacher": made_by}
+    identity = {"data": data, "rng_seed": rng_seed, "teacher": None}
+    if teacher is not None:
+        identity["teacher"] = {"name": name, "spec": to_json(teacher.spec), "weights": weights_hash(teacher)}
+    return identity
 
 
 def _build(

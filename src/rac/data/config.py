@@ -25,7 +25,7 @@ class DataConfig:
     held_out: int = 8
     """Images for the gallery and its PSNR. Their pictures are never trained on."""
     cached_crops: int = 0
-    """Prepare this many crops (and their latents, if there is a teacher) once and train on those. 0: always new crops."""
+    """Prepare this many crops (and their latents, given a teacher) once, and train on those. 0: always new ones."""
     keep_mb: int = 256
     """Memory for decoded pictures, in megabytes: spares decoding small collections again and again."""
 

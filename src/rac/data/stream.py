@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -70,8 +70,9 @@ class ImageStream:
         """Names of the damaged pictures met so far, and what was wrong with each."""
         self._kept: dict[PictureFile, Image.Image] = {}
         self._room = config.keep_mb * 2**20
-        files = find_pictures(config.paths)
-        self.held_out_pixels, self._files = self._split(files)
+        self.held_out_pixels: NDArray[np.uint8]
+        """The held-out images as pixels, N size size 3."""
+        self.held_out_pixels, self._files = self._split(find_pictures(config.paths))
 
     def __len__(self) -> int:
         """Pictures to train on, damaged ones that were not met yet included."""
@@ -174,7 +175,7 @@ def _resample(picture: Image.Image, box: tuple[int, int, int, int], size: int) -
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def batches(stream: Stream, size: int, first: int, last: int, workers: int = 1) -> Iterator[Batch]:
+def batches(stream: Stream, size: int, first: int, last: int, workers: int = 1) -> Generator[Batch, None, None]:
     """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none).
 
     Threads, not processes: decoding and resampling run outside Python's lock.

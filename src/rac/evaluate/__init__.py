@@ -1,0 +1,1 @@
+"""Judging coders: metrics of images, cost of networks, pictures and reports."""

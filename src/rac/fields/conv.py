@@ -23,14 +23,21 @@ class ConvField(nn.Module):
 
     H and W must be multiples of the factor. `interval` (signed, for mean velocities) is only known to fields built with
     `interval=True`; where it is not given it is 0, which asks for the velocity itself.
+
+    With `ends` the network does not give the velocity but the end of the straight line that is farther away: the image
+    state for t < 1/2, the seed state from there on. The velocity is then what leads there in the time that is left, or
+    came from there in the time that has passed. So what the state already holds need not pass the folded bottleneck.
     """
 
-    def __init__(self, network: nn.Module, factor: int, position: bool = False, interval: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, factor: int, position: bool = False, interval: bool = False, ends: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.factor = factor
         self.position = position
         self.interval = interval
+        self.ends = ends
 
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
         """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for."""
@@ -42,12 +49,19 @@ class ConvField(nn.Module):
             channels.append(_constant(torch.zeros_like(time) if interval is None else interval, folded))
         if self.position:
             channels.append(_position(folded))
-        return self.network(torch.cat(channels, dim=1))
+        out = self.network(torch.cat(channels, dim=1))
+        return _velocity_of_ends(out, state, time) if self.ends else out
 
 
 def extra_channels(position: bool, interval: bool) -> int:
     """Channels that `ConvField` appends to the folded state."""
     return 1 + int(interval) + 2 * int(position)
+
+
+def _velocity_of_ends(end: Tensor, state: Tensor, time: Tensor) -> Tensor:
+    """(image_state - state) / (1 - t) before t = 1/2, (state - seed_state) / t from there on."""
+    t = time.to(state.dtype).view(-1, 1, 1, 1)
+    return torch.where(t < 0.5, (end - state) / (1 - t).clamp(min=0.5), (state - end) / t.clamp(min=0.5))
 
 
 def _constant(value: Tensor, like: Tensor) -> Tensor:
@@ -82,6 +96,8 @@ class TinyFieldConfig:
     """Two channels of relative position."""
     interval: bool = False
     """One channel for the signed interval, for mean velocities."""
+    ends: bool = False
+    """Predict the farther end of the line instead of the velocity (see `ConvField`)."""
     taesd_range: bool = False
     """TAESD's own habits, which the original nano RAC inherits: 3 tanh(x / 3) on the input, 2 y - 1 on the output,
     and no zero initialisation."""
@@ -93,10 +109,10 @@ class TinyFieldConfig:
         if factor != self.patch * 2 ** (len(self.widths) - 1):
             raise RacError(
                 f"{len(self.widths)} widths and patch {self.patch} undo a factor of "
-                f"{self.patch * 2 ** (len(self.widths) - 1)}, not the teacher's {factor}; change widths, blocks or patch"
+                f"{self.patch * 2 ** (len(self.widths) - 1)}, not the teacher's {factor}; change widths or patch"
             )
         network = _TinyNetwork(self, state_channels, state_channels * factor**2)
-        return ConvField(network, factor, self.position, self.interval)
+        return ConvField(network, factor, self.position, self.interval, self.ends)
 
 
 class _TinyNetwork(nn.Module):
@@ -128,7 +144,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.convolutions = nn.Sequential(
+        self.conv = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1),
@@ -138,7 +154,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
-        return F.relu(self.convolutions(x) + x)
+        return F.relu(self.conv(x) + x)
 
 
 @dataclass(frozen=True)
@@ -159,6 +175,7 @@ class LdmFieldConfig:
     """Self-attention in the middle."""
     position: bool = True
     interval: bool = False
+    ends: bool = False
 
     @classmethod
     def scaled(cls, ratio: float) -> LdmFieldConfig:
@@ -192,7 +209,7 @@ class LdmFieldConfig:
             mid_block_add_attention=self.attention,
         )
         _zero(network.conv_out)
-        return ConvField(network, factor, self.position, self.interval)
+        return ConvField(network, factor, self.position, self.interval, self.ends)
 
 
 def _zero(layer: nn.Conv2d) -> None:

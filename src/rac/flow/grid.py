@@ -15,7 +15,7 @@ from . import times
 class TimeGrid:
     """Strictly rising or strictly falling nodes in [0, 1], as plain numbers.
 
-    Raises `RacError` for fewer than two nodes, for nodes outside [0, 1], and for nodes that do not rise or fall strictly.
+    Raises `RacError` for fewer than two nodes, nodes outside [0, 1], and nodes that do not rise or fall strictly.
     """
 
     nodes: tuple[float, ...]
@@ -50,11 +50,7 @@ class TimeGrid:
         """0, then `steps` - 1 sorted uniform draws, then 1 (RAC, section 3.2)."""
         check_steps(steps)
         while True:
-            inner = (
-                torch.rand(steps - 1, generator=generator, device=generator.device, dtype=torch.float64)
-                .sort()
-                .values.tolist()
-            )
+            inner = torch.rand(steps - 1, generator=generator, dtype=torch.float64).sort().values.tolist()
             nodes = (0.0, *inner, 1.0)
             if len(set(nodes)) == len(
                 nodes

@@ -44,9 +44,9 @@ def integrate(
 ) -> Trajectory:
     """Carry `state` along `field` over the nodes of `grid`.
 
-    `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `keep` decides what is
-    kept: the end alone, or the states at all nodes. `perturb` changes the state before each step (training's step noise).
-    RAC, equations 4 to 6.
+    `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `keep` decides what
+    is kept: the end alone, or the states at all nodes. `perturb` changes the state before each step (the step noise of
+    training). RAC, equations 4 to 6.
     """
     evaluations = 0
 

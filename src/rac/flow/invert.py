@@ -65,8 +65,9 @@ class FixedPoint:
             guess = torch.where(active, guess + error, guess)
         if not (least <= tolerance).all():
             warnings.warn(
-                f"the fixed point of the step from t = {t0:.3g} to {t1:.3g} left a residual of {float(least.max()):.3g} "
-                f"after {self.iterations} iterations (tolerance {float(tolerance.max()):.3g}); take more steps",
+                f"the fixed point of the step from t = {t0:.3g} to {t1:.3g} left a residual of "
+                f"{float(least.max()):.3g} after {self.iterations} iterations "
+                f"(tolerance {float(tolerance.max()):.3g}); take more steps",
                 ConvergenceWarning,
                 stacklevel=2,
             )

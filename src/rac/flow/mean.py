@@ -1,7 +1,7 @@
 """The identity that a mean velocity obeys, and the two ways to take its derivative.
 
-u(s, t, h) is the average of the velocity over the signed interval from t to t + h on the path through s. Differentiating
-h u = integral of v from t to r, with r = t + h held fixed, along the path gives
+u(s, t, h) is the average of the velocity over the signed interval from t to t + h on the path through s. Its product
+with h is the integral of v from t to r = t + h; differentiating that along the path, r held fixed, gives
 
     u = v + h du/dt,      du/dt = v . grad_s u + d_t u - d_h u
 
@@ -33,8 +33,8 @@ def total_derivative(
 ) -> Tensor:
     """du/dt of `field(state, time, interval)` along the straight path, the interval's far end fixed. Detached.
 
-    `time` and `end` are B. `jvp` is exact (forward mode); `central` costs two plain evaluations and no forward-mode support,
-    with `step` the half width in time (MF-RAE uses 0.005).
+    `time` and `end` are B. `jvp` is exact (forward mode); `central` takes two plain evaluations and needs no
+    forward-mode support, with `step` the half width in time (MF-RAE uses 0.005).
     """
 
     def along(t: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class Euler:
 class MeanEuler:
     """s1 = s0 + h u(s0, t0, h) with u the mean velocity over [t0, t0 + h], h signed. One evaluation.
 
-    Exact in a single step where the field is. MeanFlow (arXiv 2505.13447), equation 12, in this library's direction of time.
+    Exact in a single step where the field is. MeanFlow (arXiv 2505.13447), equation 12, in this library's direction of
+    time.
     """
 
     order = 1

@@ -1,16 +1,29 @@
-"""Training-time distributions over [0, 1], and the time shift. t = 0 is the source, t = 1 the target."""
+"""Times for training, made from uniform numbers; and the time shift. t = 0 is the source, t = 1 the target."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import RacError
 
+TimeDistribution = Literal["uniform", "logit_normal", "arcsine"]
 
-def uniform(count: int, generator: torch.Generator) -> Tensor:
-    """`count` independent times, uniform on [0, 1)."""
-    return torch.rand(count, generator=generator, device=generator.device)
+
+def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
+    """Uniform numbers in [0, 1) -> times of the named distribution, by its quantile function.
+
+    - `uniform`: as they are.
+    - `logit_normal`: sigmoid of N(-0.4, 1), most in the middle (MeanFlow, arXiv 2505.13447, table 1d).
+    - `arcsine`: sin^2(pi u / 2), most at the two ends, where flows of few steps are evaluated.
+    """
+    if distribution == "logit_normal":
+        return torch.sigmoid(torch.special.ndtri(numbers) - 0.4)
+    if distribution == "arcsine":
+        return torch.sin(numbers * torch.pi / 2).square()
+    return numbers
 
 
 def shift(time: Tensor, alpha: float) -> Tensor:
@@ -21,5 +34,5 @@ def shift(time: Tensor, alpha: float) -> Tensor:
     """
     if not alpha > 0:
         raise RacError(f"time shift alpha {alpha} must be positive; 1 leaves times as they are")
-    u = 1 - time
-    return 1 - alpha * u / (1 + (alpha - 1) * u)
+    # The same for t = 1 - u, in the form that keeps both ends exactly.
+    return time / (time + alpha * (1 - time))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..coders.klvae import KLVAE
 from ..draws import Draws
 from ..images import crop
 from ..latents import normalise
+
+if TYPE_CHECKING:
+    from ..coders.klvae import KLVAE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..errors import RacError
 from ..flow import Field, TimeGrid, Trajectory, integrate, straight
 from ..flow.mean import mean_velocity_target
 from ..flow.memory import recomputed
+from ..flow.times import TimeDistribution, times_of
 from ..states import RGB, StateSpec, expand, image_state
 
 INSTANTANEOUS = 0.75
@@ -65,6 +66,8 @@ class RACObjective:
     """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
     compare: Literal["image", "state"] = "image"
     """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
+    times: TimeDistribution = "uniform"
+    """Where on the line the `velocity` and `mean_velocity` terms look."""
     recompute: bool = True
     """Recompute activations in the backward pass, evaluation by evaluation, instead of storing them."""
 
@@ -156,9 +159,12 @@ def rac_terms(
             terms["round_trip_state"] = _image_error(returned.end, target, objective)
 
     if weights.velocity:
-        terms["velocity"] = velocity_error(coding.field, seed, target, draws.uniform(image))
+        time = times_of(draws.uniform(image), objective.times)
+        terms["velocity"] = velocity_error(coding.field, seed, target, time)
     if weights.mean_velocity:
-        terms["mean_velocity"] = mean_velocity_error(coding.field, seed, target, draws)
+        time, end = (times_of(draws.uniform(image), objective.times) for _ in range(2))
+        end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
+        terms["mean_velocity"] = mean_velocity_error(coding.field, seed, target, time, end)
     return {name: terms[name] for name in wanted}
 
 
@@ -177,10 +183,8 @@ def velocity_error(field: Field, seed: Tensor, target: Tensor, time: Tensor) -> 
     return F.mse_loss(field(point.state, time), point.velocity)
 
 
-def mean_velocity_error(field: Field, seed: Tensor, target: Tensor, draws: Draws) -> Tensor:
-    """MSE of u(s_t, t, r - t) against its identity, t and r uniform and independent, r = t for most images."""
-    time, end, kind = draws.uniform(seed), draws.uniform(seed), draws.uniform(seed)
-    end = end.where(kind >= INSTANTANEOUS, time)
+def mean_velocity_error(field: Field, seed: Tensor, target: Tensor, time: Tensor, end: Tensor) -> Tensor:
+    """MSE of u(s_t, t, r - t) against its identity (flow/mean.py); t = `time`, r = `end`, both B, in any order."""
     wanted = mean_velocity_target(field, seed, target, time, end)
     return F.mse_loss(field(straight(seed, target, time).state, time, end - time), wanted)
 
@@ -190,7 +194,7 @@ def _unroll(
 ) -> Trajectory:
     """One flow as training unrolls it: on a grid of its own, with step noise, nothing stored but states."""
     steps = draws.integer(*objective.steps)
-    grid = TimeGrid.random(steps, draws.generator) if objective.random_grid else TimeGrid.uniform(steps)
+    grid = TimeGrid.random(steps, draws.shared) if objective.random_grid else TimeGrid.uniform(steps)
 
     def perturb(state: Tensor) -> Tensor:
         spread = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)

@@ -1,0 +1,43 @@
+# Two commands set everything up on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types check clean
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[photos]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## install the package into .venv
+
+demo: install  ## reconstruct real photographs with the shipped coder; writes demo/report.html
+	$(BIN)/rac demo --out demo
+
+test: $(VENV)/.installed-dev  ## the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow and not gpu'
+
+test-all: $(VENV)/.installed-dev  ## the slow tests as well
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not gpu'
+
+lint: $(VENV)/.installed-dev  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## all of it
+
+clean:  ## remove what the commands above made
+	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

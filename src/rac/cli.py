@@ -1,0 +1,91 @@
+"""The command `rac`: finds the verb, imports it alone, and turns errors into one line and an exit code.
+
+Exit codes: 0 done; 1 some files of a batch failed; 2 nothing was done, for the reason on stderr; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import RacError
+
+VERBS = {
+    "reconstruct": "images through a coder and back: strips, trajectories, PSNR and SSIM",
+    "encode": "images to latents",
+    "decode": "latents to images",
+    "train": "train a coder: rac train RECIPE --out FOLDER",
+    "models": "the shipped coders, and what coders cost",
+    "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; `arguments` are those of the process where none are given. Returns the exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        except KeyboardInterrupt:
+            return _fail("stopped", 130)
+        except BrokenPipeError:
+            # The reader, such as `head`, has gone; without this Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except RacError as error:
+            return _fail(f"error: {error}", 2)
+        except OSError as error:
+            return _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            return _fail("error: out of memory; take smaller images (--size), fewer of them, or another device", 2)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _overview()
+    verb, *rest = arguments
+    if verb in ("--version", "version"):
+        from . import __version__
+
+        print(f"rac {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise RacError(f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"))
+    module = importlib.import_module(f".commands.{verb}", __package__)
+    if verb == "train":
+        return module.run(rest)
+
+    import tyro
+
+    return tyro.cli(module.Command, prog=f"rac {verb}", args=rest).run()
+
+
+def _overview() -> int:
+    width = max(len(verb) for verb in VERBS)
+    print("usage: rac VERB [options]\n\nRAC, the rectified flow auto coder: images to latents and back, in steps.\n")
+    for verb, summary in VERBS.items():
+        print(f"  {verb:<{width}}  {summary}")
+    print("\nrac VERB --help lists a verb's options.")
+    return 0
+
+
+def _fail(line: str, code: int) -> int:
+    """Print one line, whatever the message is made of."""
+    print(f"rac: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    print(f"rac: warning: {message}", file=sys.stderr)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -1,0 +1,123 @@
+"""What the verbs share: naming solvers, loading coders, going through a folder, printing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+from torch import nn
+
+from .. import hub
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..errors import RacError
+from ..evaluate.report import Table
+from ..flow import RK4, Euler, Heun, Midpoint, ReversibleHeun, Solver
+from ..runtime import pick_device
+
+DEFAULT_CODER = "rac-64"
+"""The shipped coder that a verb takes if none is named."""
+
+T = TypeVar("T")
+
+SolverName = Literal["euler", "midpoint", "heun", "rk4", "reversible-heun"]
+
+SOLVERS: dict[SolverName, Solver] = {
+    "euler": Euler(),
+    "midpoint": Midpoint(),
+    "heun": Heun(),
+    "rk4": RK4(),
+    "reversible-heun": ReversibleHeun(),
+}
+
+
+def load_coder(name: str, device: str) -> RAC | Coder:
+    """The coder called `name`, on the device called `device`. Raises `RacError`."""
+    coder = hub.load(name)
+    cast(nn.Module, coder).to(pick_device(device))
+    return coder
+
+
+def need_rac(coder: RAC | Coder, name: str) -> RAC:
+    """`coder`, if it is a RAC; otherwise raise `RacError`: it has no steps."""
+    if not isinstance(coder, RAC):
+        raise RacError(f"{name} is a {type(coder).__name__}, which has no flow; give a RAC, such as {DEFAULT_CODER}")
+    return coder
+
+
+def load_teacher(coder: RAC | Coder, device: str) -> Coder | None:
+    """The teacher `coder` names, or None, with a word on stderr, where there is none to be had."""
+    if not isinstance(coder, RAC) or coder.teacher is None:
+        return None
+    try:
+        return load_coder(coder.teacher, device)
+    except RacError as error:
+        tell(f"going on without the teacher: {error}")
+        return None
+
+
+def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool) -> int:
+    """Do `work` for each file; the exit code. Errors name the file.
+
+    In a batch a file that fails with `RacError` does not stop the others; all failures are listed at the end, and the
+    code is 1. Otherwise the error is raised.
+    """
+    failures = []
+    with closing(watched(files, lambda file: file.name)) as shown:
+        for file in shown:
+            try:
+                work(file)
+            except RacError as error:
+                message = str(error) if file.name in str(error) else f"{file}: {error}"
+                if not batch:
+                    raise RacError(message) from error
+                failures.append(message)
+    if failures:
+        tell(f"{len(failures)} of {len(files)} files failed:")
+        for failure in failures:
+            print(f"  {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, None]:
+    """Give the items one by one, showing on a terminal's stderr which one is in hand and how many are left."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=len(items))
+        for item in items:
+            bar.update(task, description=name(item))
+            yield item
+            bar.advance(task)
+
+
+def stems(files: Sequence[Path]) -> dict[Path, str]:
+    """For each file the name its results begin with: its stem, or its whole name where stems collide."""
+    all_stems = [file.stem for file in files]
+    return {file: file.stem if all_stems.count(file.stem) == 1 else file.name for file in files}
+
+
+def show(table: Table, title: str = "") -> None:
+    """Print a table to stdout, unwrapped where the output is no terminal."""
+    drawn = RichTable(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in table.rows:
+        drawn.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(drawn, highlight=False, markup=False)
+
+
+def tell(line: str) -> None:
+    """One line on stderr."""
+    print(f"rac: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,84 @@
+"""`rac decode`: latents -> images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..errors import RacError
+from ..files import make_folder
+from ..flow.grid import check_steps
+from ..images import crop, write_image
+from ..runtime import pick_device
+from .common import SOLVERS, SolverName, for_each, load_coder
+from .latent_files import LatentFile
+
+
+@dataclass(frozen=True)
+class Command:
+    """Decode a .safetensors file that `rac encode` wrote, or a folder of them, to PNG images."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A latent file, or a folder of them."""
+    out: Path = Path("decoded")
+    """Folder for the results; made if it is not there."""
+    model: str | None = None
+    """The coder to decode with. None: the one named in the file."""
+    steps: int | None = None
+    """Steps of the flow. None: as many as it was encoded with."""
+    solver: SolverName | None = None
+    """How each step is taken. None: as it was encoded."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    def run(self) -> int:
+        """Decode; the exit code. Raises `RacError` if nothing could be done."""
+        if self.steps is not None:
+            check_steps(self.steps)
+        files = _latent_files(self.path)
+        make_folder(self.out)
+        coders: dict[str, RAC | Coder] = {}
+
+        def work(file: Path) -> None:
+            held = LatentFile.read(file)
+            name = self.model or held.coder
+            if name not in coders:
+                coders[name] = load_coder(name, self.device)
+            image = self._decode(coders[name], held, name)
+            write_image(crop(image, held.size), self.out / f"{file.stem}.png")
+
+        return for_each(files, work, batch=self.path.is_dir())
+
+    @torch.no_grad()
+    def _decode(self, coder: RAC | Coder, held: LatentFile, name: str) -> Tensor:
+        ours, its = coder.spec, held.spec
+        if ours != its:
+            differ = "has other statistics"
+            if (ours.channels, ours.factor) != (its.channels, its.factor):
+                differ = f"has {ours.channels} channels at factor {ours.factor}, not {its.channels} at {its.factor}"
+            raise RacError(f"a latent of {name} {differ}; decode with {held.coder}, which made it, or one of its kin")
+        latent = held.latent.to(pick_device(self.device))
+        if not isinstance(coder, RAC):
+            return coder.decode(latent)
+        solver = self.solver or held.solver or "euler"
+        if solver not in SOLVERS:
+            raise RacError(
+                f"the latent was made with the unknown solver {solver!r}; give --solver {' or '.join(SOLVERS)}"
+            )
+        return coder.decode(latent, held.steps if self.steps is None else self.steps, SOLVERS[solver])
+
+
+def _latent_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise RacError(f"{path} holds no .safetensors files; give one that `rac encode` wrote, or a folder of them")
+    return files

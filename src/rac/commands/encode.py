@@ -1,0 +1,82 @@
+"""`rac encode`: images -> latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..errors import RacError
+from ..files import make_folder
+from ..flow import FixedPoint
+from ..flow.grid import check_steps
+from ..images import image_files, read_image
+from ..runtime import pick_device
+from .common import DEFAULT_CODER, SOLVERS, SolverName, for_each, load_coder, need_rac, stems, tell
+from .latent_files import LatentFile
+
+
+@dataclass(frozen=True)
+class Command:
+    """Encode an image, or a folder of them, to latents in .safetensors files.
+
+    A RAC encodes by running its decoder's flow backwards.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A picture, or a folder of pictures."""
+    out: Path = Path("latents")
+    """Folder for the results; made if it is not there."""
+    model: str = DEFAULT_CODER
+    """A shipped coder (see `rac models`), a directory, or a name on the hub."""
+    steps: int | None = None
+    """Steps of the flow. None: the coder's own number."""
+    solver: SolverName = "euler"
+    """How each step is taken. Decode with the same."""
+    exact: bool = False
+    """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual. Slower."""
+    size: int | None = None
+    """Scale and crop images to squares of this side. None: as they are."""
+    convert: bool = False
+    """Take grey, palette, CMYK, 16-bit and transparent pictures too, converted to RGB."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    def run(self) -> int:
+        """Encode; the exit code. Raises `RacError` if nothing could be done."""
+        if self.steps is not None:
+            check_steps(self.steps)
+        files = image_files(self.path)
+        coder = load_coder(self.model, self.device)
+        if self.exact:
+            need_rac(coder, self.model)
+            if SOLVERS[self.solver].reversible:
+                raise RacError(
+                    f"--exact is for explicit solvers; {self.solver} is undone by its carry, which no file keeps"
+                )
+        names = stems(files)
+        make_folder(self.out)
+
+        def work(file: Path) -> None:
+            image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
+            self._encode(coder, image, file).write(self.out / f"{names[file]}.safetensors")
+
+        return for_each(files, work, batch=self.path.is_dir())
+
+    @torch.no_grad()
+    def _encode(self, coder: RAC | Coder, image: Tensor, file: Path) -> LatentFile:
+        size = (image.shape[-2], image.shape[-1])
+        if not isinstance(coder, RAC):
+            return LatentFile(coder.encode(image), coder.spec, size, self.model)
+        solver = FixedPoint(SOLVERS[self.solver]) if self.exact else SOLVERS[self.solver]
+        back = coder.encode_trajectory(image, self.steps, solver)
+        if self.exact:
+            tell(f"{file.name}: largest residual {max(back.residuals):.2g} in {back.evaluations} evaluations")
+        steps = len(back.times) - 1
+        return LatentFile(coder.contract(back.end), coder.spec, size, self.model, steps, self.solver)

@@ -1,0 +1,139 @@
+"""`rac reconstruct`: images through a coder and back, as pictures and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..errors import RacError
+from ..evaluate.pictures import Panel, strip, trajectory_strip
+from ..evaluate.reconstructions import Reconstruction, coder_reconstruction, rac_reconstructions
+from ..evaluate.report import Table
+from ..files import make_folder, write_bytes
+from ..flow.grid import check_steps
+from ..images import image_files, read_image, write_picture
+from ..runtime import pick_device
+from .common import DEFAULT_CODER, SOLVERS, SolverName, for_each, load_coder, load_teacher, show, stems
+
+COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
+
+Results = dict[str, list[Reconstruction]]
+"""For each image's name, what each coder made of it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Reconstruct an image, or each of a folder: encode, decode, compare.
+
+    Writes for each image a strip (original, teacher, RAC at each number of steps) and the states on the way from the
+    seed state to the image, and results.csv for all of them.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A picture, or a folder of pictures."""
+    out: Path = Path("reconstructed")
+    """Folder for the results; made if it is not there."""
+    model: str = DEFAULT_CODER
+    """A shipped coder (see `rac models`), a directory, or a name on the hub."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of steps to compare; encoding takes as many as decoding."""
+    solver: SolverName = "euler"
+    """How each step is taken."""
+    size: int | None = None
+    """Scale and crop images to squares of this side. None: as they are."""
+    convert: bool = False
+    """Take grey, palette, CMYK, 16-bit and transparent pictures too, converted to RGB."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    def run(self) -> int:
+        """Reconstruct; the exit code. Raises `RacError` if nothing could be done."""
+        if not self.steps:
+            raise RacError("--steps needs at least one number of steps, such as 1 2 4 8")
+        for number in self.steps:
+            check_steps(number)
+        files = image_files(self.path)
+        coder = load_coder(self.model, self.device)
+        teacher = load_teacher(coder, self.device)
+        names = stems(files)
+        make_folder(self.out)
+        results: Results = {}
+
+        def work(file: Path) -> None:
+            image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
+            made = self._reconstruct(coder, teacher, image)
+            title = f"{file.name} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
+            write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")
+            if isinstance(coder, RAC):
+                states = self._states(coder, image, title)
+                write_picture(states, self.out / f"{names[file]}-trajectory.png")
+            results[file.name] = made
+
+        code = for_each(files, work, batch=self.path.is_dir())
+        if results:
+            write_bytes(self.out / "results.csv", per_image(results).to_csv().encode())
+            show(means(results), f"{self.model}, {_images(len(results))}")
+            print(f"Pictures and results.csv are in {self.out}")
+        return code
+
+    def _reconstruct(self, coder: RAC | Coder, teacher: Coder | None, image: Tensor) -> list[Reconstruction]:
+        if isinstance(coder, RAC):
+            return rac_reconstructions(coder, image, self.steps, SOLVERS[self.solver], teacher)
+        return [coder_reconstruction(coder, image, Path(self.model).name)]
+
+    @torch.no_grad()
+    def _states(self, coder: RAC, image: Tensor, title: str) -> Image.Image:
+        steps, solver = max(self.steps), SOLVERS[self.solver]
+        flow = coder.trajectory(coder.encode(image, steps, solver), steps, solver)
+        return trajectory_strip(flow, (image.shape[-2], image.shape[-1]), title)
+
+
+def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Image.Image:
+    """A strip of the original and what was made of it, PSNR and SSIM below; from its own latents only."""
+    panels = [Panel(image, "original")]
+    for one in made:
+        if not one.from_teacher:
+            panels.append(Panel(one.image, one.name, f"{one.psnr:.2f} dB · SSIM {_three(one.ssim)}"))
+    return strip(panels, title)
+
+
+def per_image(results: Results) -> Table:
+    """Every figure, unrounded, one row per image and coder: for programs."""
+    rows = [
+        (name, one.name, repr(one.psnr), repr(one.ssim), str(one.evaluations), str(one.macs))
+        for name, made in results.items()
+        for one in made
+    ]
+    return Table(("image", "coder", "psnr", "ssim", "evaluations", "macs"), tuple(rows))
+
+
+def means(results: Results) -> Table:
+    """The mean over images, one row per coder: for people."""
+    rows = []
+    for same in zip(*results.values(), strict=True):
+        psnr, ssim = _mean([one.psnr for one in same]), _mean([one.ssim for one in same])
+        gmacs = _mean([one.macs / 1e9 for one in same])
+        rows.append((same[0].name, f"{psnr:.2f}", _three(ssim), str(same[0].evaluations), f"{gmacs:.3g}"))
+    return Table(COLUMNS, tuple(rows))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _three(ssim: float) -> str:
+    return "-" if math.isnan(ssim) else f"{ssim:.3f}"
+
+
+def _images(number: int) -> str:
+    return "1 image" if number == 1 else f"mean of {number} images"

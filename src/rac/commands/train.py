@@ -1,0 +1,62 @@
+"""`rac train RECIPE`: the recipes of `rac.recipes`, every field of them an option."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..errors import RacError
+from ..evaluate.report import Table
+from ..recipes import RECIPES, Recipe
+from .common import show
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`rac train` with these arguments; the exit code. Raises `RacError` for an unknown recipe and from the run."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _overview()
+    name, *options = arguments
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(RECIPES)}"
+        raise RacError(f"no recipe {name!r}; {hint}")
+    description, recipe = RECIPES[name]
+    chosen = tyro.cli(
+        _options(recipe),
+        prog=f"rac train {name}",
+        description=description,
+        args=options,
+        # A field stays of the recipe's kind, and its settings stay plain options.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    chosen.recipe.run(chosen.out, resume=chosen.resume)
+    print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
+    return 0
+
+
+def _options(recipe: Recipe) -> Any:
+    """A dataclass of the recipe, whose fields keep their own names as options, and of what the run itself needs."""
+    own: Any = Annotated[type(recipe), tyro.conf.arg(name="")]
+    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and the coder.")]
+    resume = Annotated[bool, tyro.conf.arg(help="Go on with the run in --out, with the recipe it was begun with.")]
+    return dataclasses.make_dataclass(
+        "Options",
+        [
+            ("out", out),
+            ("resume", resume, dataclasses.field(default=False)),
+            ("recipe", own, dataclasses.field(default=recipe)),
+        ],
+        frozen=True,
+    )
+
+
+def _overview() -> int:
+    print("usage: rac train RECIPE --out FOLDER [--resume] [--options]\n")
+    show(Table(("recipe", ""), tuple((name, description) for name, (description, _) in RECIPES.items())))
+    print("\nrac train RECIPE --help lists a recipe's options.")
+    return 0

@@ -1,0 +1,190 @@
+"""What a network costs: parameters and multiply-accumulates (MACs), batch 1.
+
+MACs are half of torch's floating point operations; the papers print them as "GFLOPs". Convolutions, linear layers and
+the two products of attention count; normalisation, activations and additions do not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+SD_WIDTHS = (128, 256, 512, 512)
+"""Widths of the SD-VAE's encoder and decoder, at strides 1, 2, 4, 8."""
+
+SCALED_WIDTHS = {0.1: (40, 81, 162, 162), 0.2: (57, 114, 229, 229), 0.3: (70, 140, 281, 281)}
+"""The narrowest decoders, all widths in one proportion and rounded, with that fraction of its parameters.
+
+They share no divisor that group normalisation could use, so they are for counting; `fields.LdmFieldConfig.scaled`
+rounds to widths that train.
+"""
+
+
+class MacCounter:
+    """Counts the MACs of everything run inside: `with MacCounter() as counter: ...`, then `counter.macs`.
+
+    On a CPU, torch's own counter misses fused attention; this one knows it.
+    """
+
+    def __init__(self) -> None:
+        fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops}
+        self._counter = FlopCounterMode(display=False, custom_mapping=fused)
+
+    def __enter__(self) -> MacCounter:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._counter.__exit__(*raised)
+
+    @property
+    def macs(self) -> int:
+        """All that were counted, the products of attention included."""
+        return sum(self._flops().values()) // 2
+
+    @property
+    def attention_macs(self) -> int:
+        """The part of `macs` that is query times key and weights times value."""
+        return sum(flops for name, flops in self._flops().items() if "attention" in name or "bmm" in name) // 2
+
+    def _flops(self) -> dict[str, int]:
+        return {str(operation): flops for operation, flops in self._counter.get_flop_counts()["Global"].items()}
+
+
+def _fused_attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
+    """FLOPs of softmax(q k') v from the shapes B heads L d, as torch counts it on other devices."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of a network, and MACs of one evaluation."""
+
+    parameters: int
+    macs: int
+    """The products of attention included."""
+    attention_macs: int = 0
+
+    @property
+    def gmacs(self) -> float:
+        """10^9 MACs."""
+        return self.macs / 1e9
+
+    @property
+    def gmacs_without_attention(self) -> float:
+        """10^9 MACs of convolutions and linear layers alone."""
+        return (self.macs - self.attention_macs) / 1e9
+
+
+def count(module: nn.Module, *shapes: Sequence[int]) -> Cost:
+    """Cost of `module` called with float tensors of the given shapes. Nothing is computed; `module` stays as it is.
+
+    A field is called as `count(field, (1, C, H, W), (1,))`.
+    """
+    abstract = copy.deepcopy(module).to("meta").eval()
+    inputs = [torch.empty(tuple(shape), device="meta") for shape in shapes]
+    with MacCounter() as counter, torch.no_grad():
+        abstract(*inputs)
+    return Cost(parameters(module), counter.macs, counter.attention_macs)
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ------------------------------------------------------------------------------------- the networks one compares with
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One line of the reference table."""
+
+    name: str
+    parameters: int
+    cost: Cost | None = None
+    """None where a whole is listed whose halves have rows of their own."""
+    note: str = ""
+
+
+def reference_rows() -> list[CostRow]:
+    """Well-known autoencoders, RAC's scaled decoders and the nano field, at 256 x 256, batch 1.
+
+    The networks are diffusers' classes, built without weights; nothing is downloaded.
+    """
+    from diffusers import AutoencoderTiny
+
+    with torch.device("meta"):
+        return [
+            *_halves("SD-VAE f8d4", _kl(SD_WIDTHS, 4), (1, 4, 32, 32)),
+            *(_scaled(fraction, widths) for fraction, widths in SCALED_WIDTHS.items()),
+            _nano(),
+            *_halves("IN-VAE, VA-VAE f16d32", _kl((128, 128, 256, 256, 512), 32, attend=True), (1, 32, 16, 16)),
+            *_halves("FLUX, SD3 VAE f8d16", _kl(SD_WIDTHS, 16, quant=False), (1, 16, 32, 32)),
+            *_halves("TAESD f8d4", AutoencoderTiny(), (1, 4, 32, 32)),
+        ]
+
+
+def _halves(name: str, coder: Any, latent_shape: Sequence[int]) -> list[CostRow]:
+    """Encoder, decoder and whole of one of diffusers' autoencoders."""
+    encoder, decoder = count(coder.encoder, (1, 3, 256, 256)), count(coder.decoder, latent_shape)
+    total = parameters(coder)
+    saved = f"without its encoder {100 * encoder.parameters / total:.2f} % fewer"
+    return [
+        CostRow(f"{name} encoder", encoder.parameters, encoder),
+        CostRow(f"{name} decoder", decoder.parameters, decoder),
+        CostRow(f"{name} whole", total, note=saved),
+    ]
+
+
+def _scaled(fraction: float, widths: tuple[int, ...]) -> CostRow:
+    from diffusers.models.autoencoders.vae import Decoder
+
+    decoder = Decoder(
+        in_channels=4,
+        out_channels=3,
+        up_block_types=_blocks("UpDecoderBlock2D", widths),
+        block_out_channels=widths,
+        layers_per_block=2,
+        norm_num_groups=1,
+    )
+    cost = count(decoder, (1, 4, 32, 32))
+    note = f"widths {' '.join(str(width) for width in widths)}"
+    return CostRow(f"SD-VAE decoder at {fraction:.2f}", cost.parameters, cost, note)
+
+
+def _nano() -> CostRow:
+    from ..fields import TinyFieldConfig
+
+    field = TinyFieldConfig(position=True, taesd_range=True).build(state_channels=4, factor=8)
+    cost = count(field, (1, 4, 256, 256), (1,))
+    return CostRow("RAC nano field", cost.parameters, cost, "4 state channels; per evaluation")
+
+
+def _kl(widths: tuple[int, ...], latent_channels: int, attend: bool = False, quant: bool = True) -> Any:
+    """An AutoencoderKL of the SD-VAE family; `attend` adds attention to the blocks at the latent's resolution."""
+    from diffusers import AutoencoderKL
+
+    down, up = _blocks("DownEncoderBlock2D", widths), _blocks("UpDecoderBlock2D", widths)
+    if attend:
+        down, up = (*down[:-1], "AttnDownEncoderBlock2D"), ("AttnUpDecoderBlock2D", *up[1:])
+    return AutoencoderKL(
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+
+
+def _blocks(kind: str, widths: tuple[int, ...]) -> tuple[str, ...]:
+    return (kind,) * len(widths)

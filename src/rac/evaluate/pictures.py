@@ -1,0 +1,138 @@
+"""Pictures for people: labelled strips, sheets of strips, trajectories, curves.
+
+All give a `PIL.Image`, dark writing on white; `images.write_picture` puts it into a file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..flow import Trajectory
+from ..images import to_pixels
+
+LEAST_SIDE = 160
+"""Smaller pictures are enlarged, pixel by pixel, until their shorter side has this many."""
+GREATEST_SIDE = 512
+"""Larger ones are scaled down until their longer side has this many."""
+
+WHITE, INK, PALE = (255, 255, 255), (28, 28, 30), (110, 110, 115)
+MARGIN, GAP, LINE = 12, 10, 20
+LABEL, NOTE, TITLE = 15, 13, 17
+
+
+class Panel(NamedTuple):
+    """One picture of a strip, with what is written under it."""
+
+    image: Tensor
+    """1 3 H W or 3 H W in [-1, 1]; clamped."""
+    label: str
+    note: str = ""
+    """A second, paler line, such as its PSNR."""
+
+
+def strip(panels: Sequence[Panel], title: str = "") -> Image.Image:
+    """One row of labelled pictures. Nothing is cut: a panel is as wide as its picture or its writing."""
+    cells = [_cell(panel) for panel in panels]
+    top = MARGIN + (LINE + 6 if title else 0)
+    width = 2 * MARGIN + sum(cell.width for cell in cells) + GAP * (len(cells) - 1)
+    width = max(width, 2 * MARGIN + _text_width(title, TITLE))
+    canvas = Image.new("RGB", (width, top + max(cell.height for cell in cells) + MARGIN), WHITE)
+    ImageDraw.Draw(canvas).text((MARGIN, MARGIN - 2), title, INK, _font(TITLE))
+    left = MARGIN
+    for cell in cells:
+        canvas.paste(cell, (left, top))
+        left += cell.width + GAP
+    return canvas
+
+
+def sheet(strips: Sequence[Image.Image]) -> Image.Image:
+    """Strips below one another, left edges aligned."""
+    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), WHITE)
+    top = 0
+    for one in strips:
+        canvas.paste(one, (0, top))
+        top += one.height
+    return canvas
+
+
+def trajectory_strip(trajectory: Trajectory, size: tuple[int, int] | None = None, title: str = "") -> Image.Image:
+    """The states at the nodes of a trajectory of one image (`keep="nodes"`), as the paper's first figure.
+
+    Shown are a state's first three channels, clamped to [-1, 1]; `size` (height, width) crops the padding away.
+    """
+    panels = []
+    for state, time in zip(trajectory.states, trajectory.times, strict=True):
+        note = "seed state" if time == 0 else "image state" if time == 1 else ""
+        height, width = size or (state.shape[-2], state.shape[-1])
+        panels.append(Panel(state[:1, :3, :height, :width], f"t = {_number(time)}", note))
+    return strip(panels, title)
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> Image.Image:
+    """Named series of (x, y), all positive, in one double logarithmic plot."""
+    # The figure is made without pyplot, so that no window system is touched and nothing global is changed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=110, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    for name, (x, y) in series.items():
+        axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return Image.open(buffer).convert("RGB")
+
+
+def _cell(panel: Panel) -> Image.Image:
+    """A picture with its one or two lines of writing centred beneath."""
+    picture = _at_readable_size(Image.fromarray(to_pixels(panel.image)))
+    width = max(picture.width, _text_width(panel.label, LABEL), _text_width(panel.note, NOTE))
+    canvas = Image.new("RGB", (width, picture.height + 4 + 2 * LINE), WHITE)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    middle, top = width / 2, picture.height + 6
+    draw.text((middle, top), panel.label, INK, _font(LABEL), anchor="ma")
+    draw.text((middle, top + LINE), panel.note, PALE, _font(NOTE), anchor="ma")
+    return canvas
+
+
+def _at_readable_size(picture: Image.Image) -> Image.Image:
+    short, long = min(picture.size), max(picture.size)
+    if short < LEAST_SIDE and long <= GREATEST_SIDE:
+        times = -(-LEAST_SIDE // short)
+        return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    if long > GREATEST_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((GREATEST_SIDE, GREATEST_SIDE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _text_width(text: str, size: int) -> int:
+    return round(_font(size).getlength(text)) + 2
+
+
+def _number(time: float) -> str:
+    return f"{time:.3f}".rstrip("0").rstrip(".")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, which matplotlib carries along: Pillow's own font lacks signs such as arrows."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -1,0 +1,81 @@
+"""Training a RAC on a frozen teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .. import hub, runtime
+from ..coders.rac import RAC, RACConfig
+from ..data import DataConfig, open_stream
+from ..errors import RacError
+from ..fields import FieldConfig, TinyFieldConfig
+from ..latents import LatentSpec
+from ..objectives.rac import RACObjective
+from ..states import Spread
+from ..train import Fitted, TrainConfig, fit
+from ..train.tasks import RACTask
+
+
+@dataclass(frozen=True)
+class RACRecipe:
+    """A RAC on images and a teacher."""
+
+    teacher: str
+    """A shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
+    field: FieldConfig = dataclasses.field(default_factory=TinyFieldConfig)
+    state_channels: int = 4
+    spread: Spread = "shuffle"
+    contraction: Literal["inverse", "projector"] = "inverse"
+    steps: int = 4
+    """Steps the finished coder takes where none are asked for."""
+    start: str | None = None
+    """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
+    objective: RACObjective = dataclasses.field(default_factory=RACObjective)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self, directory: Path, *, resume: bool = False) -> Fitted:
+        """Train in `directory`; `directory`/coder holds the result. See `rac.train.fit`.
+
+        Raises `RacError` for sizes that do not fit the teacher's factor, and for a start of another shape.
+        """
+        teacher = hub.load(self.teacher)
+        factor = teacher.spec.factor
+        if self.data.size % factor:
+            raise RacError(f"size {self.data.size} must be a multiple of the teacher's factor {factor}")
+        device = runtime.pick_device(self.train.device)
+        stream = open_stream(
+            self.data,
+            self.train.rng_seed,
+            cache=directory.parent / f"{directory.name}.crops",
+            teacher=teacher.to(device),
+            teacher_name=self.teacher,
+            device=device,
+        )
+        torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
+        coder = self._coder(teacher.spec)
+        return fit(RACTask(coder, teacher, self.objective), stream, self.train, directory, recipe=self, resume=resume)
+
+    def _coder(self, spec: LatentSpec) -> RAC:
+        config = RACConfig(
+            spec=replace(spec, range=(-1.0, 1.0)),
+            field=self.field,
+            state_channels=self.state_channels,
+            spread=self.spread,
+            contraction=self.contraction,
+            teacher=self.teacher,
+            steps=self.steps,
+        )
+        if self.start is None:
+            return RAC(config)
+        start = hub.load(self.start)
+        if not isinstance(start, RAC):
+            raise RacError(f"start {self.start} is no RAC; give one that an earlier stage trained")
+        if replace(start.config, teacher=config.teacher, steps=config.steps) != config:
+            raise RacError(f"start {self.start} has another field, other states or other latents; give the ones it has")
+        return start.requires_grad_(True)

@@ -1,0 +1,152 @@
+"""Checkpoints: folders that appear whole or not at all, and hold all that a run carries on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..config import read_json
+from ..errors import RacError, WeightsError
+from ..files import explained, make_folder
+from .state import TrainState
+
+_KEPT = 2
+
+
+def save(state: TrainState, folder: Path) -> Path:
+    """Write `state` to `folder`/<iteration>/ and keep the last two such checkpoints. Raises `RacError` if refused."""
+    target = folder / f"{state.iteration:08d}"
+    tensors = {
+        "module": state.module.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": _optimizer_tensors(state),
+    }
+    with whole_folder(target) as temporary:
+        for name, group in tensors.items():
+            data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in group.items()})
+            (temporary / f"{name}.safetensors").write_bytes(data)
+        (temporary / "state.json").write_text(json.dumps({"iteration": state.iteration}))
+    earlier = [path for path in listed(folder) if path.name < target.name]
+    for path in set(listed(folder)) - {target, *earlier[-(_KEPT - 1) :]}:
+        shutil.rmtree(path)
+    return target
+
+
+def restore_newest(state: TrainState, folder: Path) -> None:
+    """Put the newest readable checkpoint of `folder` into `state`; leave `state` alone if there is none at all.
+
+    A damaged checkpoint is passed over with a warning. Raises `WeightsError` if all are damaged.
+    """
+    damage = ""
+    for path in reversed(listed(folder)):
+        try:
+            return restore(state, path)
+        except WeightsError as error:
+            damage = str(error)
+            warnings.warn(f"{damage}; trying the checkpoint before it", stacklevel=2)
+    if damage:
+        raise WeightsError(f"no checkpoint in {folder} can be read; the last one tried: {damage}; start a new run")
+
+
+def restore(state: TrainState, path: Path) -> None:
+    """Put the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
+    try:
+        iteration = int(read_json(path / "state.json")["iteration"])
+        module, ema, optimizer = (
+            safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("module", "ema", "optimizer")
+        )
+        _check_names(module, state.module.state_dict())
+        _check_names(ema, state.ema.state_dict())
+        moments = _optimizer_state(state, optimizer)
+    except (RacError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"checkpoint {path} is damaged or of another recipe ({error})") from None
+    state.module.load_state_dict(module)
+    state.ema.load_state_dict(ema)
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    state.iteration = iteration
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise.
+
+    An older `target` is replaced. Raises `RacError` where the system refuses (a full disk, no permission).
+    """
+    make_folder(target.parent)
+    # Fixed names: what a killed process left is cleared by the next one.
+    coming, going = target.with_name(".coming"), target.with_name(".going")
+    try:
+        with explained(target):
+            _clear(coming, going)
+            coming.mkdir()
+            yield coming
+            for path in coming.rglob("*"):
+                _sync(path)
+            _sync(coming)
+            if target.exists():
+                os.replace(target, going)
+            os.replace(coming, target)
+            _sync(target.parent)
+    finally:
+        _clear(coming, going)
+
+
+def _clear(*folders: Path) -> None:
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds `path`, so that a power cut cannot leave a name without its content."""
+    if path.is_dir() and os.name == "nt":  # Windows does not open folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    moments = state.optimizer.state_dict()["state"]
+    return {f"{index}.{key}": value for index, values in moments.items() for key, value in values.items()}
+
+
+def _optimizer_state(state: TrainState, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    parameters = state.optimizer.param_groups[0]["params"]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".")
+        parameter = parameters[int(index)]
+        if value.ndim and value.shape != parameter.shape:
+            raise ValueError(f"optimizer.{name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+        # Laid out like the parameter: another layout could take another path through the arithmetic.
+        kept = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+        moments.setdefault(int(index), {})[key] = kept.detach()
+    return moments
+
+
+def _check_names(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Ahead of `load_state_dict`, which would copy what fits before it complains about the rest."""
+    wrong = [name for name in expected.keys() | found.keys() if _shape(found, name) != _shape(expected, name)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit, among them {min(wrong)}")
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

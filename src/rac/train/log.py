@@ -1,0 +1,177 @@
+"""What a run tells: a progress line, log.jsonl, curves, and TensorBoard's events where it is installed."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..files import explained, write_bytes
+
+_PLAIN_SECONDS = 10.0
+
+
+class RunLog:
+    """Collects the values of every iteration, writes their means, and shows how far the run is.
+
+    Terminals get a live bar on stderr, everything else a plain line every ten seconds.
+    """
+
+    def __init__(self, directory: Path, start: int, iterations: int, batch: int, tensorboard: bool = True) -> None:
+        self._path = directory / "log.jsonl"
+        self._curves = directory / "losses.png"
+        # Lines written after the checkpoint that is resumed from would come twice.
+        self._records = [record for record in read_log(self._path) if start and record["iteration"] <= start]
+        write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+        self._batch, self._iterations = batch, iterations
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._before = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
+        self._began = self._since = self._printed = time.monotonic()
+        self._board = _tensorboard(directory, start) if tensorboard else None
+        self._bar = _bar() if Console(stderr=True).is_terminal else None
+        self._task = self._bar.add_task("", total=iterations, completed=start, values="") if self._bar else None
+
+    def __enter__(self) -> RunLog:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._board:
+            self._board.close()
+
+    def count(self, values: dict[str, float]) -> None:
+        """Take in the values of one iteration."""
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def write(self, iteration: int, learning_rate: float) -> None:
+        """Write the means since the last time, and show them."""
+        now = time.monotonic()
+        means = {name: total / self._count for name, total in self._sums.items()}
+        speed = self._count * self._batch / max(now - self._since, 1e-9)
+        seconds = self._before + now - self._began
+        so_far = {"iteration": iteration, "images": iteration * self._batch, "seconds": seconds}
+        self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, "train": means})
+        self._show(iteration, speed, means)
+        self._sums, self._count, self._since = {}, 0, now
+
+    def held_out(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Write figures of the held-out images."""
+        self._append({"iteration": iteration, "held_out": metrics})
+        self.say(f"iteration {iteration}, held out: {_listing(metrics)}")
+        self._since = time.monotonic()  # the gallery's time is not the training's
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    @property
+    def latest_held_out(self) -> dict[str, float]:
+        """The figures of the held-out images that were written last; empty if there are none."""
+        return next((record["held_out"] for record in reversed(self._records) if "held_out" in record), {})
+
+    def draw(self) -> None:
+        """Draw all curves into losses.png."""
+        write_bytes(self._curves, draw_curves(self._records))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        with explained(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board:
+            for kind in ("train", "held_out"):
+                for name, value in record.get(kind, {}).items():
+                    self._board.add_scalar(f"{kind}/{name}", value, record["iteration"])
+
+    def _show(self, iteration: int, speed: float, means: dict[str, float]) -> None:
+        if self._bar is not None and self._task is not None:
+            shown = f"{speed:.1f} img/s  {_listing(means)}"
+            self._bar.update(self._task, completed=iteration, values=shown)
+        elif time.monotonic() - self._printed > _PLAIN_SECONDS or iteration == self._iterations:
+            self._printed = time.monotonic()
+            left = (self._iterations - iteration) * self._batch / speed
+            self.say(f"{iteration}/{self._iterations}  {speed:.1f} img/s  {_clock(left)} left  {_listing(means)}")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl; a last line cut by a crash is left out. No file: no records."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_curves(records: Iterable[dict[str, Any]]) -> bytes:
+    """One small panel per named value, over iterations, as PNG; losses on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    for record in records:
+        for kind in ("train", "held_out"):
+            for name, value in record.get(kind, {}).items():
+                across, up = curves.setdefault((kind, name), ([], []))
+                across.append(record["iteration"])
+                up.append(value)
+    columns = min(4, max(1, len(curves)))
+    rows = max(1, -(-len(curves) // columns))
+    figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout="constrained")
+    for place, ((kind, name), (across, up)) in enumerate(curves.items(), 1):
+        panel = figure.add_subplot(rows, columns, place)
+        panel.plot(across, up, linewidth=1, marker="." if len(up) < 3 else "", color="C0" if kind == "train" else "C1")
+        panel.set_title(name if kind == "train" else f"{name}, held out", fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3)
+        if kind == "train" and min(up) > 0:
+            panel.set_yscale("log")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _bar() -> Progress:
+    return Progress(
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}", markup=False),
+        console=Console(stderr=True),
+    )
+
+
+def _tensorboard(directory: Path, start: int) -> Any | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+
+def _listing(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,104 @@
+"""What changes while training, and the one step that changes it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import runtime
+from ..data import Batch
+from ..draws import Draws
+from ..errors import RacError
+from .config import TrainConfig, ema_decay, learning_rate
+from .task import Task
+
+
+@dataclass
+class TrainState:
+    """Everything a run carries from one iteration to the next; all else is a function of the iteration's number."""
+
+    module: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.AdamW
+    iteration: int = 0
+    """Iterations done."""
+
+    @classmethod
+    def start(cls, task: Task, settings: TrainConfig, device: torch.device) -> TrainState:
+        """The state before the first iteration, with the task's modules moved to `device`."""
+        for part in task.frozen:
+            runtime.place(part, device, settings.channels_last).eval().requires_grad_(False)
+        module = runtime.place(task.module, device, settings.channels_last)
+        ema = copy.deepcopy(module).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
+        )
+        return cls(module, ema, optimizer)
+
+
+def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:
+    """One iteration on `batch`: gradients over all its parts, clip, optimiser, average.
+
+    Returns the mean unweighted terms, their weighted sum "loss" and the norm of the gradient "gradient". Raises
+    `RacError`, and leaves the weights as they were, if the loss or the gradient is not finite.
+    """
+    device = next(state.module.parameters()).device
+    batch = batch.to(device, runtime.memory_format(settings.channels_last))
+    # For modules that draw on their own, such as dropout.
+    torch.manual_seed(runtime.derived_seed(settings.rng_seed, "global", state.iteration))
+    state.module.train()
+    state.optimizer.zero_grad()
+    size = len(batch.images)
+    totals: dict[str, Tensor] = {}
+    for part in range(settings.accumulate):
+        rows = slice(size * part // settings.accumulate, size * (part + 1) // settings.accumulate)
+        share = (rows.stop - rows.start) / size
+        draws = Draws(
+            shared=runtime.generator(settings.rng_seed, "shared", state.iteration),
+            own=runtime.generator(settings.rng_seed, "own", state.iteration, device=device),
+            total=size,
+            first=rows.start,
+            count=rows.stop - rows.start,
+        )
+        with runtime.autocast(device, settings.bf16):
+            terms = task.terms(batch.rows(rows), draws, state.iteration)
+            loss = torch.stack([weight * terms[name].float() for name, weight in task.weights.items() if weight]).sum()
+        (share * loss).backward()
+        for name, term in {**terms, "loss": loss}.items():
+            totals[name] = totals.get(name, 0) + share * term.detach().float()
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    totals["gradient"] = nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf")).float()
+    # One transfer, and the only time the processor waits for the device.
+    values = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
+    _check_finite(values, state.iteration + 1)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(settings, state.iteration)
+    state.optimizer.step()
+    _average(state.ema, state.module, 1 - ema_decay(settings, state.iteration))
+    state.iteration += 1
+    return values
+
+
+@torch.no_grad()
+def _average(ema: nn.Module, module: nn.Module, weight: float) -> None:
+    for average, parameter in zip(ema.parameters(), module.parameters(), strict=True):
+        average.lerp_(parameter, weight)
+    for kept, buffer in zip(ema.buffers(), module.buffers(), strict=True):
+        kept.copy_(buffer)
+
+
+def _check_finite(values: dict[str, float], iteration: int) -> None:
+    if not all(map(math.isfinite, values.values())):
+        found = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        raise RacError(
+            f"training diverged at iteration {iteration}: {found}; earlier checkpoints are sound, but start anew "
+            "with a lower lr, a longer warmup, a lower clip, or without bf16"
+        )

@@ -1,0 +1,187 @@
+"""Every verb, once, on a tiny coder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import rac
+from rac.cli import VERBS
+from rac.flow import RK4
+
+
+def test_overview_and_version(run) -> None:  # type: ignore[no-untyped-def]
+    for arguments in ((), ("--help",)):
+        ran = run(*arguments)
+        assert ran.code == 0
+        assert all(verb in ran.out for verb in VERBS)
+    assert run("--version").out == f"rac {rac.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(run, verb: str) -> None:  # type: ignore[no-untyped-def]
+    ran = run(verb, "--help")
+    assert ran.code == 0
+    assert f"rac {verb}" in ran.out
+
+
+def test_wrong_option_is_a_usage_error(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("encode", "--no-such-option").code == 2
+
+
+def test_the_command_itself(tmp_path: Path) -> None:
+    """As a process, and without heavy imports for its help."""
+    code = "import sys; from rac.cli import main; main(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    for heavy in ("diffusers", "torchmetrics", "matplotlib", "skimage", "huggingface_hub", "tyro"):
+        assert f"'{heavy}'" not in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "rac", "encode", "missing.png"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("rac: error: missing.png does not exist")
+    assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ encode, decode
+
+
+def test_encode_and_decode(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    """The files hold what the library computes, and decoding crops back to the picture's size."""
+    options = ("--model", coder_dir, "--steps", 3, "--solver", "rk4", "--device", "cpu")
+    assert run("encode", photo, *options, "--out", tmp_path / "latents").code == 0
+    coder, image = rac.load(coder_dir), rac.read_image(photo)
+    with safe_open(tmp_path / "latents" / "photo.safetensors", framework="pt") as file:
+        latent, metadata = file.get_tensor("latent"), file.metadata()
+    assert torch.equal(latent, coder.encode(image, steps=3, solver=RK4()))
+    origin = json.loads(metadata["origin"])
+    assert (origin["height"], origin["width"], origin["steps"], origin["solver"]) == (18, 25, 3, "rk4")
+    assert (origin["spec"]["factor"], origin["spec"]["channels"]) == (4, 4)
+
+    assert run("decode", tmp_path / "latents", "--out", tmp_path / "images").code == 0
+    written = rac.read_image(tmp_path / "images" / "photo.png")
+    expected = coder.reconstruct(image, steps=3, solver=RK4()).clamp(-1, 1)
+    assert written.shape == image.shape
+    assert (written - expected).abs().max() <= 1.001 / 255
+
+
+def test_exact_prints_the_residual(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("encode", photo, "--model", coder_dir, "--exact", "--out", tmp_path)
+    assert ran.code == 0
+    assert "photo.png: largest residual" in ran.err
+    ran = run("encode", photo, "--model", coder_dir, "--exact", "--solver", "reversible-heun", "--out", tmp_path)
+    assert ran.code == 2
+
+
+def test_a_teacher_encodes_and_decodes_too(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    teacher = coder_dir.parent / "teacher"
+    assert run("encode", photo, "--model", teacher, "--out", tmp_path / "latents").code == 0
+    assert run("decode", tmp_path / "latents" / "photo.safetensors", "--out", tmp_path / "images").code == 0
+    assert rac.read_image(tmp_path / "images" / "photo.png").shape == (1, 3, 18, 25)
+    ran = run("decode", tmp_path / "latents", "--model", coder_dir, "--out", tmp_path / "by-rac")
+    assert ran.code == 0, ran
+    assert run("encode", photo, "--model", teacher, "--exact").code == 2
+
+
+# ------------------------------------------------------------------------------------------ reconstruct
+
+
+def test_reconstruct(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    ran = run("reconstruct", photo, "--model", coder_dir, "--steps", 1, 3, "--out", out)
+    assert ran.code == 0
+    assert not ran.err
+    assert sorted(os.listdir(out)) == ["photo-strip.png", "photo-trajectory.png", "results.csv"]
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [row["coder"] for row in rows] == [
+        *("teacher", "RAC, 1 step", "RAC, 3 steps"),
+        *("RAC, 1 step, from the teacher's latent", "RAC, 3 steps, from the teacher's latent"),
+    ]
+    assert [int(row["evaluations"]) for row in rows] == [2, 2, 6, 2, 4]
+    for row in rows:
+        assert row["coder"] in ran.out
+    coder, image = rac.load(coder_dir), rac.read_image(photo)
+    from rac.evaluate.metrics import psnr, ssim
+
+    made = coder.reconstruct(image, steps=3)
+    assert float(rows[2]["psnr"]) == pytest.approx(float(psnr(made, image)), abs=1e-4)
+    assert float(rows[2]["ssim"]) == pytest.approx(float(ssim(made, image)), abs=1e-4)
+    assert int(rows[2]["macs"]) == 3 * int(rows[1]["macs"])
+
+
+def test_reconstruct_a_folder(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "a.webp", "b.png"):
+        Image.open(photo).save(folder / name)
+    out = tmp_path / "out"
+    ran = run("reconstruct", folder, "--model", coder_dir, "--steps", 2, "--size", 16, "--out", out)
+    assert ran.code == 0
+    assert "mean of 3 images" in ran.out
+    assert sorted(path.name for path in out.glob("*-strip.png")) == [
+        "a.png-strip.png",
+        "a.webp-strip.png",
+        "b-strip.png",
+    ]
+
+
+def test_reconstruct_without_the_teacher(tmp_path: Path, photo: Path, run, make_rac) -> None:  # type: ignore[no-untyped-def]
+    rac.save(make_rac(teacher="no-such-teacher"), tmp_path / "coder")
+    ran = run("reconstruct", photo, "--model", tmp_path / "coder", "--steps", 1, "--out", tmp_path / "out")
+    assert ran.code == 0
+    assert "going on without the teacher" in ran.err
+    assert ran.err.count("\n") == 1
+    assert "teacher" not in ran.out
+
+
+def test_reconstruct_by_a_teacher(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("reconstruct", photo, "--model", coder_dir.parent / "teacher", "--out", tmp_path / "out")
+    assert ran.code == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["photo-strip.png", "results.csv"]
+
+
+# ------------------------------------------------------------------------------------------ models, demo, train
+
+
+def test_models(run) -> None:  # type: ignore[no-untyped-def]
+    ran = run("models")
+    assert ran.code == 0
+    for figure in ("34,163,592", "49,490,179", "311.09", "31.28", "62.27", "93.67", "1,369,988", "17.86", "40.84 %"):
+        assert figure in ran.out
+    for name in rac.available():
+        assert name in ran.out
+
+
+def test_demo(tmp_path: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("skimage", reason="scikit-image, whose photographs the demo shows, is not installed")
+    ran = run("demo", "--model", coder_dir, "--size", 32, "--out", tmp_path / "demo")
+    assert ran.code == 0, ran
+    for words in ("PSNR", "SSIM", "evaluations", "GMACs", "RAC, 8 steps", "report.html"):
+        assert words in ran.out
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 6
+    assert "http" not in page
+    for words in ("There and back", "Back to the latent", "Euler, fixed point", "reversible Heun"):
+        assert words in page
+    assert len(list((tmp_path / "demo").glob("strip-*.png"))) == 4
+
+
+def test_train_lists_and_explains_recipes(run) -> None:  # type: ignore[no-untyped-def]
+    from rac.recipes import RECIPES
+
+    listing = run("train").out
+    for name, (_, recipe) in RECIPES.items():
+        assert name in listing
+        ran = run("train", name, "--help")
+        assert ran.code == 0
+        for option in ("--out", "--resume", "--train.iterations", "--data.paths"):
+            assert option in ran.out, recipe

@@ -1,0 +1,31 @@
+"""A batch taken in parts trains as the whole batch does, noise included."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_toy import ToyStream, ToyTask, one_layer
+
+from rac.train import TrainConfig, fit, read_log
+
+WHOLE = TrainConfig(iterations=3, batch=6, device="cpu", clip=0.5, log_every=1, tensorboard=False)
+
+
+def trained(directory: Path, parts: int) -> tuple[nn.Module, list[dict]]:
+    task = ToyTask(one_layer().double())
+    fitted = fit(task, ToyStream(dtype=torch.float64), replace(WHOLE, accumulate=parts), directory)
+    return fitted.module, [record["train"] for record in read_log(directory / "log.jsonl") if "train" in record]
+
+
+@pytest.mark.parametrize("parts", [2, 4, 6])  # equal parts, unequal parts, single images
+def test_accumulation_equals_one_batch(tmp_path: Path, parts: int) -> None:
+    whole, whole_log = trained(tmp_path / "whole", 1)
+    split, split_log = trained(tmp_path / "split", parts)
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for a, b in zip(whole_log, split_log, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)

@@ -1,0 +1,81 @@
+"""A one-layer task and a synthetic stream to train it on; run as a script, a training that a test can kill."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rac.data import Batch
+from rac.draws import Draws
+from rac.runtime import generator
+from rac.storage import write_tensors
+from rac.train import TrainConfig, fit
+
+
+@dataclass
+class ToyStream:
+    """Images of smooth noise, each a function of its number."""
+
+    pause: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def batch(self, first: int, count: int) -> Batch:
+        time.sleep(self.pause)
+        return Batch(torch.cat([self._image(draw) for draw in range(first, first + count)]))
+
+    def held_out(self) -> Tensor:
+        return torch.cat([self._image(-1 - k) for k in range(2)])
+
+    def _image(self, draw: int) -> Tensor:
+        coarse = torch.rand(1, 3, 4, 4, generator=generator(3, "toy image", draw), dtype=torch.float64)
+        return F.interpolate(2 * coarse - 1, scale_factor=2, mode="bilinear").to(self.dtype)
+
+
+def one_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 3, 3, padding=1)
+
+
+@dataclass
+class ToyTask:
+    """Clean an image of noise: one term with noise of each image's own, one with a number the batch shares."""
+
+    module: nn.Module = field(default_factory=one_layer)
+    frozen: tuple[nn.Module, ...] = ()
+    weights: dict[str, float] = field(default_factory=lambda: {"clean": 1.0, "faint": 0.5, "unused": 0.0})
+
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        images = batch.images
+        clean = self.module(images + 0.3 * draws.normal(images))
+        strength = float(torch.rand((), generator=draws.shared))
+        faint = self.module(strength * images * draws.uniform(images).view(-1, 1, 1, 1))
+        return {"clean": F.mse_loss(clean, images), "faint": faint.square().mean(), "unused": clean.abs().mean()}
+
+    def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+        cleaned = module(images)
+        return cleaned[:1], {"psnr": float(10 * torch.log10(4 / F.mse_loss(cleaned, images)))}
+
+    def save(self, module: nn.Module, directory: Path) -> None:
+        write_tensors(directory / "model.safetensors", module.state_dict())
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """The newest checkpoint and the coder of a run, as bytes."""
+    newest = max((run / "checkpoints").iterdir())
+    files = [*newest.glob("*.safetensors"), run / "coder" / "model.safetensors"]
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+SLOW = TrainConfig(
+    iterations=300, batch=4, accumulate=2, checkpoint_minutes=0.002, device="cpu", threads=1, tensorboard=False
+)
+"""Long enough to be killed in the middle: a checkpoint about every tenth of a second."""
+
+if __name__ == "__main__":
+    fit(ToyTask(), ToyStream(pause=0.02), SLOW, Path(sys.argv[1]))

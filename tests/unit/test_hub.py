@@ -1,0 +1,200 @@
+"""Directories: written whole, read strictly, the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rac
+from rac.errors import RacError, WeightsError
+from rac.fields import LdmFieldConfig
+from rac.latents import LatentSpec
+
+
+@pytest.fixture
+def saved(make_rac, tmp_path):
+    coder = make_rac(lively=0.1, contraction="projector", teacher="a/teacher", spec=LatentSpec(4, 4, 0.5, mean=(0.1,) * 4))
+    rac.save(coder, tmp_path / "coder")
+    return coder, tmp_path / "coder"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"contraction": "projector"}, {"field": LdmFieldConfig(widths=(8, 8, 8), groups=4), "spread": "shuffle"}],
+    ids=["tiny", "projector", "ldm"],
+)
+def test_save_and_load_give_the_same_bits(make_rac, images, tmp_path, changes):
+    coder = make_rac(lively=0.1, **changes).eval().requires_grad_(False)  # attention rounds otherwise with gradients
+    rac.save(coder, tmp_path / "deep" / "coder")
+    again = rac.load(tmp_path / "deep" / "coder")
+    assert again.config == coder.config
+    for (name, one), (other, two) in zip(coder.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(one, two)
+    image = images(1, 8, 8)
+    assert torch.equal(again.encode(image), coder.encode(image))
+    assert torch.equal(again.reconstruct(image), coder.reconstruct(image))
+
+
+def test_loaded_coders_are_ready_and_frozen(saved):
+    again = rac.load(str(saved[1]))
+    assert again.teacher == "a/teacher"
+    assert again.spec == saved[0].spec
+    assert not again.training
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_directories_hold_plain_files_that_others_may_read(saved):
+    _, directory = saved
+    assert sorted(os.listdir(directory)) == ["config.json", "model.safetensors"]
+    for file in directory.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) & 0o400
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_half_precision_on_disk_is_float32_in_memory(saved, tmp_path):
+    coder, directory = saved
+    coder.save(tmp_path / "half", torch.float16)
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.7 * (directory / "model.safetensors").stat().st_size
+    again = rac.load(tmp_path / "half")
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, coder.state_dict()[name].half().float())
+
+
+def test_saving_replaces_and_leaves_other_files(saved, make_rac):
+    _, directory = saved
+    (directory / "CARD.md").write_text("a card")
+    other = make_rac(lively=0.2)
+    rac.save(other, directory)
+    assert sorted(os.listdir(directory)) == ["CARD.md", "config.json", "model.safetensors"]
+    assert torch.equal(next(iter(rac.load(directory).parameters())), next(iter(other.parameters())))
+
+
+def test_a_failed_save_leaves_the_old_coder_whole(saved, make_rac, monkeypatch):
+    coder, directory = saved
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WeightsError, match="disk is full"):
+        rac.save(make_rac(lively=0.3), directory)
+    monkeypatch.undo()
+    assert sorted(os.listdir(directory)) == ["config.json", "model.safetensors"]
+    assert torch.equal(next(iter(rac.load(directory).parameters())), next(iter(coder.parameters())))
+
+
+def test_saving_where_one_cannot(make_rac, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RacError, match="a file stands where a folder is needed"):
+        rac.save(make_rac(), tmp_path / "file")
+    with pytest.raises(RacError, match="not str"):
+        rac.save("coder", tmp_path / "x")
+
+
+# ------------------------------------------------------------------------------------- what cannot be loaded
+
+
+def edit(directory, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_weights_cut_in_half(saved):
+    file = saved[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(WeightsError, match=r"model.safetensors \(\d+ bytes\) is not a whole safetensors file"):
+        rac.load(saved[1])
+
+
+def test_no_weights_and_no_config(saved):
+    (saved[1] / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="holds no weights"):
+        rac.load(saved[1])
+    (saved[1] / "config.json").unlink()
+    with pytest.raises(WeightsError):
+        rac.load(saved[1])
+
+
+def test_weights_of_another_shape_and_another_configuration(saved):
+    file = saved[1] / "model.safetensors"
+    tensors = load_file(file)
+    name = "field.network.layers.0.weight"
+    save_file({**tensors, name: tensors[name][:, :5].contiguous()}, file)
+    with pytest.raises(WeightsError, match=rf"{name} has shape .* the configuration asks for"):
+        rac.load(saved[1])
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(WeightsError, match=rf"lacks tensor {name} \(1 missing"):
+        rac.load(saved[1])
+    save_file({**tensors, "more": torch.zeros(1)}, file)
+    with pytest.raises(WeightsError, match="unknown tensor more"):
+        rac.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda path: edit(path, version=99),
+        lambda path: edit(path, config=None),
+        lambda path: edit(path, config={}),
+        lambda path: edit(path, config={"spec": {"factor": 4, "channels": 4}, "field": {"kind": "unet"}}),
+        lambda path: (path / "config.json").write_text("{"),
+        lambda path: (path / "config.json").write_text("[]"),
+    ],
+    ids=["version", "null", "empty", "kind", "cut", "list"],
+)
+def test_a_broken_config_is_one_line(saved, break_it):
+    break_it(saved[1])
+    with pytest.raises(RacError, match=r"config\.json") as caught:
+        rac.load(saved[1])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_refused_with_the_near_ones(monkeypatch, tmp_path):
+    for name in ("rac-64", "klvae-64"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.setattr("rac.hub.SHIPPED", tmp_path)
+    assert rac.available() == ["klvae-64", "rac-64"]
+    with pytest.raises(WeightsError, match="did you mean rac-64"):
+        rac.load("rac-46")
+    with pytest.raises(WeightsError, match="shipped are klvae-64, rac-64"):
+        rac.load("zzzzzz")
+
+
+def test_shipped_names_load(monkeypatch, saved):
+    monkeypatch.setattr("rac.hub.SHIPPED", saved[1].parent)
+    assert rac.available() == ["coder"]
+    assert rac.load("coder").config == saved[0].config
+
+
+def test_a_file_that_is_no_coder(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"no coder")
+    with pytest.raises(WeightsError, match=r"photo\.png"):
+        rac.load(tmp_path / "photo.png")
+
+
+def test_the_hub_is_not_asked_offline():
+    """HF_HUB_OFFLINE is set for all tests: the error must be ours, and quick."""
+    with pytest.raises(WeightsError, match="nobody/nothing"):
+        rac.load("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", rac.available())
+def test_everything_shipped_loads_without_its_teacher(name):
+    coder = rac.load(name)
+    assert coder.spec.channels > 0
+    assert not coder.training

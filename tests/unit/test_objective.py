@@ -1,0 +1,320 @@
+"""RAC's terms: named, unweighted, cheap where not wanted, and what they are zero for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rac.draws import Draws
+from rac.errors import RacError
+from rac.flow import TimeGrid, integrate
+from rac.flow.memory import recomputed
+from rac.objectives.rac import (
+    NANO,
+    PAPER,
+    Coding,
+    RACObjective,
+    RACWeights,
+    path_error,
+    rac_terms,
+    velocity_error,
+)
+from rac.states import StateSpec, contract, expand, image_state
+
+EVERY = RACWeights(**dict.fromkeys(RACWeights.__dataclass_fields__, 1.0))
+UNROLLED = RACWeights(**{**EVERY.__dict__, "mean_velocity": 0.0})
+SPEC = StateSpec(4, 4, 4, "nearest")
+
+
+def draws(batch: int = 2, rng_seed: int = 0) -> Draws:
+    return Draws.whole(torch.Generator().manual_seed(rng_seed), batch)
+
+
+def latents(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 4, 2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def image(images):
+    return images(2, 8, 8).double()
+
+
+def perfect(seed: torch.Tensor, target: torch.Tensor):
+    """The field of straight lines between this very batch."""
+    return lambda state, time, interval=None: target - seed
+
+
+def teacher_of(image: torch.Tensor):
+    return lambda latent: image
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+
+def test_presets_keep_the_originals_term_lists():
+    """SPEC 1, the table of terms. The nano script has no separate pad term: it compares whole states."""
+    shared = {
+        "reconstruction": 1.0,
+        "path_decode": 0.1,
+        "path_encode": 0.1,
+        "latent": 1.0,
+        "state": 0.5,
+        "pixel": 1.0,
+        "round_trip": 1.0,
+        "round_trip_state": 1.0,
+    }
+    assert NANO.chosen() == shared
+    assert PAPER.chosen() == {**shared, "pad": 0.1}
+    objective = RACObjective()
+    assert objective.step_noise == 0.05
+    assert objective.random_grid
+    assert objective.steps == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+def test_all_terms_vanish_for_a_perfect_field(image):
+    seed, target = expand(latents(), SPEC), image_state(image, 4)
+    coding = Coding(perfect(seed, target), SPEC, lambda state: contract(state, SPEC), teacher_of(image))
+    terms = rac_terms(coding, image, latents(), RACObjective(EVERY, step_noise=0.0), draws())
+    assert list(terms) == list(EVERY.chosen())
+    for name, value in terms.items():
+        assert value.shape == (), name
+        assert float(value) < 1e-20, name
+
+
+def test_what_terms_measure_where_nothing_moves(image):
+    """With a zero field every flow ends where it began, so each term is a plain distance."""
+    latent = latents()
+    seed, target = expand(latent, SPEC), image_state(image, 4)
+    coding = Coding(lambda state, time: 0 * state, SPEC, lambda state: contract(state, SPEC), lambda latent: 0 * image)
+    objective = RACObjective(UNROLLED, steps=(2, 2), random_grid=False, step_noise=0.0)
+    terms = rac_terms(coding, image, latent, objective, draws())
+
+    def distance(one: torch.Tensor, two: torch.Tensor) -> float:
+        return float(((one - two) ** 2).mean())
+
+    found = contract(target, SPEC)
+    middle = (seed + target) / 2
+    expected = {
+        "reconstruction": distance(seed[:, :3], image),
+        "pad": distance(seed[:, 3:], torch.full((1,), 0.5)),
+        "path_decode": distance(seed, middle),
+        "path_encode": distance(target, middle),
+        "latent": distance(found, latent),
+        "state": distance(target, seed),
+        "pixel": float((image**2).mean()),
+        "round_trip": distance(expand(found, SPEC)[:, :3], image),
+        "round_trip_state": 0.0,
+        "velocity": distance(target, seed),
+    }
+    assert {name: float(value) for name, value in terms.items()} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("compare", ["image", "state"])
+def test_compare_chooses_the_channels(image, compare):
+    """Off by 1 in the pad channel alone: only the whole state notices."""
+    seed, target = expand(latents(), SPEC), image_state(image, 4)
+    wrong = target.clone()
+    wrong[:, 3] += 1
+    coding = Coding(perfect(seed, wrong), SPEC, lambda state: contract(state, SPEC), None)
+    objective = RACObjective(RACWeights(reconstruction=1, pad=1), step_noise=0.0, compare=compare)
+    terms = rac_terms(coding, image, latents(), objective, draws())
+    assert float(terms["reconstruction"]) == pytest.approx(0.25 if compare == "state" else 0, abs=1e-12)
+    assert float(terms["pad"]) == pytest.approx(1, abs=1e-12)
+
+
+def test_path_error_leaves_the_ends_out_and_knows_the_direction():
+    source, target = torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
+    grid = TimeGrid.of((0, 0.25, 0.5, 1))
+    there = integrate(lambda state, time: target - source, source, grid, keep="nodes")
+    assert float(path_error(there, source, target)) < 1e-12
+    back = integrate(lambda state, time: target - source, target, grid.reversed(), keep="nodes")
+    assert float(path_error(back, source, target)) < 1e-12
+    still = integrate(lambda state, time: 0 * state, source, grid, keep="nodes")
+    assert float(path_error(still, source, target)) == pytest.approx((0.25**2 + 0.5**2) / 2)
+    one = integrate(lambda state, time: 0 * state, source, TimeGrid.uniform(1), keep="nodes")
+    assert float(path_error(one, source, target)) == 0
+
+
+def test_velocity_error_looks_at_the_line_at_that_time():
+    source, target = torch.zeros(3, 3, 2, 2).double(), torch.ones(3, 3, 2, 2).double()
+    time = torch.tensor([0.1, 0.5, 0.8]).double()
+    # A field that gives back its state is off by 1 - t there.
+    error = velocity_error(lambda state, t: state, source, target, time)
+    assert float(error) == pytest.approx(float(((1 - time) ** 2).mean()))
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+@pytest.mark.parametrize(
+    ("weights", "evaluations"),
+    [
+        ({"reconstruction": 1}, 3),
+        ({"reconstruction": 1, "pad": 1, "path_decode": 1}, 3),
+        ({"latent": 1, "state": 1, "path_encode": 1}, 3),
+        ({"pixel": 1}, 3),
+        ({"round_trip": 1}, 6),
+        ({"round_trip_state": 1}, 6),
+        ({"velocity": 1}, 1),
+        ({name: 1 for name in NANO.chosen()}, 12),
+    ],
+    ids=str,
+)
+def test_a_term_of_weight_0_costs_nothing(image, weights, evaluations):
+    asked = 0
+
+    def field(state, time):
+        nonlocal asked
+        asked += 1
+        return 0 * state
+
+    coding = Coding(field, SPEC, lambda state: contract(state, SPEC), teacher_of(image))
+    objective = RACObjective(RACWeights(**weights), steps=(3, 3))
+    terms = rac_terms(coding, image, latents(), objective, draws())
+    assert asked == evaluations
+    assert set(terms) == set(weights)
+
+
+def test_steps_lie_between_the_bounds(image):
+    seen = set()
+    for rng_seed in range(40):
+        asked = []
+        coding = Coding(lambda state, time: asked.append(time) or 0 * state, SPEC, lambda s: contract(s, SPEC), None)  # noqa: B023
+        objective = RACObjective(RACWeights(reconstruction=1), steps=(2, 4))
+        rac_terms(coding, image, latents(), objective, draws(rng_seed=rng_seed))
+        seen.add(len(asked))
+    assert seen == {2, 3, 4}
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+
+
+def test_same_draws_same_terms_and_other_draws_others(make_rac, image):
+    coder = make_rac(lively=0.05, dtype=torch.float64)
+    coding = Coding(coder.field, coder.states, coder.contract, None)
+    objective = RACObjective(RACWeights(reconstruction=1))
+
+    def value(rng_seed: int, **changes: object) -> float:
+        made = RACObjective(**{**objective.__dict__, **changes})
+        return float(rac_terms(coding, image, latents(), made, draws(rng_seed=rng_seed))["reconstruction"].detach())
+
+    assert value(0) == value(0) != value(1)
+    assert value(0, step_noise=0.0) != value(1, step_noise=0.0), "grids differ"
+    assert value(0, random_grid=False) != value(1, random_grid=False), "noise differs"
+    quiet = {"random_grid": False, "step_noise": 0.0}
+    assert value(0, **quiet) == value(1, **quiet)
+
+
+def test_step_noise_is_relative_to_each_images_own_deviation(image):
+    """Image 1 is ten times image 0: so is its noise. The first noise meets the unperturbed seed state."""
+    latent = latents()
+    latent[1] = 10 * latent[0]
+    asked = []
+    spec = StateSpec(4, 4, 4, "nearest")
+    coding = Coding(lambda state, time: asked.append(state) or 0 * state, spec, lambda s: contract(s, spec), None)
+    objective = RACObjective(RACWeights(reconstruction=1), step_noise=0.05, random_grid=False)
+    repeated, seeds = 200, expand(latent, spec)
+    for rng_seed in range(repeated):
+        rac_terms(coding, image, latent, objective, draws(rng_seed=rng_seed))
+    noise = torch.stack([asked[4 * i] - seeds for i in range(repeated)])
+    own = seeds.flatten(1).std(dim=1)
+    measured = noise.transpose(0, 1).flatten(1).std(dim=1)
+    assert (measured / own).tolist() == pytest.approx([0.05, 0.05], rel=0.05)
+    assert float(own[1] / own[0]) == pytest.approx(10, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def nano_like(make_rac) -> tuple[nn.Module, nn.Module, Coding]:
+    coder = make_rac(lively=0.05, dtype=torch.float64, contraction="projector")
+    teacher = nn.Sequential(nn.Upsample(scale_factor=4), nn.Conv2d(4, 3, 1)).double().requires_grad_(False)
+    return coder, teacher, Coding(coder.field, coder.states, coder.contract, teacher)
+
+
+def test_frozen_parts_get_no_gradient_and_pass_it_on(make_rac, image):
+    coder, teacher, coding = nano_like(make_rac)
+    latent = latents()
+    terms = rac_terms(coding, image, latent, RACObjective(RACWeights(pixel=1)), draws())
+    terms["pixel"].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not latent.requires_grad
+    assert not image.requires_grad
+    for part in (coder.field, coder.projector):
+        assert any(bool(parameter.grad.abs().sum() > 0) for parameter in part.parameters())
+
+
+def test_recomputing_changes_neither_terms_nor_gradients(make_rac, image):
+    coder, _, coding = nano_like(make_rac)
+
+    def run(recompute: bool) -> tuple[dict, tuple]:
+        objective = RACObjective(UNROLLED, recompute=recompute)
+        terms = rac_terms(coding, image, latents(), objective, draws())
+        return terms, torch.autograd.grad(sum(terms.values()), list(coder.parameters()))
+
+    (plain, gradients), (again, others) = run(False), run(True)
+    for name, value in plain.items():
+        assert torch.equal(value, again[name]), name
+    for one, two in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+def test_a_recomputed_field_stores_its_input_alone(make_rac):
+    field = make_rac(lively=0.05).field
+
+    def stored(asked) -> int:
+        sizes: dict[int, int] = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in field.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept = asked(state, time)  # noqa: F841 - alive, so that no address is used twice
+        return sum(sizes.values())
+
+    state, time = torch.randn(1, 4, 32, 32), torch.zeros(1)
+    assert stored(recomputed(field)) <= 4 * (state.numel() + 2)
+    assert stored(field) > 10 * 4 * state.numel()
+
+
+def test_gradients_flow_through_all_steps(image):
+    """d(end)/d(scale) of s' = scale s over two equal steps is 2 (1 + scale / 2) / 2 s: no step is detached."""
+    scale = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    coding = Coding(lambda state, time: scale * state, SPEC, lambda s: contract(s, SPEC), None)
+    objective = RACObjective(RACWeights(reconstruction=1), steps=(2, 2), random_grid=False, step_noise=0.0)
+    rac_terms(coding, image, latents(), objective, draws())["reconstruction"].backward()
+    seed = expand(latents(), SPEC)[:, :3]
+    growth = (1 + scale.detach() / 2) ** 2
+    expected = (2 * (growth * seed - image) * (1 + scale.detach() / 2) * seed).mean()
+    torch.testing.assert_close(scale.grad, expected)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_the_pixel_term_needs_a_teacher(image):
+    coding = Coding(lambda state, time: 0 * state, SPEC, lambda s: contract(s, SPEC), None)
+    with pytest.raises(RacError, match="teacher"):
+        rac_terms(coding, image, latents(), RACObjective(NANO), draws())
+
+
+@pytest.mark.parametrize("steps", [(0, 4), (5, 4), (-1, -1)])
+def test_wrong_steps(steps):
+    with pytest.raises(RacError, match="fewest"):
+        RACObjective(steps=steps)
+
+
+def test_nan_is_not_hidden(image):
+    coding = Coding(lambda state, time: math.nan * state, SPEC, lambda s: contract(s, SPEC), teacher_of(image))
+    terms = rac_terms(coding, image, latents(), RACObjective(NANO), draws())
+    assert not any(math.isfinite(float(value)) for name, value in terms.items() if name != "pixel")

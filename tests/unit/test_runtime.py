@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rac import runtime
+from rac.errors import RacError
+
+
+def test_auto_finds_a_device_and_cpu_is_always_there() -> None:
+    assert runtime.pick_device().type in {"cpu", "cuda", "mps"}
+    assert runtime.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(RacError, match=f"device '{name}' is (unknown|not available)"):
+        runtime.pick_device(name)
+
+
+def test_generators_are_told_apart_by_every_part_of_their_name() -> None:
+    names = [(0,), (1,), (0, 0), (0, 1), (0, "crop", 1), (0, "crop", 11), (0, "crop", 1, 1), (-1,)]
+    numbers = [torch.rand((), generator=runtime.generator(*name)).item() for name in names]
+    assert len(set(numbers)) == len(names)
+    assert numbers == [torch.rand((), generator=runtime.generator(*name)).item() for name in names]
+
+
+def test_derived_seeds_never_change() -> None:
+    # A run started with one version of the library is resumed with the next.
+    assert runtime.derived_seed(0, "crop", 17) == 2185686900259196363
+
+
+def test_bf16_is_a_choice() -> None:
+    layer, images = nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2)
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        with runtime.autocast(torch.device("cpu"), bf16):
+            assert layer(images).dtype == dtype
+
+
+def test_layout_is_a_choice() -> None:
+    layer = runtime.place(nn.Conv2d(8, 8, 3), torch.device("cpu"), channels_last=True)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    runtime.place(layer, torch.device("cpu"))
+    assert layer.weight.is_contiguous()
+
+
+def test_threads() -> None:
+    before = torch.get_num_threads()
+    runtime.set_threads(0)
+    assert torch.get_num_threads() == before
+    with pytest.raises(RacError, match="threads -1"):
+        runtime.set_threads(-1)

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Setting:
 
 
 def naive_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
-    """The original's loss as one would write it down: every activation of every evaluation waits for the backward pass."""
+    """The original's loss as one would write it down: all activations of all evaluations wait for the backward pass."""
     coder, draws, image = setting.coder, setting.draws(), setting.image
 
     def flow(state: Tensor, backwards: bool = False) -> tuple[list[Tensor], list[float]]:
@@ -117,7 +118,7 @@ def naive_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
         nodes = list(TimeGrid.random(steps, draws.shared).nodes)
         nodes = nodes[::-1] if backwards else nodes
         states = [state]
-        for start, end in zip(nodes[:-1], nodes[1:], strict=True):
+        for start, end in pairwise(nodes):
             deviation = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
             state = state + draws.normal(state) * (0.05 * deviation)
             state = state + field(state, state.new_full((len(state),), start)) * (end - start)
@@ -216,7 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=32, help="side of the images, a multiple of 8")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16], help="K, the steps of each of the four flows")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1, 4, 16], help="K, the steps of each of the four flows"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

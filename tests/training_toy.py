@@ -73,9 +73,9 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 SLOW = TrainConfig(
-    iterations=300, batch=4, accumulate=2, checkpoint_minutes=0.002, device="cpu", threads=1, tensorboard=False
+    iterations=200, batch=4, accumulate=2, checkpoint_minutes=0.002, device="cpu", threads=1, tensorboard=False
 )
 """Long enough to be killed in the middle: a checkpoint about every tenth of a second."""
 
 if __name__ == "__main__":
-    fit(ToyTask(), ToyStream(pause=0.02), SLOW, Path(sys.argv[1]))
+    fit(ToyTask(), ToyStream(pause=0.03), SLOW, Path(sys.argv[1]))

@@ -20,6 +20,9 @@ VERBS = {
     "encode": "images to latents",
     "decode": "latents to images",
     "train": "train a coder: rac train RECIPE --out FOLDER",
+    "evaluate": "judge a coder on images under a named protocol",
+    "compare": "several coders side by side: quality, cost, speed, and pictures of where they differ",
+    "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
 }

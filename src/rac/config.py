@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -51,10 +52,19 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(_converter.unstructure(config)))
 
 
+def spelled(data: Any) -> Any:
+    """`to_json`'s form with "inf" and "nan" for the numbers that JSON lacks; `from_json` reads them."""
+    if isinstance(data, dict):
+        return {key: spelled(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [spelled(value) for value in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def from_json(cls: type[T], data: Any, source: str = "config") -> T:
     """Build `cls` from `to_json`'s form. Raises `RacError` naming `source` and every key that does not fit."""
     if not isinstance(data, dict):
-        raise RacError(f"{source} does not fit: expected the settings of a {cls.__name__} by name, not {data!r}")
+        raise RacError(f"{source} does not fit: expected the settings of a {cls.__name__}, not {data!r}")
     try:
         return _converter.structure(data, cls)
     except cattrs.BaseValidationError as error:

@@ -10,9 +10,15 @@ import torch
 from torch import nn
 from training_toy import ToyStream, ToyTask, one_layer
 
-from rac.train import TrainConfig, fit, read_log
+from rac.train import TrainConfig, fit, log, read_log
 
 WHOLE = TrainConfig(iterations=3, batch=6, device="cpu", clip=0.5, log_every=1, tensorboard=False)
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the training here, and is no part of this law."""
+    monkeypatch.setattr(log, "draw_curves", lambda records: b"")
 
 
 def trained(directory: Path, parts: int) -> tuple[nn.Module, list[dict]]:

@@ -38,7 +38,9 @@ def test_field(coder):
         same(together[i], coder.field(state[i : i + 1], time[i : i + 1])[0])
 
 
-@pytest.mark.filterwarnings("ignore::rac.ConvergenceWarning")  # what does not converge must not depend on company either
+@pytest.mark.filterwarnings(
+    "ignore::rac.ConvergenceWarning"
+)  # what does not converge must not depend on company either
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_encode_and_decode(coder, solver, images):
     batch = images(3, 8, 12).double()
@@ -76,7 +78,12 @@ def draw_all(draws: Draws, like: torch.Tensor) -> tuple[list[torch.Tensor], list
     return own, [draws.integer(1, 8) for _ in range(5)]
 
 
-@given(total=st.integers(1, 9), cut=st.integers(0, 9), rng_seed=st.integers(0, 2**31), dtype=st.sampled_from((torch.float32, torch.float64)))
+@given(
+    total=st.integers(1, 9),
+    cut=st.integers(0, 9),
+    rng_seed=st.integers(0, 2**31),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)
 def test_cut_draws_equal_whole_ones(total, cut, rng_seed, dtype):
     def generators():
         return torch.Generator().manual_seed(rng_seed), torch.Generator().manual_seed(rng_seed + 1)

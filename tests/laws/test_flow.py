@@ -46,7 +46,9 @@ def stretched(steps: int) -> TimeGrid:
     return TimeGrid.of([(k / steps + 0.3 * (k / steps) ** 2) / 1.3 for k in range(steps + 1)])
 
 
-rising_grids = st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True).map(lambda nodes: TimeGrid.of(sorted(nodes)))
+rising_grids = st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True).map(
+    lambda nodes: TimeGrid.of(sorted(nodes))
+)
 
 
 # ------------------------------------------------------------------------------------------------ solvers

@@ -55,7 +55,7 @@ SLOW = {
 """Never imported by a module on its way in; only by the function that needs it."""
 NETWORKS = {"diffusers", "transformers"}
 NETWORK_ROOMS = {"coders", "fields", "generators"}
-"""Where foreign networks may be used at all. evaluate/cost.py counts diffusers' own decoders for the reference table."""
+"""Where foreign networks may be used at all. evaluate/cost.py counts diffusers' own decoders for its table."""
 
 
 class Import(NamedTuple):

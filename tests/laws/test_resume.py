@@ -11,18 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_toy
 from torch import nn
 from training_toy import SLOW, ToyStream, ToyTask, contents
 
-import training_toy
 from rac.data import Batch
 from rac.errors import RacError, WeightsError
-from rac.train import TrainConfig, fit, read_log
+from rac.train import TrainConfig, fit, log, read_log
 
 PLAIN = TrainConfig(iterations=4, batch=4, device="cpu", tensorboard=False)
 HARD = replace(
     PLAIN, accumulate=3, schedule="cosine", warmup=2, weight_decay=0.1, bf16=True, channels_last=True, log_every=1
 )
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the training here, and is no part of this law."""
+    monkeypatch.setattr(log, "draw_curves", lambda records: b"")
 
 
 def deep() -> nn.Module:
@@ -102,7 +108,10 @@ def test_a_checkpoint_cut_in_half_gives_way_to_the_one_before(tmp_path: Path, na
 
     for path in (run / "checkpoints").glob(f"*/{name}.safetensors"):
         cut(path)
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(WeightsError, match="no checkpoint in .* can be read"):
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(WeightsError, match="no checkpoint in"),
+    ):
         fit(ToyTask(), ToyStream(), PLAIN, run, resume=True)
 
 
@@ -118,8 +127,8 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_the_log_of_a_broken_run_tells_every_iteration_once(tmp_path: Path) -> None:
     run, settings = tmp_path / "run", replace(PLAIN, log_every=1)
     fit(ToyTask(), ToyStream(), settings, run, stop_at=2)
-    with open(run / "log.jsonl", "a") as log:
-        log.write('{"iteration": 3, "train": {"loss": 1.0}}\n')  # from beyond the checkpoint, where the run was killed
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"iteration": 3, "train": {"loss": 1.0}}\n')  # from beyond the checkpoint, where the run was killed
     fit(ToyTask(), ToyStream(), settings, run, resume=True)
     assert [record["iteration"] for record in read_log(run / "log.jsonl") if "train" in record] == [1, 2, 3, 4]
     assert [record["iteration"] for record in read_log(run / "log.jsonl") if "held_out" in record] == [0, 4]

@@ -123,6 +123,19 @@ def test_no_convergence_is_reported_with_its_residual(steep_field):
     assert back.residuals[0] <= largest(integrate(steep_field, first.end, TimeGrid.uniform(1)).end - there.end)
 
 
+@pytest.mark.filterwarnings("ignore::rac.ConvergenceWarning")
+def test_where_it_does_not_converge_the_best_guess_is_kept(steep_field):
+    there = integrate(steep_field, states(), TimeGrid.uniform(1)).end
+    left = []
+    for iterations in range(1, 16):
+        back = integrate(steep_field, there, TimeGrid.uniform(1).reversed(), FixedPoint(iterations=iterations))
+        again = integrate(steep_field, back.end, TimeGrid.uniform(1)).end
+        left.append((again - there).abs().flatten(1).amax(1))
+    falls = torch.stack(left).diff(dim=0)
+    assert bool((falls <= 0).all()), "an iteration more made an image's answer worse"
+    assert bool((falls < 0).any())
+
+
 def test_more_steps_are_the_mend(steep_field):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

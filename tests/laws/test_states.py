@@ -41,6 +41,15 @@ def test_contract_undoes_expand_exactly(
     assert torch.equal(again, latent)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("factor", [3, 5, 7, 8])
+def test_the_block_mean_of_equal_numbers_is_that_number(factor, dtype):
+    """Adding up f^2 floats rounds, though rarely enough to slip through a small test."""
+    latent = torch.randn(1, 1, 150, 150, generator=torch.Generator().manual_seed(0)).to(dtype) / 3
+    spec = StateSpec(factor, 1, 3, "nearest")
+    assert torch.equal(contract(expand(latent, spec), spec), latent)
+
+
 @given(
     spread=st.sampled_from(SPREADS),
     factor=st.integers(1, 6),

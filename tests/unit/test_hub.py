@@ -18,7 +18,9 @@ from rac.latents import LatentSpec
 
 @pytest.fixture
 def saved(make_rac, tmp_path):
-    coder = make_rac(lively=0.1, contraction="projector", teacher="a/teacher", spec=LatentSpec(4, 4, 0.5, mean=(0.1,) * 4))
+    coder = make_rac(
+        lively=0.1, contraction="projector", teacher="a/teacher", spec=LatentSpec(4, 4, 0.5, mean=(0.1,) * 4)
+    )
     rac.save(coder, tmp_path / "coder")
     return coder, tmp_path / "coder"
 
@@ -67,7 +69,9 @@ def current_umask() -> int:
 def test_half_precision_on_disk_is_float32_in_memory(saved, tmp_path):
     coder, directory = saved
     coder.save(tmp_path / "half", torch.float16)
-    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.7 * (directory / "model.safetensors").stat().st_size
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.7 * (
+        directory / "model.safetensors"
+    ).stat().st_size
     again = rac.load(tmp_path / "half")
     for name, tensor in again.state_dict().items():
         assert tensor.dtype == torch.float32

@@ -162,7 +162,7 @@ def test_velocity_error_looks_at_the_line_at_that_time():
         ({"round_trip": 1}, 6),
         ({"round_trip_state": 1}, 6),
         ({"velocity": 1}, 1),
-        ({name: 1 for name in NANO.chosen()}, 12),
+        (dict.fromkeys(NANO.chosen(), 1), 12),
     ],
     ids=str,
 )

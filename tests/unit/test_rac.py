@@ -141,7 +141,10 @@ def test_what_it_says_of_itself():
         ({"spec": LatentSpec(8, 4)}, "not the teacher's 8"),
         ({"state_channels": 2}, "state_channels 2"),
         ({"field": LdmFieldConfig(widths=(8, 8), groups=8)}, "not 4"),
-        ({"contraction": "projector", "spec": LatentSpec(1, 4), "field": TinyFieldConfig(widths=(8,), blocks=(1,))}, "not 1"),
+        (
+            {"contraction": "projector", "spec": LatentSpec(1, 4), "field": TinyFieldConfig(widths=(8,), blocks=(1,))},
+            "not 1",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(make_rac, changes, said):

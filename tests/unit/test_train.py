@@ -17,11 +17,18 @@ from rac.data import Batch
 from rac.draws import Draws
 from rac.errors import RacError
 from rac.images import read_image
-from rac.train import TrainConfig, fit, read_log
+from rac.train import TrainConfig, fit, log, read_log
 from rac.train.checkpoint import whole_folder
 from rac.train.config import ema_decay, learning_rate
 
 SHORT = TrainConfig(iterations=4, batch=4, device="cpu", log_every=2, gallery_every=2, tensorboard=False)
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the training here; one test looks at it."""
+    if request.function is not test_training_lowers_the_loss_and_shows_it:
+        monkeypatch.setattr(log, "draw_curves", lambda records: b"")
 
 
 def test_training_lowers_the_loss_and_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +106,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with whole_folder(target) as temporary:
         (temporary / "file").write_text("first")
     with pytest.raises(ZeroDivisionError), whole_folder(target) as temporary:
-        (temporary / "file").write_text("half")
-        raise ZeroDivisionError
+        (temporary / "file").write_text(str(1 / 0))
     assert (target / "file").read_text() == "first"
     with whole_folder(target) as temporary:
         (temporary / "other").write_text("second")
@@ -137,6 +143,20 @@ def test_the_average_follows_the_definition(tmp_path: Path) -> None:
         decay = ema_decay(SHORT, k)
         average = decay * average + (1 - decay) * weight
     np.testing.assert_allclose(fitted.module.weight.numpy(), average, rtol=1e-5, atol=1e-7)
+
+
+def test_every_iteration_has_draws_of_its_own(tmp_path: Path) -> None:
+    seen: list[tuple[float, ...]] = []
+
+    class Watched(ToyTask):
+        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+            assert iteration == len(seen)
+            shared = torch.rand((), generator=draws.shared)
+            seen.append((*draws.normal(batch.images).flatten()[:2].tolist(), float(shared)))
+            return super().terms(batch, draws, iteration)
+
+    fit(Watched(), ToyStream(), SHORT, tmp_path / "run")
+    assert all(len(set(numbers)) == SHORT.iterations for numbers in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,22 @@
-"""What the verbs share: naming solvers, loading coders, going through a folder, printing."""
+"""What the verbs share: loading coders, going through a folder, printing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
-from torch import nn
 
 from .. import hub
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
 from ..evaluate.report import Table
-from ..flow import RK4, Euler, Heun, Midpoint, ReversibleHeun, Solver
 from ..runtime import pick_device
 
 DEFAULT_CODER = "rac-64"
@@ -26,32 +24,22 @@ DEFAULT_CODER = "rac-64"
 
 T = TypeVar("T")
 
-SolverName = Literal["euler", "midpoint", "heun", "rk4", "reversible-heun"]
 
-SOLVERS: dict[SolverName, Solver] = {
-    "euler": Euler(),
-    "midpoint": Midpoint(),
-    "heun": Heun(),
-    "rk4": RK4(),
-    "reversible-heun": ReversibleHeun(),
-}
-
-
-def load_coder(name: str, device: str) -> RAC | Coder:
+def load_coder(name: str, device: str) -> Coder:
     """The coder called `name`, on the device called `device`. Raises `RacError`."""
     coder = hub.load(name)
-    cast(nn.Module, coder).to(pick_device(device))
+    coder.to(pick_device(device))
     return coder
 
 
-def need_rac(coder: RAC | Coder, name: str) -> RAC:
+def need_rac(coder: Coder, name: str) -> RAC:
     """`coder`, if it is a RAC; otherwise raise `RacError`: it has no steps."""
     if not isinstance(coder, RAC):
         raise RacError(f"{name} is a {type(coder).__name__}, which has no flow; give a RAC, such as {DEFAULT_CODER}")
     return coder
 
 
-def load_teacher(coder: RAC | Coder, device: str) -> Coder | None:
+def load_teacher(coder: Coder, device: str) -> Coder | None:
     """The teacher `coder` names, or None, with a word on stderr, where there is none to be had."""
     if not isinstance(coder, RAC) or coder.teacher is None:
         return None
@@ -87,16 +75,30 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
 
 def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, None]:
     """Give the items one by one, showing on a terminal's stderr which one is in hand and how many are left."""
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with _bar() as bar:
         task = bar.add_task("", total=len(items))
         for item in items:
             bar.update(task, description=name(item))
             yield item
             bar.advance(task)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Gives a function to be told (done, of all; None: unknown), shown on a terminal's stderr as `what`."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=None)
+
+        def told(done: int, total: int | None = None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield told
+
+
+def _bar() -> Progress:
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def stems(files: Sequence[Path]) -> dict[Path, str]:

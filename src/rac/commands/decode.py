@@ -13,11 +13,12 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
+from ..evaluate.protocol import SOLVERS, SolverName
 from ..files import make_folder
 from ..flow.grid import check_steps
 from ..images import crop, write_image
 from ..runtime import pick_device
-from .common import SOLVERS, SolverName, for_each, load_coder
+from .common import for_each, load_coder
 from .latent_files import LatentFile
 
 
@@ -44,7 +45,7 @@ class Command:
             check_steps(self.steps)
         files = _latent_files(self.path)
         make_folder(self.out)
-        coders: dict[str, RAC | Coder] = {}
+        coders: dict[str, Coder] = {}
 
         def work(file: Path) -> None:
             held = LatentFile.read(file)
@@ -57,7 +58,7 @@ class Command:
         return for_each(files, work, batch=self.path.is_dir())
 
     @torch.no_grad()
-    def _decode(self, coder: RAC | Coder, held: LatentFile, name: str) -> Tensor:
+    def _decode(self, coder: Coder, held: LatentFile, name: str) -> Tensor:
         ours, its = coder.spec, held.spec
         if ours != its:
             differ = "has other statistics"

@@ -13,12 +13,13 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
+from ..evaluate.protocol import SOLVERS, SolverName
 from ..files import make_folder
 from ..flow import FixedPoint
 from ..flow.grid import check_steps
 from ..images import image_files, read_image
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, SOLVERS, SolverName, for_each, load_coder, need_rac, stems, tell
+from .common import DEFAULT_CODER, for_each, load_coder, need_rac, stems, tell
 from .latent_files import LatentFile
 
 
@@ -70,7 +71,7 @@ class Command:
         return for_each(files, work, batch=self.path.is_dir())
 
     @torch.no_grad()
-    def _encode(self, coder: RAC | Coder, image: Tensor, file: Path) -> LatentFile:
+    def _encode(self, coder: Coder, image: Tensor, file: Path) -> LatentFile:
         size = (image.shape[-2], image.shape[-1])
         if not isinstance(coder, RAC):
             return LatentFile(coder.encode(image), coder.spec, size, self.model)

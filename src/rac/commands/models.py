@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
-
-from torch import nn
 
 from .. import hub
 from ..coders.rac import RAC
-from ..evaluate.cost import CostRow, count, parameters, reference_rows
+from ..evaluate.cost import count, parameters, reference_rows
 from ..evaluate.report import Table
 from .common import show
+from .cost import cost_table
 
 
 @dataclass(frozen=True)
@@ -39,23 +37,6 @@ def shipped_table() -> Table:
         if isinstance(coder, RAC):
             cost = count(coder.field, (1, coder.config.state_channels, 256, 256), (1,))
             gmacs, teacher = f"{cost.gmacs:.2f}", coder.teacher or ""
-        size = f"{parameters(cast(nn.Module, coder)):,}"
+        size = f"{parameters(coder):,}"
         rows.append((name, type(coder).__name__, f"f{spec.factor}d{spec.channels}", size, gmacs, teacher))
     return Table(("name", "kind", "latent", "parameters", "GMACs per evaluation", "teacher"), tuple(rows))
-
-
-def cost_table(rows: list[CostRow]) -> Table:
-    """The rows as text, MACs with and without the products of attention."""
-    return Table(
-        ("network", "parameters", "GMACs", "without attention", "note"),
-        tuple(
-            (
-                row.name,
-                f"{row.parameters:,}",
-                f"{row.cost.gmacs:.2f}" if row.cost else "",
-                f"{row.cost.gmacs_without_attention:.2f}" if row.cost else "",
-                row.note,
-            )
-            for row in rows
-        ),
-    )

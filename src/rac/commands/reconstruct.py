@@ -17,13 +17,14 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
 from ..evaluate.pictures import Panel, strip, trajectory_strip
+from ..evaluate.protocol import SOLVERS, SolverName
 from ..evaluate.reconstructions import Reconstruction, coder_reconstruction, rac_reconstructions
 from ..evaluate.report import Table
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import image_files, read_image, write_picture
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, SOLVERS, SolverName, for_each, load_coder, load_teacher, show, stems
+from .common import DEFAULT_CODER, for_each, load_coder, load_teacher, show, stems
 
 COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
 
@@ -86,7 +87,7 @@ class Command:
             print(f"Pictures and results.csv are in {self.out}")
         return code
 
-    def _reconstruct(self, coder: RAC | Coder, teacher: Coder | None, image: Tensor) -> list[Reconstruction]:
+    def _reconstruct(self, coder: Coder, teacher: Coder | None, image: Tensor) -> list[Reconstruction]:
         if isinstance(coder, RAC):
             return rac_reconstructions(coder, image, self.steps, SOLVERS[self.solver], teacher)
         return [coder_reconstruction(coder, image, Path(self.model).name)]

@@ -33,9 +33,9 @@ class DataConfig:
         for name, least in (("size", 1), ("held_out", 1), ("cached_crops", 0), ("keep_mb", 0)):
             if getattr(self, name) < least:
                 raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
-        smallest, largest = self.smallest_crop, self.largest_crop
-        if min(smallest or 1, largest or 1) < 1 or (smallest or self.size) > (largest or max(self.size, smallest or 1)):
+        smallest = self.size if self.smallest_crop is None else self.smallest_crop
+        if smallest < 1 or (self.largest_crop is not None and self.largest_crop < smallest):
             raise RacError(
-                f"crops cannot have sides from {smallest or self.size} to {largest} pixels; "
+                f"crops cannot have sides from {smallest} to {self.largest_crop} pixels; "
                 "smallest_crop must be at least 1 and at most largest_crop"
             )

@@ -7,13 +7,15 @@ the two products of attention count; normalisation, activations and additions do
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..latents import LatentSpec
 
 SD_WIDTHS = (128, 256, 512, 512)
 """Widths of the SD-VAE's encoder and decoder, at strides 1, 2, 4, 8."""
@@ -114,28 +116,32 @@ class CostRow:
     note: str = ""
 
 
-def reference_rows() -> list[CostRow]:
-    """Well-known autoencoders, RAC's scaled decoders and the nano field, at 256 x 256, batch 1.
+def reference_rows(side: int = 256) -> list[CostRow]:
+    """Well-known autoencoders, RAC's scaled decoders and the nano field, for images of `side` x `side`, batch 1.
 
     The networks are diffusers' classes, built without weights; nothing is downloaded.
     """
     from diffusers import AutoencoderTiny
 
-    with torch.device("meta"):
-        return [
-            *_halves("SD-VAE f8d4", _kl(SD_WIDTHS, 4), (1, 4, 32, 32)),
-            *(_scaled(fraction, widths) for fraction, widths in SCALED_WIDTHS.items()),
-            _nano(),
-            *_halves("IN-VAE, VA-VAE f16d32", _kl((128, 128, 256, 256, 512), 32, attend=True), (1, 32, 16, 16)),
-            *_halves("FLUX, SD3 VAE f8d16", _kl(SD_WIDTHS, 16, quant=False), (1, 16, 32, 32)),
-            *_halves("TAESD f8d4", AutoencoderTiny(), (1, 4, 32, 32)),
-        ]
+    from ..fields import TinyFieldConfig
+
+    nano = TinyFieldConfig(position=True, taesd_range=True)
+    f16d32 = _kl((128, 128, 256, 256, 512), 32, attend=True)
+    return [
+        *halves("SD-VAE f8d4", _kl(SD_WIDTHS, 4), LatentSpec(8, 4), side),
+        *(_scaled(fraction, widths, side) for fraction, widths in SCALED_WIDTHS.items()),
+        field_row("RAC nano field", nano.build(4, nano.factor), 4, side, "4 state channels; per evaluation"),
+        *halves("IN-VAE, VA-VAE f16d32", f16d32, LatentSpec(16, 32), side),
+        *halves("FLUX, SD3 VAE f8d16", _kl(SD_WIDTHS, 16, quant=False), LatentSpec(8, 16), side),
+        *halves("TAESD f8d4", _on_meta(AutoencoderTiny), LatentSpec(8, 4), side),
+    ]
 
 
-def _halves(name: str, coder: Any, latent_shape: Sequence[int]) -> list[CostRow]:
-    """Encoder, decoder and whole of one of diffusers' autoencoders."""
-    encoder, decoder = count(coder.encoder, (1, 3, 256, 256)), count(coder.decoder, latent_shape)
-    total = parameters(coder)
+def halves(name: str, network: Any, spec: LatentSpec, side: int = 256) -> list[CostRow]:
+    """Encoder, decoder and whole of an autoencoder whose network has an `encoder` and a `decoder`."""
+    encoder = count(network.encoder, (1, 3, side, side))
+    decoder = count(network.decoder, (1, spec.channels, side // spec.factor, side // spec.factor))
+    total = parameters(network)
     saved = f"without its encoder {100 * encoder.parameters / total:.2f} % fewer"
     return [
         CostRow(f"{name} encoder", encoder.parameters, encoder),
@@ -144,10 +150,17 @@ def _halves(name: str, coder: Any, latent_shape: Sequence[int]) -> list[CostRow]
     ]
 
 
-def _scaled(fraction: float, widths: tuple[int, ...]) -> CostRow:
+def field_row(name: str, field: nn.Module, state_channels: int, side: int = 256, note: str = "") -> CostRow:
+    """One evaluation of a field on states of `side` x `side`."""
+    cost = count(field, (1, state_channels, side, side), (1,))
+    return CostRow(name, cost.parameters, cost, note)
+
+
+def _scaled(fraction: float, widths: tuple[int, ...], side: int) -> CostRow:
     from diffusers.models.autoencoders.vae import Decoder
 
-    decoder = Decoder(
+    decoder = _on_meta(
+        Decoder,
         in_channels=4,
         out_channels=3,
         up_block_types=_blocks("UpDecoderBlock2D", widths),
@@ -155,17 +168,9 @@ def _scaled(fraction: float, widths: tuple[int, ...]) -> CostRow:
         layers_per_block=2,
         norm_num_groups=1,
     )
-    cost = count(decoder, (1, 4, 32, 32))
+    cost = count(decoder, (1, 4, side // 8, side // 8))
     note = f"widths {' '.join(str(width) for width in widths)}"
     return CostRow(f"SD-VAE decoder at {fraction:.2f}", cost.parameters, cost, note)
-
-
-def _nano() -> CostRow:
-    from ..fields import TinyFieldConfig
-
-    field = TinyFieldConfig(position=True, taesd_range=True).build(state_channels=4, factor=8)
-    cost = count(field, (1, 4, 256, 256), (1,))
-    return CostRow("RAC nano field", cost.parameters, cost, "4 state channels; per evaluation")
 
 
 def _kl(widths: tuple[int, ...], latent_channels: int, attend: bool = False, quant: bool = True) -> Any:
@@ -175,7 +180,8 @@ def _kl(widths: tuple[int, ...], latent_channels: int, attend: bool = False, qua
     down, up = _blocks("DownEncoderBlock2D", widths), _blocks("UpDecoderBlock2D", widths)
     if attend:
         down, up = (*down[:-1], "AttnDownEncoderBlock2D"), ("AttnUpDecoderBlock2D", *up[1:])
-    return AutoencoderKL(
+    return _on_meta(
+        AutoencoderKL,
         down_block_types=down,
         up_block_types=up,
         block_out_channels=widths,
@@ -184,6 +190,12 @@ def _kl(widths: tuple[int, ...], latent_channels: int, attend: bool = False, qua
         use_quant_conv=quant,
         use_post_quant_conv=quant,
     )
+
+
+def _on_meta(kind: Callable[..., Any], **settings: Any) -> Any:
+    """A network without weights."""
+    with torch.device("meta"):
+        return kind(**settings)
 
 
 def _blocks(kind: str, widths: tuple[int, ...]) -> tuple[str, ...]:

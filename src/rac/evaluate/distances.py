@@ -117,7 +117,7 @@ def inception_score(logits: Tensor) -> float:
 
 
 def _checked(*features: Tensor) -> list[Tensor]:
-    """Features as float64 on the CPU. Raises `RacError` for other than two dimensions, one image, NaN, unequal widths."""
+    """Features as float64 on the CPU. Raises `RacError` for one image, unequal widths, NaN, other shapes."""
     for each in features:
         if each.ndim != 2 or len(each) < 2:
             raise RacError(f"features of a set are N D with N at least 2, not of shape {tuple(each.shape)}")

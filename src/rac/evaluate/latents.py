@@ -70,7 +70,7 @@ def explained_variance(latent: Tensor, teacher_latent: Tensor) -> Tensor:
 def latent_round_trip(
     coder: RAC, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
 ) -> Tensor:
-    """Image -> seed state -> latent -> seed state -> image, B 3 H W: the headline, as all that is kept is the latent."""
+    """Image -> seed state -> latent -> seed state -> image, B 3 H W: the headline, as only the latent is kept."""
     return coder.reconstruct(image, steps, solver)
 
 

@@ -1,7 +1,7 @@
 """LPIPS, the learned perceptual distance: how different two images look to a network that recognises things.
 
-Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (arXiv 1801.03924), version 0.1 with
-its linear weights. Report with AlexNet; train with VGG16.
+Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (arXiv 1801.03924), version 0.1,
+with its linear weights. Report with AlexNet; train with VGG16.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
 def ms_ssim(image: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity at five scales of B 3 H W images in [-1, 1] -> B; NaN for sides below 176 pixels.
 
-    Wang, Simoncelli and Bovik 2003, with its weights; negative contrasts count as 0. Windows that leave the image count,
-    reflected, as torchmetrics has it. Raises `RacError` if the shapes differ.
+    Wang, Simoncelli and Bovik 2003, with its weights; negative contrasts count as 0. As in torchmetrics, windows that
+    leave the image count at the smallest scale, reflected: a difference in the fourth digit. Raises `RacError` if the
+    shapes differ.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 

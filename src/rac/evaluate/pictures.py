@@ -6,11 +6,12 @@ All give a `PIL.Image`, dark writing on white; `images.write_picture` puts it in
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -59,6 +60,18 @@ def sheet(strips: Sequence[Image.Image]) -> Image.Image:
     for one in strips:
         canvas.paste(one, (0, top))
         top += one.height
+    return canvas
+
+
+def scale_bar(colour: Callable[[Tensor], Tensor], full: float, width: int = 220) -> Image.Image:
+    """The colours of an error map from 0 to `full`; `colour` turns shares H W in [0, 1] into 3 H W in [-1, 1]."""
+    bar = Image.fromarray(to_pixels(colour(torch.linspace(0, 1, width).expand(12, -1))))
+    canvas = Image.new("RGB", (width + 160, bar.height + 2 * MARGIN), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN - 2), "error 0", PALE, _font(NOTE))
+    left = MARGIN + _text_width("error 0", NOTE) + 8
+    canvas.paste(bar, (left, MARGIN))
+    draw.text((left + width + 8, MARGIN - 2), f"{full:g}", PALE, _font(NOTE))
     return canvas
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -76,8 +77,8 @@ class Framing:
             return [picture]
         if self.crop == "none" and picture.size != (size, size):
             raise RacError(
-                f"{name} is {picture.width} x {picture.height}, the protocol wants pictures of {size} x {size} and does "
-                "not crop; make them all one size, or choose a protocol that crops"
+                f"{name} is {picture.width} x {picture.height}, the protocol wants pictures of {size} x {size} and "
+                "does not crop; make them all one size, or choose a protocol that crops"
             )
         if min(picture.size) < size:
             raise RacError(
@@ -181,7 +182,7 @@ class References:
         self,
         extractor: Extractor,
         batch: int = 16,
-        device: object = "cpu",
+        device: torch.device | str = "cpu",
         progress: Callable[[int], None] | None = None,
     ) -> Features:
         """Their features, computed once for each kind of extractor."""

@@ -26,6 +26,17 @@ class Table:
         writer.writerows([self.columns, *self.rows])
         return text.getvalue()
 
+    def to_markdown(self) -> str:
+        """A pipe table, padded so that it reads well as plain text too."""
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            for row in (rows[0], rule, *rows[1:])
+        ]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
     def to_html(self) -> str:
         """A `<table>`, its text escaped."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)

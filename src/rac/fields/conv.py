@@ -102,14 +102,19 @@ class TinyFieldConfig:
     """TAESD's own habits, which the original nano RAC inherits: 3 tanh(x / 3) on the input, 2 y - 1 on the output,
     and no zero initialisation."""
 
+    @property
+    def factor(self) -> int:
+        """The factor that it undoes: patch * 2^(len(widths) - 1)."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
     def build(self, state_channels: int, factor: int) -> ConvField:
-        """The field. Raises `RacError` unless factor = patch * 2^(len(widths) - 1)."""
+        """The field. Raises `RacError` unless `factor` is its own."""
         if len(self.widths) != len(self.blocks):
             raise RacError(f"widths {self.widths} and blocks {self.blocks} must be of one length")
-        if factor != self.patch * 2 ** (len(self.widths) - 1):
+        if factor != self.factor:
             raise RacError(
-                f"{len(self.widths)} widths and patch {self.patch} undo a factor of "
-                f"{self.patch * 2 ** (len(self.widths) - 1)}, not the teacher's {factor}; change widths or patch"
+                f"{len(self.widths)} widths and patch {self.patch} undo a factor of {self.factor}, not the teacher's "
+                f"{factor}; change widths or patch"
             )
         network = _TinyNetwork(self, state_channels, state_channels * factor**2)
         return ConvField(network, factor, self.position, self.interval, self.ends)
@@ -191,12 +196,17 @@ class LdmFieldConfig:
             return full
         return cls(widths=tuple(8 * max(1, round(width * ratio**0.5 / 8)) for width in full.widths), groups=8)
 
+    @property
+    def factor(self) -> int:
+        """The factor that it undoes: 2^(len(widths) - 1)."""
+        return 2 ** (len(self.widths) - 1)
+
     def build(self, state_channels: int, factor: int) -> ConvField:
-        """The field. Raises `RacError` unless factor = 2^(len(widths) - 1) and the groups divide the widths."""
+        """The field. Raises `RacError` unless `factor` is its own and the groups divide the widths."""
         from diffusers.models.autoencoders.vae import Decoder
 
-        if factor != 2 ** (len(self.widths) - 1):
-            raise RacError(f"{len(self.widths)} widths undo a factor of {2 ** (len(self.widths) - 1)}, not {factor}")
+        if factor != self.factor:
+            raise RacError(f"{len(self.widths)} widths undo a factor of {self.factor}, not {factor}")
         if any(width % self.groups for width in self.widths):
             raise RacError(f"groups {self.groups} must divide every width of {self.widths}")
         network = Decoder(

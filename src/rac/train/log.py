@@ -125,6 +125,7 @@ def draw_curves(records: Iterable[dict[str, Any]]) -> bytes:
     """One small panel per named value, over iterations, as PNG; losses on a logarithmic axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     curves: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
     for record in records:
@@ -135,7 +136,10 @@ def draw_curves(records: Iterable[dict[str, Any]]) -> bytes:
                 up.append(value)
     columns = min(4, max(1, len(curves)))
     rows = max(1, -(-len(curves) // columns))
-    figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.2 * rows))
+    # Margins in inches, not a layout engine: that one costs more time than the drawing.
+    left, up_down = 0.6 / (3.2 * columns), 0.35 / (2.2 * rows)
+    figure.subplots_adjust(left, up_down, 1 - left / 4, 1 - up_down, wspace=0.3, hspace=0.35)
     for place, ((kind, name), (across, up)) in enumerate(curves.items(), 1):
         panel = figure.add_subplot(rows, columns, place)
         panel.plot(across, up, linewidth=1, marker="." if len(up) < 3 else "", color="C0" if kind == "train" else "C1")
@@ -144,6 +148,9 @@ def draw_curves(records: Iterable[dict[str, Any]]) -> bytes:
         panel.grid(alpha=0.3)
         if kind == "train" and min(up) > 0:
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:.2g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

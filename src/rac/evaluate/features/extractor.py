@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,17 +34,22 @@ class Extractor(Protocol):
 
     @property
     def label(self) -> str:
-        """What is put behind the name of a figure made of the pooled features or the logits; empty for the real FID's."""
+        """What follows the name of a figure made of the pooled features or the logits; empty for the real FID's."""
         ...
 
     @property
-    def spatial_label(self) -> str | None:
-        """The same for the spatial features; None if it has none."""
+    def spatial_width(self) -> int | None:
+        """S, the number of spatial features; None if it has none."""
         ...
 
     @property
     def has_logits(self) -> bool:
         """Whether it names classes."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The file its weights are from."""
         ...
 
     def __call__(self, image: Tensor) -> Features:
@@ -67,10 +73,19 @@ def extract(extractor: Extractor, batches: Iterable[Tensor], progress: Callable[
 
 def join(parts: Iterable[Features]) -> Features:
     """Features of several batches as one, on the CPU. Raises `RacError` if there are none."""
-    columns = list(zip(*parts, strict=True))
-    if not columns:
+    parts = list(parts)
+    if not parts:
         raise RacError("no images to take features of; give at least one batch")
-    return Features(*(None if None in column else torch.cat([part.cpu() for part in column]) for column in columns))
+    return Features(
+        torch.cat([part.pooled.cpu() for part in parts]),
+        _concatenate([part.spatial for part in parts]),
+        _concatenate([part.logits for part in parts]),
+    )
+
+
+def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part.cpu() for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 @contextmanager

@@ -6,8 +6,8 @@ comparing sets of images: Heusel et al. (arXiv 1706.08500).
 
 A weight file is safetensors in one of two layouts, in any float type:
 
-- TensorFlow's names with `_` for `/`: `conv.weight`, `conv.bias`, ..., `mixed_10_tower_2_conv.bias`, and `logits.weight`
-  (1008 x 2048). Convolutions are out, in, height, width. The file may end at mixed_8, and then makes no FID.
+- TensorFlow's names with `_` for `/`: `conv.weight`, `conv.bias`, ..., `mixed_10_tower_2_conv.bias`, and
+  `logits.weight`, 1008 x 2048. Convolutions are out, in, height, width. It may end at mixed_8, and then makes no FID.
 - pytorch-fid's, with batch norms of their own: `Conv2d_1a_3x3.conv.weight`, `Conv2d_1a_3x3.bn.running_var`, ...,
   `Mixed_7c.branch_pool.bn.bias`, `fc.weight`, `fc.bias`. They are folded on loading.
 """
@@ -55,7 +55,7 @@ class InceptionV3(nn.ModuleDict):
 
     @classmethod
     def load(cls, path: Path, full: bool | None = None) -> InceptionV3:
-        """Read a weight file in either layout. `full` demands a full one. Raises `WeightsError` where it does not fit."""
+        """Read a weight file in either layout; `full` demands a full one. Raises `WeightsError` if it does not fit."""
         tensors, _ = read_tensors(path)
         if "Conv2d_1a_3x3.conv.weight" in tensors:
             tensors = fold_batch_norms(tensors)
@@ -120,7 +120,7 @@ class InceptionV3(nn.ModuleDict):
 class _Inception(nn.Module):
     """What both extractors share."""
 
-    spatial_label = "2023"
+    spatial_width = 7 * 17 * 17
 
     def __init__(self, path: Path, full: bool | None) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Inception2048(_Inception):
     """The mean of mixed_10, B 2048: the features of the FID. Its logits, B 1008, are without bias.
 
     Spatial features: the first 7 channels of mixed_6's first branch, 7 x 17 x 17 = 2023 (Nash et al., arXiv
-    2103.03841, as public evaluation code takes them); hence the name sFID-2023.
+    2103.03841, as public evaluation code takes them); so sFID-2023.
     """
 
     width = 2048

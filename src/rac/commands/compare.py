@@ -1,0 +1,32 @@
+"""`rac compare`: several coders under one protocol, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..errors import RacError
+from .judging import Judging
+
+
+@dataclass(frozen=True)
+class Command(Judging):
+    """Judge several coders on the same images: one table of quality, parameters, MACs and speed, and pictures.
+
+    A RAC enters once for each number of steps. Writes table.md, comparison.json, report.html with its pictures, and
+    each coder's own result as `rac evaluate` does.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """RACs, teachers, any diffusers VAE: shipped names (see `rac models`), directories, names on the hub."""
+    out: Path = Path("compared")
+    """Folder for the results; made if it is not there."""
+
+    def run(self) -> int:
+        """Compare; the exit code. Raises `RacError`."""
+        if not self.models:
+            raise RacError("name the coders to compare, such as: rac compare rac-64 klvae-64 --data PICTURES")
+        return self.judge_all(self.models, self.out, " against ".join(Path(name).name for name in self.models))

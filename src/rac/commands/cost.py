@@ -1,0 +1,148 @@
+"""`rac cost`: what every preset, shipped coder and well-known autoencoder costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from .. import hub
+from ..coders.adapter import Adapter
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..errors import RacError
+from ..evaluate.cost import CostRow, field_row, halves, reference_rows
+from ..evaluate.report import Table
+from ..fields import LdmFieldConfig
+from ..recipes import RECIPES, RACRecipe
+from .common import show, watched
+
+SCALES = (0.1, 0.2, 0.3, 1.0)
+"""Of the SD-VAE decoder's parameters: the fields of the paper."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Count parameters and MACs of every recipe's networks, of the shipped coders, and of well-known autoencoders.
+
+    MACs (multiply-accumulates, which papers print as GFLOPs) are of one evaluation, batch 1; a flow takes as many
+    evaluations as steps, each way. Nothing is computed or downloaded, so large networks cost no time.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Coders to count alone: shipped names, directories, names on the hub. None: everything."""
+    side: int = 256
+    """Images are squares of this side; a multiple of 16."""
+    format: Literal["table", "markdown", "csv", "json"] = "table"
+    """How to print."""
+
+    def run(self) -> int:
+        """Print the tables; the exit code. Raises `RacError`."""
+        if self.side < 16 or self.side % 16:
+            raise RacError(f"--side {self.side} must be a multiple of 16, which is the largest factor in the table")
+        with closing(watched(list(self._sections().items()), lambda section: section[0])) as shown:
+            sections = {title: rows for title, count in shown if (rows := count())}
+        if self.format == "json":
+            print(json.dumps({title: [_as_dict(row) for row in rows] for title, rows in sections.items()}, indent=2))
+        elif self.format == "csv":
+            print(cost_table([row for rows in sections.values() for row in rows]).to_csv(), end="")
+        elif self.format == "markdown":
+            print(
+                "\n".join(
+                    f"{self._title(title)}\n\n{cost_table(rows).to_markdown()}" for title, rows in sections.items()
+                )
+            )
+        else:
+            for title, rows in sections.items():
+                show(cost_table(rows), self._title(title))
+                print()
+        return 0
+
+    def _sections(self) -> dict[str, Callable[[], list[CostRow]]]:
+        if self.models:
+            return {"Coders": lambda: self._coders(self.models)}
+        return {
+            "Recipes": lambda: recipe_rows(self.side),
+            "Fields of the SD-VAE decoder's shape, 4 state channels": lambda: scaled_rows(self.side),
+            "Shipped coders": lambda: self._coders(hub.available()),
+            "Well-known networks": lambda: reference_rows(self.side),
+        }
+
+    def _coders(self, names: Sequence[str]) -> list[CostRow]:
+        return [row for name in names for row in coder_rows(name, hub.load(name), self.side)]
+
+    def _title(self, section: str) -> str:
+        return f"{section}, at {self.side} x {self.side}"
+
+
+def recipe_rows(side: int = 256) -> list[CostRow]:
+    """The networks of every recipe, before training."""
+    rows: list[CostRow] = []
+    for name, (_, recipe) in RECIPES.items():
+        if isinstance(recipe, RACRecipe):
+            field = recipe.field.build(recipe.state_channels, recipe.field.factor)
+            row = field_row(f"{name} field", field, recipe.state_channels, side)
+            rows.append(_with_steps(row, recipe.steps, recipe.state_channels))
+        else:
+            coder = recipe.network.build()
+            rows += halves(name, coder.network, coder.spec, side)
+    return rows
+
+
+def scaled_rows(side: int = 256) -> list[CostRow]:
+    """The `ldm` fields at the paper's scales, with widths that train."""
+    rows = []
+    for scale in SCALES:
+        config = LdmFieldConfig.scaled(scale)
+        with torch.device("meta"):
+            field = config.build(4, config.factor)
+        widths = " ".join(str(width) for width in config.widths)
+        rows.append(field_row(f"ldm field at {scale:.1f}", field, 4, side, f"widths {widths}"))
+    return rows
+
+
+def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
+    """A coder's networks: a RAC's field, or encoder, decoder and whole."""
+    if isinstance(coder, RAC):
+        channels = coder.config.state_channels
+        return [_with_steps(field_row(f"{name} field", coder.field, channels, side), coder.config.steps, channels)]
+    if isinstance(coder, Adapter):
+        return halves(name, coder.network, coder.spec, side)
+    raise RacError(f"{name} is a {type(coder).__name__}, whose networks are not known; give a RAC or a diffusers VAE")
+
+
+def cost_table(rows: list[CostRow]) -> Table:
+    """The rows as text, MACs with and without the products of attention."""
+    return Table(
+        ("network", "parameters", "GMACs", "without attention", "note"),
+        tuple(
+            (
+                row.name,
+                f"{row.parameters:,}",
+                f"{row.cost.gmacs:.2f}" if row.cost else "",
+                f"{row.cost.gmacs_without_attention:.2f}" if row.cost else "",
+                row.note,
+            )
+            for row in rows
+        ),
+    )
+
+
+def _with_steps(row: CostRow, steps: int, state_channels: int) -> CostRow:
+    assert row.cost is not None
+    note = f"{state_channels} state channels; {row.cost.gmacs * steps:.2f} GMACs at {_steps(steps)}"
+    return CostRow(row.name, row.parameters, row.cost, note)
+
+
+def _steps(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps} steps"
+
+
+def _as_dict(row: CostRow) -> dict[str, object]:
+    macs = {} if row.cost is None else {"macs": row.cost.macs, "attention_macs": row.cost.attention_macs}
+    return {"network": row.name, "parameters": row.parameters, **macs, "note": row.note}

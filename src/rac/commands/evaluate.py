@@ -1,0 +1,27 @@
+"""`rac evaluate`: one coder under a named protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .common import DEFAULT_CODER
+from .judging import Judging
+
+
+@dataclass(frozen=True)
+class Command(Judging):
+    """Judge a coder on images, under a protocol that says all that the figures depend on.
+
+    Writes for each number of steps a JSON file with the figures, the protocol, the hash of the images, versions and
+    command; a table; and a report with pictures. Figures of sets are named after their features: only FID is the FID.
+    """
+
+    model: str = DEFAULT_CODER
+    """A shipped coder (see `rac models`), a directory, or a name on the hub."""
+    out: Path = Path("evaluated")
+    """Folder for the results; made if it is not there."""
+
+    def run(self) -> int:
+        """Evaluate; the exit code. Raises `RacError`."""
+        return self.judge_all([self.model], self.out, f"{Path(self.model).name}, evaluated")

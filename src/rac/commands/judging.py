@@ -1,0 +1,169 @@
+"""What `rac evaluate` and `rac compare` share: the options, and the way from coders and pictures to a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..coders.protocol import Coder
+from ..config import from_json, read_json
+from ..errors import RacError
+from ..evaluate.comparison import Comparison, Entrant, LatentSource, entrants, judge
+from ..evaluate.correction import CorrectionCurve, correction_curve
+from ..evaluate.judges import IMAGE_FIGURES, Judges
+from ..evaluate.protocol import PROTOCOLS, Protocol
+from ..evaluate.references import References
+from ..evaluate.report import Figure, html_report
+from ..files import make_folder, write_bytes
+from ..flow.grid import check_steps
+from ..images import write_picture
+from ..runtime import pick_device
+from .common import counting, load_coder, load_teacher, show
+from .judging_pages import Material, introduction, sections
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The options of both verbs."""
+
+    data: tuple[Path, ...] = ()
+    """Folders of pictures, tar files, or pictures. None: scikit-image's photographs."""
+    protocol: str = "pixels-64"
+    """pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file of a protocol."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of steps at which a RAC is judged, each way."""
+    latents: tuple[LatentSource, ...] = ("own",)
+    """What a RAC decodes: the latents it encoded itself, its teacher's, or both in turn."""
+    count: int | None = None
+    """Take only so many images, for a quick look. None: as many as the protocol says."""
+    pictures: bool = True
+    """Draw the report's pictures, too; otherwise its figures alone."""
+    correction: int = 64
+    """Images for the correction curve; 0 leaves it out."""
+    batch: int = 16
+    """Images at a time; changes no figure."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    def judge_all(self, models: Sequence[str], out: Path, title: str) -> int:
+        """Judge the coders called `models`, write everything to `out`, print the table; the exit code."""
+        protocol = self._protocol()
+        coders = {name: load_coder(name, self.device) for name in models}
+        teachers = {name: teacher for name, coder in coders.items() if (teacher := load_teacher(coder, self.device))}
+        self._check_latents(coders, teachers)
+        references = self._references(protocol)
+        judges = Judges.load(protocol.figures, protocol.extractor, pick_device(self.device))
+        fielded = entrants(_titles(models), coders, teachers, protocol, self.steps, self.latents)
+        make_folder(out)
+        comparison = self._judged(fielded, references, judges)
+        comparison = replace(comparison, corrections=self._corrections(fielded, references, judges))
+        for entrant, row in zip(fielded, comparison.rows, strict=True):
+            row.result.save(make_folder(out / "results") / f"{_file_name(entrant.label)}.json")
+        _write(comparison, out)
+        show(comparison.table(), f"{protocol.name}: {len(references)} images of {references.name}")
+        self._report(Material(self.data, fielded, comparison, references), out, title)
+        return 0
+
+    def _protocol(self) -> Protocol:
+        for number in self.steps:
+            check_steps(number)
+        if not self.steps or not self.latents:
+            raise RacError("--steps and --latents need at least one value each, such as --steps 1 2 4 8 --latents own")
+        if self.protocol in PROTOCOLS:
+            chosen = PROTOCOLS[self.protocol]
+        elif Path(self.protocol).suffix == ".json":
+            chosen = _protocol_file(Path(self.protocol))
+        else:
+            raise RacError(f"no protocol {self.protocol!r}; give a JSON file of one, or one of {', '.join(PROTOCOLS)}")
+        return chosen if self.count is None else replace(chosen, count=self.count)
+
+    def _check_latents(self, coders: Mapping[str, Coder], teachers: Mapping[str, Coder]) -> None:
+        if self.latents != ("own",) and not teachers:
+            names = ", ".join(coders)
+            raise RacError(f"--latents teacher needs a coder whose teacher can be loaded; {names} have none")
+
+    def _references(self, protocol: Protocol) -> References:
+        with counting("reading pictures") as progress:
+            return References.read(
+                self.data, protocol.framing, protocol.count, progress=lambda done: progress(done, None)
+            )
+
+    def _judged(self, fielded: Sequence[Entrant], references: References, judges: Judges) -> Comparison:
+        rows = []
+        for entrant in fielded:
+            with counting(entrant.label) as progress:
+                rows.append(judge(entrant, references, judges, batch=self.batch, progress=progress))
+        return Comparison(tuple(rows))
+
+    def _corrections(
+        self, fielded: Sequence[Entrant], references: References, judges: Judges
+    ) -> tuple[CorrectionCurve, ...]:
+        """One curve for each teacher: it, and all who decode its latents."""
+        curves = []
+        for name, teacher in _teachers(fielded).items():
+            pupils = [entrant for entrant in fielded if entrant.coder.teacher == name]
+            # A coder of own latents and of its teacher's decodes alike.
+            decoders = {Path(name).name: teacher.decode, **{_plain(pupil): pupil.decode for pupil in pupils}}
+            if self.correction > 0 and set(judges.figures) & set(IMAGE_FIGURES):
+                with counting(f"correction curve of {Path(name).name}") as progress:
+                    curve = correction_curve(
+                        decoders,
+                        teacher,
+                        references,
+                        judges,
+                        name=name,
+                        images=self.correction,
+                        batch=self.batch,
+                        progress=progress,
+                    )
+                curves.append(curve)
+        return tuple(curves)
+
+    def _report(self, material: Material, out: Path, title: str) -> None:
+        with counting("drawing pictures") as progress:
+            contents = sections(material, pictures=self.pictures, progress=progress)
+        for section in contents:
+            for content in section.contents:
+                if isinstance(content, Figure):
+                    write_picture(content.picture, out / f"{content.name}.png")
+        write_bytes(out / "report.html", html_report(title, introduction(material), contents).encode())
+        print(f"\nThe report, with pictures: {out / 'report.html'}")
+
+
+def _write(comparison: Comparison, out: Path) -> None:
+    comparison.save(out / "comparison.json")
+    write_bytes(out / "table.md", comparison.table().to_markdown().encode())
+
+
+def _protocol_file(path: Path) -> Protocol:
+    """A protocol of its own, or the one that a result was made under."""
+    data = read_json(path)
+    if isinstance(data, dict) and "protocol" in data:
+        data = data["protocol"]
+    return from_json(Protocol, data, str(path))
+
+
+def _teachers(fielded: Sequence[Entrant]) -> dict[str, Coder]:
+    return {
+        entrant.coder.teacher: entrant.teacher
+        for entrant in fielded
+        if entrant.teacher is not None and entrant.coder.teacher is not None
+    }
+
+
+def _plain(entrant: Entrant) -> str:
+    return replace(entrant, protocol=replace(entrant.protocol, latents="own")).label
+
+
+def _titles(models: Sequence[str]) -> dict[str, str]:
+    """The last part of each name, or all of it where those collide. Raises `RacError` for a name given twice."""
+    if twice := [name for name in models if models.count(name) > 1]:
+        raise RacError(f"{twice[0]} is given twice; give each coder once")
+    short = [Path(name).name for name in models]
+    return {name: last if short.count(last) == 1 else name for name, last in zip(models, short, strict=True)}
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.]+", "-", label).strip("-")

@@ -1,0 +1,461 @@
+"""The pages of the report that `rac evaluate` and `rac compare` write: tables and pictures, section by section."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..data.files import find_pictures
+from ..evaluate.comparison import (
+    Comparison,
+    Entrant,
+    Row,
+    axis_title,
+    extremes,
+    figure_text,
+    figure_title,
+    pick,
+    quality,
+)
+from ..evaluate.correction import CorrectionCurve, moved_latents
+from ..evaluate.metrics import psnr
+from ..evaluate.pictures import Panel, scale_bar, sheet, strip
+from ..evaluate.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
+from ..evaluate.principal import PrincipalAxes, latent_axes, latent_colours
+from ..evaluate.references import Batch, Framing, References
+from ..evaluate.report import Figure, Section, Table
+from ..flow import Trajectory
+from ..images import crop, from_pixels, read_picture
+
+EXTREMES = 3
+"""Images shown of the worst, and of the best."""
+VIEWS = 3
+"""Pictures whose latents are shown."""
+VIEW_SIDE = 256
+"""They are shown up to this size, whatever the protocol's, as a latent of few places shows little."""
+WALKS = 24
+"""Images, and places of one image, whose trajectories are drawn."""
+WALK_NUMBERS = 2**26
+"""Trajectories of fewer images are taken if their states held more numbers than this."""
+ERROR_QUANTILE = 0.995
+"""Error maps end at this quantile of all errors shown: a few bright specks would leave the rest black."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that the report is about."""
+
+    data: tuple[Path, ...]
+    entrants: Sequence[Entrant]
+    comparison: Comparison
+    references: References
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """Of the comparison, in the order of the entrants."""
+        return self.comparison.rows
+
+    @cached_property
+    def settled(self) -> list[Entrant]:
+        """One entrant of each family: at the coder's own number of steps, or the nearest that was judged."""
+        families: dict[str, Entrant] = {}
+        for entrant in self.entrants:
+            best = families.setdefault(entrant.family, entrant)
+            if isinstance(entrant.coder, RAC):
+                own = entrant.coder.config.steps
+                if abs((entrant.steps or 0) - own) < abs((best.steps or 0) - own):
+                    families[entrant.family] = entrant
+        return list(families.values())
+
+    @cached_property
+    def focus(self) -> Entrant:
+        """Whose best and worst images are shown: the first family with a flow, or the first."""
+        return next((entrant for entrant in self.settled if isinstance(entrant.coder, RAC)), self.settled[0])
+
+    @cached_property
+    def colours(self) -> dict[str, str]:
+        """One for each family: coders without a flow are black and grey."""
+        found: dict[str, str] = {}
+        flows, plain = iter(PALETTE * len(self.settled)), iter((BLACK, "#6e6e73", "#a0a0a5") * len(self.settled))
+        for entrant in self.settled:
+            found[entrant.family] = next(flows) if isinstance(entrant.coder, RAC) else next(plain)
+        return found
+
+    def same_steps(self, family: str) -> list[Entrant]:
+        """The entrants of a family, by steps."""
+        return [entrant for entrant in self.entrants if entrant.family == family]
+
+
+def introduction(material: Material) -> str:
+    """What was measured, on what, and how to get it again."""
+    result = material.rows[0].result
+    reference, framing = result.reference, result.protocol.framing
+    size = f"{framing.size} x {framing.size}, crop {framing.crop}" if framing.size else "at their own sizes"
+    return (
+        f"Protocol {result.protocol.name}: {reference.count} images of {reference.name}, {size}; their hash begins "
+        f"with {reference.hash[:16]}. Command: {result.command}"
+    )
+
+
+def sections(material: Material, pictures: bool, progress: Callable[[int, int | None], None]) -> list[Section]:
+    """Those for which there is something to show; without `pictures`, only tables and plots of figures."""
+    makers = [_quality, _correction]
+    if pictures:
+        makers += [_best_and_worst, _step_by_step, _latents, _trajectories]
+    found = []
+    for done, make in enumerate(makers):
+        progress(done, len(makers))
+        found += [section for section in (make(material),) if section is not None]
+    return found
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def _quality(material: Material) -> Section:
+    comparison = material.comparison
+    contents: list[Table | Figure] = [comparison.table()]
+    shown = [figure for figure in comparison.figures if figure not in ("explained variance", "psnr, state round trip")]
+    steps = sorted({row.result.steps for row in material.rows if row.result.steps is not None})
+    if len(steps) > 1:
+        panels = {axis_title(figure): _against_steps(material, figure, steps) for figure in shown}
+        contents += _in_threes(panels, "steps", "log2", steps, "quality-against-steps", _STEPS_CAPTION)
+    panels = {axis_title(figure): _against_macs(material, figure) for figure in shown}
+    label = "GMACs to encode and decode one image"
+    contents += _in_threes(panels, label, "log10", (), "quality-against-macs", _MACS_CAPTION)
+    height, width = material.rows[0].cost.side
+    return Section("Quality and cost", _QUALITY.format(height=height, width=width), contents)
+
+
+def _in_threes(
+    panels: dict[str, list[Series]], x_label: str, scale: str, ticks: Sequence[int], name: str, caption: str
+) -> list[Figure]:
+    """Plots, no more than three in a row."""
+    items = list(panels.items())
+    parts = [dict(items[start : start + 3]) for start in range(0, len(items), 3)]
+    made = [line_panels(part, x_label, "log2" if scale == "log2" else "log10", ticks) for part in parts]
+    return [Figure(sheet(made), name, caption)]
+
+
+def _against_steps(material: Material, figure: str, steps: Sequence[int]) -> list[Series]:
+    found = []
+    for family, points in quality(material.rows, figure, lambda row: row.result.steps).items():
+        x, y = zip(*points, strict=True)
+        level = x[0] is None
+        colour = material.colours[family]
+        found.append(Series(family, steps if level else x, y, colour, dashed=level, level=level))
+    return found
+
+
+def _against_macs(material: Material, figure: str) -> list[Series]:
+    found = []
+    for row_family, points in quality(material.rows, figure, lambda row: row.cost.macs / 1e9).items():
+        x, y = zip(*points, strict=True)
+        steps = sorted(row.result.steps or 0 for row in material.rows if row.family == row_family)
+        marks = [str(number) for number in steps] if steps[0] else ()
+        found.append(Series(row_family, x, y, material.colours[row_family], dashed=not steps[0], marks=marks))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- correction
+
+
+def _correction(material: Material) -> Section | None:
+    contents: list[Table | Figure] = []
+    for curve in material.comparison.corrections:
+        contents += [_correction_plot(curve), _correction_table(curve)]
+        contents.append(_correction_strips(material, curve))
+    return Section("Correction", _CORRECTION, contents) if contents else None
+
+
+def _correction_plot(curve: CorrectionCurve) -> Figure:
+    teacher, *pupils = next(iter(curve.figures.values()))
+    colours = {teacher: BLACK, **dict(zip(pupils, shades(len(pupils)), strict=True))}
+    panels = {
+        axis_title(figure): [
+            Series(name, curve.sigmas, y, colours[name], dashed=name == teacher) for name, y in rows.items()
+        ]
+        for figure, rows in curve.figures.items()
+    }
+    caption = f"Mean over {curve.images} images; the same noise for every decoder. Dashed: the teacher, {teacher}."
+    label = "sigma of the noise added to the teacher's latent"
+    return Figure(line_panels(panels, label), f"correction-{teacher}", caption)
+
+
+def _correction_table(curve: CorrectionCurve) -> Table:
+    """The first figure, by decoder and sigma."""
+    figure, rows = next(iter(curve.figures.items()))
+    columns = (f"{figure_title(figure)} at sigma", *(f"{sigma:g}" for sigma in curve.sigmas))
+    return Table(columns, tuple((name, *(figure_text(figure, y) for y in values)) for name, values in rows.items()))
+
+
+@torch.no_grad()
+def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
+    """What the teacher and the same flow at its fewest and its most steps make of one image."""
+    teacher = next(entrant.teacher for entrant in material.entrants if entrant.coder.teacher == curve.teacher)
+    assert teacher is not None
+    pupils = [entrant for entrant in material.entrants if entrant.coder.teacher == curve.teacher]
+    first = next(material.references.batches(1))
+    device = next(teacher.parameters()).device
+    part = Batch(first.names, first.images.to(device))
+    sigmas = curve.sigmas[::2]
+    moved = list(moved_latents(teacher, part, sigmas, curve.rng_seed))
+    decoders = {Path(curve.teacher).name: teacher.decode}
+    decoders |= {_steps_of(entrant): entrant.decode for entrant in (pupils[0], pupils[-1])}
+    rows = []
+    for name, decode in decoders.items():
+        size = (part.images.shape[-2], part.images.shape[-1])
+        made = [crop(decode(latent).float(), size) for latent in moved]
+        notes = [f"{float(psnr(image, part.images)):.2f} dB" for image in made]
+        panels = [
+            Panel(image, f"sigma {sigma:g}", note) for image, sigma, note in zip(made, sigmas, notes, strict=True)
+        ]
+        rows.append(strip(panels, name))
+    caption = f"One image, {part.names[0]}, decoded from its latent with growing noise."
+    return Figure(sheet(rows), f"correction-{Path(curve.teacher).name}-images", caption)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def _best_and_worst(material: Material) -> Section:
+    focus = material.focus
+    result = material.rows[list(material.entrants).index(focus)].result
+    if "psnr" not in result.per_image:
+        return Section("Best and worst", "This protocol has no PSNR to order the images by.")
+    count = min(EXTREMES, len(result.images) // 2)
+    worst, best = extremes(result, count)
+    images = pick(material.references, [*worst, *best])
+    made = {place: _by_each(material.settled, image) for place, image in images.items()}
+    full = _full_scale([error for place, image in images.items() for error in _errors(image, made[place])])
+    figures = []
+    for name, places in (("worst", worst), ("best", best)):
+        rows = [_with_errors(images[place], made[place], full, result.images[place]) for place in places]
+        caption = f"The {count} {name} by PSNR of {focus.label}. {_error_words(full)}"
+        figures.append(Figure(sheet([*rows, scale_bar(partial(heat, full=1.0), full)]), name, caption))
+    return Section("Best and worst", _EXTREMES, figures)
+
+
+def _step_by_step(material: Material) -> Section | None:
+    """One image at every number of steps: the focus's median image."""
+    family = material.same_steps(material.focus.family)
+    result = material.rows[list(material.entrants).index(material.focus)].result
+    if len(family) < 2 or "psnr" not in result.per_image:
+        return None
+    order, _ = extremes(result, len(result.images))
+    place = order[len(order) // 2]
+    image = pick(material.references, [place])[place]
+    made = _by_each(family, image)
+    full = _full_scale(_errors(image, made))
+    above = [Panel(image, "original"), *(_judged_panel(image, name, one) for name, one in made.items())]
+    blank = torch.ones_like(image)
+    below = [Panel(blank, ""), *(Panel(heat(error, full), "") for error in _errors(image, made))]
+    picture = sheet([strip(above, result.images[place]), strip(below), scale_bar(partial(heat, full=1.0), full)])
+    caption = f"The image of median PSNR, and where it differs from the original. {_error_words(full)}"
+    return Section("Step by step", "", [Figure(picture, "step-by-step", caption)])
+
+
+def _by_each(fielded: Sequence[Entrant], image: Tensor) -> dict[str, Tensor]:
+    device = next(fielded[0].coder.parameters()).device
+    return {entrant.label: entrant.reconstruct(image.to(device)).cpu() for entrant in fielded}
+
+
+def _errors(image: Tensor, made: dict[str, Tensor]) -> list[Tensor]:
+    """Root mean square over the channels, H W, in the range of [-1, 1]."""
+    return [(one - image)[0].square().mean(dim=0).sqrt() for one in made.values()]
+
+
+def _full_scale(errors: Sequence[Tensor]) -> float:
+    """Where the colours of error maps end: one scale for all, to two digits."""
+    largest = float(torch.cat([error.flatten() for error in errors]).quantile(ERROR_QUANTILE))
+    return float(f"{max(largest, 1e-6):.1g}")
+
+
+def _with_errors(image: Tensor, made: dict[str, Tensor], full: float, title: str) -> Image.Image:
+    panels = [Panel(image, "original")]
+    for (name, one), error in zip(made.items(), _errors(image, made), strict=True):
+        panels += [_judged_panel(image, name, one), Panel(heat(error, full), "error")]
+    return strip(panels, title)
+
+
+def _judged_panel(image: Tensor, name: str, made: Tensor) -> Panel:
+    return Panel(made, name, f"{float(psnr(made, image)):.2f} dB")
+
+
+def _error_words(full: float) -> str:
+    return f"Error maps: root mean square over the channels; brightest from {full:g} on, where black to white is 2."
+
+
+# ------------------------------------------------------------------------------------------- latents
+
+
+@torch.no_grad()
+def _latents(material: Material) -> Section | None:
+    shown = [entrant for entrant in material.settled if entrant.protocol.latents == "own"]
+    views = _views(material.data)
+    device = next(shown[0].coder.parameters()).device
+    latents = _all_latents(shown, [image.to(device) for image in views.values()])
+    axes = {name: latent_axes(torch.cat(_equal_sizes(latent))) for name, (_, latent, _) in latents.items()}
+    rows = []
+    for index, (name, image) in enumerate(views.items()):
+        panels = [Panel(image, "original")]
+        for title, (factor, latent, basis) in latents.items():
+            colours = latent_colours(latent[index], axes[basis], factor)
+            height, width = latent[index].shape[-2:]
+            panels.append(Panel(colours, title, f"{latent[index].shape[1]} channels, {width} x {height}"))
+        rows.append(strip(panels, name))
+    contents: list[Table | Figure] = [Figure(sheet(rows), "latents", _LATENTS_CAPTION)]
+    if table := _agreement(material):
+        contents.append(table)
+    return Section("Latents", _LATENTS, contents)
+
+
+def _all_latents(shown: Sequence[Entrant], images: Sequence[Tensor]) -> dict[str, tuple[int, list[Tensor], str]]:
+    """Title -> factor, a latent for each image, and whose axes they are shown on: a RAC's are its teacher's."""
+    found: dict[str, tuple[int, list[Tensor], str]] = {}
+    for entrant in shown:
+        basis = entrant.family
+        if isinstance(entrant.coder, RAC) and entrant.teacher is not None and entrant.coder.teacher is not None:
+            basis = Path(entrant.coder.teacher).name
+            found.setdefault(basis, _latents_of(entrant.teacher, entrant.teacher.encode, images, basis))
+        found[entrant.family] = _latents_of(entrant.coder, entrant.encode, images, basis)
+    return found
+
+
+def _latents_of(
+    coder: Coder, encode: Callable[[Tensor], Tensor], images: Sequence[Tensor], basis: str
+) -> tuple[int, list[Tensor], str]:
+    return coder.spec.factor, [encode(image).float().cpu() for image in images], basis
+
+
+def _equal_sizes(latents: Sequence[Tensor]) -> list[Tensor]:
+    """Each 1 c h w as 1 c h*w 1, so that latents of all sizes can be put together along the places."""
+    least = min(latent[0, 0].numel() for latent in latents)
+    return [latent.flatten(2)[..., :least].unsqueeze(-1) for latent in latents]
+
+
+def _agreement(material: Material) -> Table | None:
+    """Explained variance and offset per channel of each RAC's latents, at its own number of steps."""
+    rows = []
+    for entrant, row in zip(material.entrants, material.rows, strict=True):
+        values = row.result.per_channel.get("explained variance")
+        if values and entrant in material.settled:
+            rows.append((row.label, *(f"{value:.3f}" for value in values)))
+    if not rows:
+        return None
+    channels = max(len(row) for row in rows) - 1
+    if channels > 16:  # a table of all would not fit a page; the JSON has them
+        summary = [(row[0], min(row[1:], key=float), max(row[1:], key=float)) for row in rows]
+        return Table(("variance of the teacher's latent explained", "worst channel", "best channel"), tuple(summary))
+    columns = ("variance of the teacher's latent explained, by channel", *(str(c) for c in range(channels)))
+    return Table(columns, tuple((*row, *[""] * (channels + 1 - len(row))) for row in rows))
+
+
+def _views(data: Sequence[Path]) -> dict[str, Tensor]:
+    """The first pictures, cropped to squares of up to `VIEW_SIDE`, a multiple of 32."""
+    found = {}
+    for file in islice(find_pictures(data), VIEWS):
+        picture = read_picture(io.BytesIO(file.read()), convert=True, name=file.name)
+        side = max(32, min(VIEW_SIDE, *picture.size) // 32 * 32)
+        if side <= min(picture.size):
+            found[file.name] = _image(Framing(side, "centre").cut(picture, file.name)[0])
+    return found
+
+
+def _image(picture: Image.Image) -> Tensor:
+    import numpy as np
+
+    return from_pixels(np.asarray(picture))
+
+
+# ------------------------------------------------------------------------------------------- trajectories
+
+
+@torch.no_grad()
+def _trajectories(material: Material) -> Section | None:
+    figures = []
+    for entrant in material.settled:
+        if isinstance(entrant.coder, RAC) and entrant.protocol.latents == "own":
+            figures.append(_trajectory_plot(material, material.same_steps(entrant.family)[-1]))
+    return Section("Trajectories", _TRAJECTORIES, figures) if figures else None
+
+
+def _trajectory_plot(material: Material, entrant: Entrant) -> Figure:
+    """Left: whole states of several images. Right: the channels of one image's state at several places."""
+    assert isinstance(entrant.coder, RAC)
+    device = next(entrant.coder.parameters()).device
+    image = next(material.references.batches(WALKS)).images.to(device)
+    grid = entrant.flow()[0]
+    numbers = entrant.coder.config.state_channels * image[0, 0].numel() * (grid.steps + 1)
+    image = image[: max(2, WALK_NUMBERS // numbers)]
+    back = entrant.coder.encode_trajectory(image, *entrant.flow())
+    there = entrant.coder.trajectory(entrant.coder.contract(back.end), *entrant.flow())
+    whole = [_points(walk, lambda state: state.flatten(1)) for walk in (there, back)]
+    places = [_points(walk, _some_places) for walk in (there, back)]
+    panels, labels = {}, []
+    for title, (decoding, encoding) in (("whole states of several images", whole), ("places of one image", places)):
+        axes = PrincipalAxes.fit(decoding.flatten(0, 1), 2)
+        colours = [PALETTE[index % len(PALETTE)] for index in range(decoding.shape[1])]
+        panels[title] = [
+            Walk(axes.project(walk[:, index]), colour, dashed)
+            for walk, dashed in ((decoding, False), (encoding, True))
+            for index, colour in enumerate(colours)
+        ]
+        first, second = (f"axis {n + 1} ({share:.0%} of the variance)" for n, share in enumerate(axes.shares.tolist()))
+        labels.append((first, second))
+    legend = "solid: decoding; dashed: encoding; ring: start, dot: end"
+    return Figure(walk_panels(panels, labels, legend), f"trajectories-{Path(entrant.title).name}", f"{entrant.label}.")
+
+
+def _points(walk: Trajectory, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """Nodes, things, D."""
+    return torch.stack([take(state).float().cpu() for state in walk.states])
+
+
+def _some_places(state: Tensor) -> Tensor:
+    """The channels of the first image's state at `WALKS` places, evenly over it: N C."""
+    places = state[0].flatten(1)
+    chosen = torch.linspace(0, places.shape[1] - 1, WALKS + 2, device=state.device)[1:-1].long()
+    return places[:, chosen].T
+
+
+def _steps_of(entrant: Entrant) -> str:
+    return f"{entrant.title}, {entrant.steps} step{'' if entrant.steps == 1 else 's'}"
+
+
+_QUALITY = (
+    "Means over the images. A step is one evaluation of the network that decodes; GMACs are 10^9 multiply-accumulates "
+    "for one image of {height} x {width}. Parameters are the coder's own: decoding a teacher's latents needs the "
+    "teacher's encoder besides. Speeds were measured in this run, there and back, and hold for this machine only. PSNR "
+    "of the state round trip is that of encoding and decoding without ever contracting to a latent: it tells how well "
+    "the flow is undone, and nothing about the coder as a coder."
+)
+_STEPS_CAPTION = "Encoding takes as many steps as decoding. Level lines: coders without a flow."
+_MACS_CAPTION = "The numbers beside the points are steps."
+_CORRECTION = (
+    "The teacher's latents are moved by Gaussian noise, as a generator's latents lie beside those of an encoder, and "
+    "every decoder gets the same moved latents. If steps correct the state, the lines of more steps fall more slowly. "
+    "Quality is measured against the original image."
+)
+_EXTREMES = "Each image is shown with what every coder makes of it, and where that differs from the original."
+_LATENTS = (
+    "The channels of a latent, reduced to three by principal component analysis and shown as red, green and blue. A "
+    "RAC's latents are shown on its teacher's axes, so that equal colours are equal latents; coders with latents of "
+    "their own have axes of their own, and their colours cannot be compared."
+)
+_LATENTS_CAPTION = "Pictures are shown larger than the protocol's images, so that latents have more places."
+_TRAJECTORIES = (
+    "States on the way from the seed state to the image state and back, in the plane in which the decoded ones vary "
+    "most. Where the flow is straight, so are the lines; where encoding undoes decoding, the dashed lines lie on the "
+    "solid ones."
+)

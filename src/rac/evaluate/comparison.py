@@ -1,0 +1,291 @@
+"""Coders side by side under one protocol: how good, how large, how costly and how fast each is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..config import spelled, to_json
+from ..files import write_bytes
+from ..flow import Solver, TimeGrid
+from ..images import crop
+from ..states import image_of
+from .correction import CorrectionCurve
+from .cost import MacCounter, parameters
+from .judges import LATENT_FIGURES, Judges
+from .protocol import SOLVERS, Protocol, Result, evaluate
+from .references import References
+from .report import Table
+
+LatentSource = Literal["own", "teacher"]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A coder in one setting: at so many steps, decoding its own latents or its teacher's."""
+
+    name: str
+    """As it was named: a shipped name, a directory, a name on the hub."""
+    title: str
+    """What it is called in tables."""
+    coder: Coder
+    protocol: Protocol
+    """With the steps and the latents of this setting."""
+    teacher: Coder | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """Each way; None for a coder without a flow."""
+        return self.protocol.grid(self.coder).steps if isinstance(self.coder, RAC) else None
+
+    @property
+    def label(self) -> str:
+        """Such as "rac-64, 4 steps, teacher's latents"."""
+        steps = "" if self.steps is None else f", {self.steps} step{'' if self.steps == 1 else 's'}"
+        return f"{self.title}{steps}{_SOURCES[self.protocol.latents]}"
+
+    @property
+    def family(self) -> str:
+        """What all numbers of steps share."""
+        return f"{self.title}{_SOURCES[self.protocol.latents]}"
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Image B 3 H W -> what the coder makes of it, cropped to its size, clamped to [-1, 1]."""
+        made = crop(self.decode(self.encode(image)), (image.shape[-2], image.shape[-1]))
+        return made.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """The latent that it decodes."""
+        if self.protocol.latents == "teacher" and self.teacher is not None:
+            return self.teacher.encode(image)
+        return self.coder.encode(image, *self.flow()) if isinstance(self.coder, RAC) else self.coder.encode(image)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent B c h w -> image, not cropped and not clamped."""
+        return self.coder.decode(latent, *self.flow()) if isinstance(self.coder, RAC) else self.coder.decode(latent)
+
+    def flow(self) -> tuple[TimeGrid, Solver]:
+        """The grid and the solver of a RAC."""
+        assert isinstance(self.coder, RAC)
+        return self.protocol.grid(self.coder), SOLVERS[self.protocol.solver]
+
+
+_SOURCES: dict[LatentSource, str] = {"own": "", "teacher": ", teacher's latents"}
+
+
+@dataclass(frozen=True)
+class CodingCost:
+    """What one image costs, there and back."""
+
+    parameters: int
+    """Of the coder; its teacher, where that encodes, not counted."""
+    macs_per_step: int
+    """Of one evaluation while decoding; a coder without a flow decodes in one."""
+    decoding_macs: int
+    macs: int
+    """Encoding and decoding together."""
+    side: tuple[int, int]
+    """Height and width of the image this is about."""
+
+
+@torch.no_grad()
+def coding_cost(entrant: Entrant, image: Tensor) -> CodingCost:
+    """Counted while coding one image 1 3 H W."""
+    with MacCounter() as encoding:
+        latent = entrant.encode(image)
+    evaluations = 1
+    with MacCounter() as decoding:
+        if isinstance(entrant.coder, RAC):
+            flow = entrant.coder.trajectory(latent, *entrant.flow())
+            image_of(flow.end)
+            evaluations = flow.evaluations
+        else:
+            entrant.decode(latent)
+    return CodingCost(
+        parameters=parameters(entrant.coder),
+        macs_per_step=decoding.macs // evaluations,
+        decoding_macs=decoding.macs,
+        macs=encoding.macs + decoding.macs,
+        side=(image.shape[-2], image.shape[-1]),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entrant, judged."""
+
+    label: str
+    family: str
+    cost: CodingCost
+    result: Result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All entrants under one protocol on the same images."""
+
+    rows: tuple[Row, ...]
+    corrections: tuple[CorrectionCurve, ...] = ()
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of the figures that at least one row has, in order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.result.figures))
+
+    def table(self) -> Table:
+        """One row for each entrant, for people."""
+        columns = ("coder", *(figure_title(name) for name in self.figures), *_COST_COLUMNS)
+        return Table(columns, tuple(self._cells(row) for row in self.rows))
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all. Raises `RacError`."""
+        text = json.dumps(spelled(to_json(self)), indent=2, allow_nan=False)
+        write_bytes(path, (text + "\n").encode())
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        found, cost = row.result.figures, row.cost
+        figures = (figure_text(name, found[name]) if name in found else "-" for name in self.figures)
+        costs = (cost.macs_per_step, cost.decoding_macs, cost.macs)
+        gmacs = (f"{macs / 1e9:.3g}" for macs in costs)
+        return row.label, *figures, f"{cost.parameters:,}", *gmacs, f"{row.result.images_per_second:.3g}"
+
+
+_COST_COLUMNS = ("parameters", "GMACs per step", "GMACs decoding", "GMACs both ways", "img/s")
+
+
+def judge(
+    entrant: Entrant,
+    references: References,
+    judges: Judges,
+    *,
+    batch: int = 16,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Row:
+    """Evaluate one entrant and count its cost. Raises `RacError` as `evaluate`."""
+    protocol = entrant.protocol
+    judges = replace(judges, figures=protocol.figures)
+    first = next(references.batches(1)).images.to(next(entrant.coder.parameters()).device)
+    # Before the images that are timed, so that no speed is that of a cold start.
+    cost = coding_cost(entrant, first)
+    result = evaluate(
+        entrant.coder,
+        references,
+        protocol,
+        name=entrant.name,
+        teacher=entrant.teacher,
+        judges=judges,
+        batch=batch,
+        command=command,
+        progress=progress,
+    )
+    return Row(entrant.label, entrant.family, cost, result)
+
+
+def entrants(
+    names: Mapping[str, str],
+    coders: Mapping[str, Coder],
+    teachers: Mapping[str, Coder],
+    protocol: Protocol,
+    steps: Sequence[int],
+    latents: Sequence[LatentSource],
+) -> list[Entrant]:
+    """Every coder in every setting that it has.
+
+    `names` are the coders' titles by name, `teachers` those of the coders that have one. A RAC enters once for each
+    number of steps and each kind of latents; other coders once. Latent figures are asked of a RAC alone.
+    """
+    found = []
+    for name, coder in coders.items():
+        teacher = teachers.get(name)
+        sources: Sequence[LatentSource] = latents if teacher is not None else ("own",)
+        numbers: Sequence[int | None] = steps if isinstance(coder, RAC) else (None,)
+        for source in sources:
+            for number in numbers:
+                setting = replace(protocol, latents=source, steps=number)
+                setting = replace(setting, figures=_figures(setting, coder, teacher))
+                found.append(Entrant(name, names[name], coder, setting, teacher))
+    return found
+
+
+def _figures(protocol: Protocol, coder: Coder, teacher: Coder | None) -> tuple[str, ...]:
+    """The protocol's figures, with those about a RAC's own latents where it has them."""
+    plain = tuple(figure for figure in protocol.figures if figure not in LATENT_FIGURES)
+    if not isinstance(coder, RAC) or protocol.latents == "teacher":
+        return plain
+    return (*plain, "state-round-trip") if teacher is None else (*plain, "explained-variance", "state-round-trip")
+
+
+# ------------------------------------------------------------------------------------------- figures, in words
+
+_TITLES = {
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "ms-ssim": "MS-SSIM",
+    "lpips-alex": "LPIPS (Alex)",
+    "lpips-vgg16": "LPIPS (VGG16)",
+    "explained variance": "latent variance explained",
+    "psnr, state round trip": "PSNR dB, state round trip",
+}
+_LOWER_IS_BETTER = ("lpips", "FID", "KID")
+
+
+def figure_title(name: str) -> str:
+    """As it stands in tables."""
+    return _TITLES.get(name, name)
+
+
+def axis_title(name: str) -> str:
+    """As it stands beside a plot, with an arrow to where it is better."""
+    return f"{figure_title(name)} {'↓' if lower_is_better(name) else '↑'}"
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a smaller value of the figure is a better one."""
+    return any(part in name for part in _LOWER_IS_BETTER)
+
+
+def figure_text(name: str, value: float) -> str:
+    """A figure with the digits that mean something."""
+    if math.isnan(value):
+        return "-"
+    if name.startswith("psnr") or "FID" in name:
+        return f"{value:.2f}"
+    return f"{value:.2e}" if "KID" in name else f"{value:.4f}"
+
+
+def extremes(result: Result, count: int) -> tuple[list[int], list[int]]:
+    """Places of the `count` worst and the `count` best images by PSNR, the most extreme first."""
+    order = sorted(range(len(result.images)), key=lambda index: result.per_image["psnr"][index])
+    return order[:count], order[::-1][:count]
+
+
+def pick(references: References, places: Sequence[int]) -> dict[int, Tensor]:
+    """The images 1 3 H W at these places."""
+    found: dict[int, Tensor] = {}
+    wanted = set(places)
+    for place, part in enumerate(references.batches(1)):
+        if place in wanted:
+            found[place] = part.images
+    return found
+
+
+def quality(rows: Sequence[Row], figure: str, x: Callable[[Row], Any]) -> dict[str, list[tuple[Any, float]]]:
+    """For each family: (x, figure) of its rows that have both, in rising x."""
+    found: dict[str, list[tuple[Any, float]]] = {}
+    for row in rows:
+        if figure in row.result.figures:
+            found.setdefault(row.family, []).append((x(row), row.result.figures[figure]))
+    return {family: sorted(points) if points[0][0] is not None else points for family, points in found.items()}

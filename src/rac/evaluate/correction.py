@@ -1,0 +1,103 @@
+"""The correction curve: how well decoders take latents that lie off the encoder's manifold.
+
+A generator never hits an encoder's latents exactly. Here a teacher's latent is moved by noise of growing size, and all
+decoders get the same moved latents: a flow whose later steps correct the state should lose less than a decoder that
+maps once (RAC, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..coders.protocol import Coder
+from ..images import crop
+from ..runtime import generator
+from .features import reproducible
+from .judges import IMAGE_FIGURES, Judges
+from .references import Batch, References
+
+SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""Of the noise; a latent's own standard deviation is about 1."""
+
+Decoder = Callable[[Tensor], Tensor]
+"""Latent B c h w -> image."""
+
+
+@dataclass(frozen=True)
+class CorrectionCurve:
+    """Mean figures over the images, for each decoder and sigma."""
+
+    teacher: str
+    """Whose latents they are."""
+    images: int
+    rng_seed: int
+    sigmas: tuple[float, ...]
+    figures: dict[str, dict[str, tuple[float, ...]]]
+    """Figure -> decoder -> one value for each sigma."""
+
+
+def correction_curve(
+    decoders: Mapping[str, Decoder],
+    teacher: Coder,
+    references: References,
+    judges: Judges,
+    *,
+    name: str,
+    images: int = 64,
+    sigmas: Sequence[float] = SIGMAS,
+    rng_seed: int = 0,
+    batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> CorrectionCurve:
+    """Decode latent + sigma * noise by every decoder, for the first `images` of the references.
+
+    The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
+    for all sigmas. Compared with the original images by the image figures of `judges`. `name` is the teacher's.
+    `progress` is told (images done, of all).
+    """
+    judges = replace(judges, figures=tuple(figure for figure in judges.figures if figure in IMAGE_FIGURES))
+    device = next(teacher.parameters()).device
+    total = min(images, len(references))
+    sums: dict[str, dict[str, list[float]]] = {}
+    done = 0
+    for part in _first(references.batches(batch), total):
+        image = part.images.to(device)
+        for place, moved in enumerate(moved_latents(teacher, part._replace(images=image), sigmas, rng_seed)):
+            for decoder, decode in decoders.items():
+                with reproducible():
+                    made = crop(decode(moved).float(), (image.shape[-2], image.shape[-1]))
+                for figure, values in judges.of_images(made, image).items():
+                    row = sums.setdefault(figure, {}).setdefault(decoder, [0.0] * len(sigmas))
+                    row[place] += float(values.double().sum())
+        done += len(image)
+        if progress is not None:
+            progress(done, total)
+    means = {
+        figure: {decoder: tuple(value / total for value in row) for decoder, row in rows.items()}
+        for figure, rows in sums.items()
+    }
+    return CorrectionCurve(name, total, rng_seed, tuple(sigmas), means)
+
+
+def moved_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_seed: int = 0) -> Iterator[Tensor]:
+    """For each sigma: the teacher's latents of the images plus sigma times their noise."""
+    with reproducible():
+        latent = teacher.encode(part.images).float()
+    streams = [generator(rng_seed, "correction", name) for name in part.names]
+    noise = torch.stack([torch.randn(latent.shape[1:], generator=stream) for stream in streams]).to(latent.device)
+    for sigma in sigmas:
+        yield latent + sigma * noise
+
+
+def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """The first `count` images."""
+    for part in batches:
+        if count <= 0:
+            return
+        yield Batch(tuple(islice(part.names, count)), part.images[:count])
+        count -= len(part.names)

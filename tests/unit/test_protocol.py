@@ -1,0 +1,350 @@
+"""Reading references, keeping protocols, and results as files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rac import RacError
+from rac.coders.klvae import KLVAEConfig
+from rac.evaluate.features import Features
+from rac.evaluate.judges import Judges
+from rac.evaluate.metrics import psnr
+from rac.evaluate.protocol import PROTOCOLS, Protocol, Result, evaluate
+from rac.evaluate.references import Framing, References
+from rac.images import from_pixels, to_pixels, write_image
+
+PIXELS = Protocol("test", Framing(24, "centre"))
+
+
+class MeanColours(torch.nn.Module):
+    """An extractor whose features one can compute by hand: the means of channels and of their squares."""
+
+    width = 6
+    label = "colours"
+    spatial_width = None
+    has_logits = False
+    path = Path("none")
+
+    def __call__(self, image: Tensor) -> Features:
+        return Features(torch.cat([image.mean(dim=(2, 3)), image.square().mean(dim=(2, 3))], dim=1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, images: Callable[..., Tensor]) -> Path:
+    """Twelve pictures of unequal sizes, some of them deeper."""
+    (tmp_path / "pictures" / "deeper").mkdir(parents=True)
+    for index in range(12):
+        picture = images(1, 24 + index, 30, rng_seed=index)
+        write_image(picture, tmp_path / "pictures" / ("deeper" if index % 3 else ".") / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def judged_by_colours(*figures: str) -> tuple[Protocol, Judges]:
+    """A protocol of these figures and "psnr", and judges whose extractor stands in for the one it names."""
+    protocol = replace(PIXELS, figures=("psnr", *figures), extractor="inception-768")
+    return protocol, Judges(protocol.figures, extractor=MeanColours())
+
+
+def evaluate_by_colours(coder, references: References, *figures: str, **options) -> Result:
+    protocol, judges = judged_by_colours(*figures)
+    return evaluate(coder, references, protocol, name="it", judges=judges, **options)
+
+
+# ---------------------------------------------------------------------------------------------- references
+
+
+def test_a_folder_and_a_tar_file_of_it_are_one_set(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        for file in sorted(folder.rglob("*.png"), reverse=True):
+            tar.add(file, file.relative_to(folder).as_posix())
+    one = References.read([folder], PIXELS.framing)
+    other = References.read([tmp_path / "pictures.tar"], PIXELS.framing)
+    assert (one.names, one.hash, one.sizes) == (other.names, other.hash, {(24, 24)})
+    assert one.name == "pictures"
+    fewer = References.read([folder], PIXELS.framing, count=5)
+    assert fewer.names == one.names[:5]
+    assert fewer.hash != one.hash
+
+
+def test_the_hash_is_of_pixels_not_of_names_or_order(images) -> None:
+    image = images(4, 8, 8)
+    one, other = References.of(image, "one"), References.of(image.flip(0), "other")
+    assert one.hash == other.hash
+    assert References.of(image[:3], "fewer").hash != one.hash
+    nearly = image.clone()
+    nearly[0, 0, 0, 0] += 1 / 127.5
+    assert References.of(nearly, "nearly").hash != one.hash
+
+
+def test_batches_keep_order_and_never_mix_sizes(folder: Path) -> None:
+    references = References.read([folder], Framing())
+    batches = list(references.batches(5))
+    assert [name for batch in batches for name in batch.names] == list(references.names)
+    assert all(len(batch.images) == 1 for batch in batches)
+    assert len(references.sizes) == 12
+    assert [len(batch.images) for batch in References.read([folder], PIXELS.framing).batches(5)] == [5, 5, 2]
+
+
+def test_large_sets_are_read_again(folder: Path, monkeypatch) -> None:
+    kept = References.read([folder], PIXELS.framing)
+    monkeypatch.setattr("rac.evaluate.references.KEEP_MB", 0)
+    again = References.read([folder], PIXELS.framing)
+    assert again.hash == kept.hash
+    for one, other in zip(kept.batches(7), again.batches(7), strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+def test_framings() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    (whole,) = Framing().cut(picture, "it")
+    assert np.array_equal(whole, pixels)
+    (centre,) = Framing(50, "centre").cut(picture, "it")
+    assert np.array_equal(centre, pixels[:, 10:60])
+    tiles = Framing(20, "tiles").cut(picture, "it")
+    assert len(tiles) == 6
+    assert np.array_equal(tiles[4], pixels[25:45, 25:45])
+    small = [np.asarray(Framing(16, "centre", resize).cut(picture, "it")[0]) for resize in ("bicubic", "box")]
+    assert small[0].shape == (16, 16, 3)
+    assert not np.array_equal(*small)
+
+
+@pytest.mark.parametrize("size", [16, 20, 50])
+def test_adm_crop_is_that_of_the_public_code(size: int) -> None:
+    """The function of guided-diffusion's image_datasets.py, word for word but for names."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8))
+    theirs = picture
+    while min(*theirs.size) >= 2 * size:
+        theirs = theirs.resize(tuple(x // 2 for x in theirs.size), resample=Image.BOX)
+    scale = size / min(*theirs.size)
+    theirs = theirs.resize(tuple(round(x * scale) for x in theirs.size), resample=Image.BICUBIC)
+    array = np.array(theirs)
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    (ours,) = Framing(size, "adm").cut(picture, "it")
+    assert np.array_equal(ours, array[y : y + size, x : x + size])
+
+
+def test_bad_sets_are_refused(folder: Path, tmp_path: Path) -> None:
+    empty, single = tmp_path / "empty", tmp_path / "single"
+    empty.mkdir()
+    single.mkdir()
+    Image.new("L", (40, 40)).save(single / "one.png")
+    for paths, framing, count, words in (
+        ([tmp_path / "nowhere"], Framing(), None, "nowhere does not exist"),
+        ([empty], Framing(), None, "empty holds no pictures"),
+        ([single], Framing(), None, "single gives 1 image.*at least 2"),
+        ([folder], Framing(24, "none"), None, "24 x 24 and does not crop"),
+        ([folder], Framing(28, "centre"), None, "too small for images of 28 x 28"),
+        ([folder], Framing(24, "centre"), 13, "gives 12 images, the protocol asks for 13"),
+    ):
+        with pytest.raises(RacError, match=words):
+            References.read(paths, framing, count)
+    whole = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RacError, match=r"3\.png is damaged"):
+        References.read([folder], PIXELS.framing)
+
+
+def test_bad_framings_are_refused() -> None:
+    for words, arguments in {
+        "crop 'left' is not known": (64, "left"),
+        "crop centre needs a size": (None, "centre"),
+        "size 0": (0, "centre"),
+        "resize 'nearest' is not known": (64, "centre", "nearest"),
+    }.items():
+        with pytest.raises(RacError, match=words):
+            Framing(*arguments)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------- protocols
+
+
+def test_named_protocols_are_themselves() -> None:
+    assert {"pixels-64", "dev-64", "dev-128", "native", "imagenet-256"} <= PROTOCOLS.keys()
+    assert all(protocol.name == name for name, protocol in PROTOCOLS.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("figure 'fid' is not known", {"figures": ("fid",)}),
+        ("names no extractor", {"figures": ("kernel",)}),
+        ("ms-ssim needs sides of at least 176", {"figures": ("ms-ssim",)}),
+        ("asks for no figures", {"figures": ()}),
+        ("count 1", {"count": 1}),
+        ("solver 'newton'", {"solver": "newton"}),
+    ],
+)
+def test_bad_protocols_are_refused(words: str, changes: dict) -> None:
+    with pytest.raises(RacError, match=words):
+        replace(PIXELS, **changes)
+
+
+def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
+    references = References.of(images(5, 24, 24), "some")
+    evaluate(one_layer_coder, references, replace(PIXELS, count=5, reference=references.hash), name="it")
+    for words, changes in {
+        "some has hash": {"reference": "0" * 64},
+        "about 6 images, some gives 5": {"count": 6},
+        "needs the teacher's latents": {"latents": "teacher"},
+        "teacher's latents": {"figures": ("explained-variance",)},
+        "RAC has no posterior": {"posterior": "sample"},
+    }.items():
+        with pytest.raises(RacError, match=words):
+            evaluate(one_layer_coder, references, replace(PIXELS, **changes), name="it")
+    vae = KLVAEConfig(widths=(4, 4), latent_channels=2).build().eval()
+    with pytest.raises(RacError, match="no states"):
+        evaluate(vae, references, replace(PIXELS, figures=("state-round-trip",)), name="it")
+
+
+def test_too_few_or_unlike_images_never_make_a_silent_number(one_layer_coder, images, folder) -> None:
+    some = References.of(images(6, 24, 24), "some")
+    with pytest.raises(RacError, match="6 features needs more than 6 images, not 6"):
+        evaluate_by_colours(one_layer_coder, some, "frechet")
+    with pytest.raises(RacError, match="no spatial features"):
+        evaluate_by_colours(one_layer_coder, some, "spatial-frechet")
+    with pytest.raises(RacError, match="no Inception Score"):
+        evaluate_by_colours(one_layer_coder, some, "score")
+    native = References.read([folder], Framing())
+    with pytest.raises(RacError, match="24 x 30 and of 25 x 30"):
+        evaluate_by_colours(one_layer_coder, native, "kernel")
+    tiny = References.of(images(3, 8, 24), "tiny")
+    with pytest.raises(RacError, match="ssim needs sides of at least 11 pixels, tiny has images of 8"):
+        evaluate(one_layer_coder, tiny, replace(PIXELS, framing=Framing()), name="it")
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def test_a_coder_that_loses_nothing(one_layer_coder, folder, tmp_path) -> None:
+    references = References.read([folder], PIXELS.framing)
+    figures = ("ssim", "frechet", "kernel", "precision-recall")
+    result = evaluate_by_colours(one_layer_coder, references, *figures, command="rac evaluate")
+    assert result.figures["psnr"] == math.inf
+    assert result.figures["ssim"] == pytest.approx(1)
+    assert result.figures["rFID-colours"] == pytest.approx(0, abs=1e-12)
+    assert result.figures["precision-colours"] == result.figures["recall-colours"] == 1
+    assert not {"FID", "rFID", "KID"} & result.figures.keys()
+    assert (result.reference.count, result.reference.hash) == (12, references.hash)
+    assert result.images == references.names
+    result.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json") == result
+    data = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert data["protocol"]["framing"] == {"size": 24, "crop": "centre", "resize": "bicubic"}
+    assert data["figures"]["psnr"] == "inf"
+    assert data["command"] == "rac evaluate"
+    assert {"rac", "torch", "python"} <= data["versions"].keys()
+
+
+def test_batches_and_order_do_not_matter(make_rac, images) -> None:
+    coder, image = make_rac(lively=0.05).eval(), images(7, 24, 24)
+    results = [
+        evaluate_by_colours(coder, References.of(some, "some"), "ssim", "frechet", "kernel", batch=batch)
+        for some, batch in ((image, 7), (image, 1), (image.flip(0), 3))
+    ]
+    for other in results[1:]:
+        assert other.reference.hash == results[0].reference.hash
+        assert other.figures == pytest.approx(results[0].figures, rel=1e-5, abs=1e-6)
+    assert results[1].per_image["psnr"] == pytest.approx(results[0].per_image["psnr"])
+
+
+def test_figures_are_those_of_the_written_files(make_rac, images) -> None:
+    coder, image = make_rac(lively=0.05).eval(), from_pixels(to_pixels(images(1, 24, 24)))
+    references = References.of(torch.cat([image, image]), "two")
+    protocol = replace(PIXELS, figures=("psnr",), steps=2)
+    result = evaluate(coder, references, protocol, name="it")
+    with torch.no_grad():
+        made = coder.reconstruct(image, 2)
+    assert result.figures["psnr"] == pytest.approx(float(psnr(from_pixels(to_pixels(made)), image)), abs=1e-4)
+    assert result.steps == 2
+    exact = evaluate(coder, references, replace(protocol, rounded=False), name="it")
+    assert exact.figures["psnr"] == pytest.approx(float(psnr(made, image)), abs=1e-4)
+    assert exact.figures != result.figures
+    assert evaluate(coder, references, replace(protocol, steps=None), name="it").steps == 4
+
+
+def test_solver_grid_and_dtype_are_obeyed(make_rac, images) -> None:
+    coder, references = make_rac(lively=0.05).eval(), References.of(images(2, 24, 24), "some")
+    found = {
+        evaluate(coder, references, replace(PIXELS, figures=("psnr",), rounded=False, **change), name="it").figures[
+            "psnr"
+        ]
+        for change in ({}, {"solver": "heun"}, {"shift": 3.0}, {"steps": 8}, {"dtype": "bfloat16"})
+    }
+    assert len(found) == 5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outside = evaluate(coder, references, replace(PIXELS, figures=("psnr",), rounded=False), name="it")
+    assert outside.figures["psnr"] in found
+
+
+def test_a_teacher_and_its_latents(make_rac, images) -> None:
+    torch.manual_seed(0)
+    teacher = KLVAEConfig(widths=(4, 4, 4), latent_channels=4).build().eval()
+    coder, references = make_rac(lively=0.05).eval(), References.of(images(3, 24, 24), "some")
+    protocol = replace(PIXELS, figures=("psnr", "explained-variance", "state-round-trip"))
+    own = evaluate(coder, references, protocol, name="it", teacher=teacher)
+    assert len(own.per_channel["explained variance"]) == 4
+    assert own.figures["explained variance"] == pytest.approx(np.mean(own.per_channel["explained variance"]))
+    assert own.figures["psnr, state round trip"] > own.figures["psnr"]
+    theirs = evaluate(coder, references, replace(protocol, latents="teacher"), name="it", teacher=teacher)
+    assert theirs.figures["psnr"] != own.figures["psnr"]
+    assert evaluate(teacher, references, PIXELS, name="teacher").steps is None
+
+
+def test_posterior_samples_belong_to_images(images) -> None:
+    torch.manual_seed(0)
+    vae = KLVAEConfig(widths=(4, 4), latent_channels=2).build().eval()
+    references = References.of(images(4, 24, 24), "some")
+    sampled = replace(PIXELS, posterior="sample", figures=("psnr",))
+    one, other = (evaluate(vae, references, sampled, name="it", batch=size) for size in (4, 1))
+    assert one.per_image["psnr"] == pytest.approx(other.per_image["psnr"], abs=1e-4)
+    again = evaluate(vae, references, replace(sampled, rng_seed=1), name="it")
+    mean = evaluate(vae, references, replace(sampled, posterior="mean"), name="it")
+    assert len({one.figures["psnr"], again.figures["psnr"], mean.figures["psnr"]}) == 3
+
+
+def test_nan_is_told(make_rac, images) -> None:
+    coder = make_rac()
+    torch.nn.init.constant_(next(coder.field.parameters()), math.nan)
+    with pytest.raises(RacError, match="NaN"):
+        evaluate(coder, References.of(images(2, 24, 24), "some"), PIXELS, name="it")
+
+
+def test_progress_and_reference_features_are_kept(one_layer_coder, images) -> None:
+    class Counted(MeanColours):
+        seen = 0
+
+        def __call__(self, image: Tensor) -> Features:
+            self.seen += len(image)
+            return super().__call__(image)
+
+    protocol, judges = judged_by_colours("kernel")
+    judges, references = replace(judges, extractor=Counted()), References.of(images(8, 24, 24), "some")
+    told = []
+    for _ in range(2):
+        options = {"judges": judges, "batch": 3, "progress": lambda *done_of_all: told.append(done_of_all)}
+        evaluate(one_layer_coder, references, protocol, name="it", **options)
+    assert told[:3] == [(3, 8), (6, 8), (8, 8)]
+    assert judges.extractor.seen == 3 * 8
+    with pytest.raises(RacError, match="judges are for"):
+        evaluate(one_layer_coder, references, PIXELS, name="it", judges=judges)
+
+
+def test_pictures_of_other_modes_are_converted(tmp_path: Path) -> None:
+    for index, mode in enumerate(("L", "RGBA", "CMYK")):
+        buffer = io.BytesIO()
+        Image.new(mode, (30, 30)).save(buffer, "TIFF")
+        (tmp_path / f"{index}.tiff").write_bytes(buffer.getvalue())
+    assert len(References.read([tmp_path], PIXELS.framing)) == 3

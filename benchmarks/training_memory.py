@@ -114,13 +114,12 @@ def naive_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
     coder, draws, image = setting.coder, setting.draws(), setting.image
 
     def flow(state: Tensor, backwards: bool = False) -> tuple[list[Tensor], list[float]]:
-        steps = draws.integer(setting.steps, setting.steps)
         nodes = list(TimeGrid.random(steps, draws.shared).nodes)
         nodes = nodes[::-1] if backwards else nodes
         states = [state]
         for start, end in pairwise(nodes):
             deviation = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
-            state = state + draws.normal(state) * (0.05 * deviation)
+            state = state + draws.normal(state, draws.seed()) * (0.05 * deviation)
             state = state + field(state, state.new_full((len(state),), start)) * (end - start)
             states.append(state)
         return states, nodes
@@ -131,6 +130,7 @@ def naive_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
         times = image.new_tensor(nodes[1:-1]).view(-1, 1, 1, 1, 1)
         return F.mse_loss(torch.stack(states[1:-1]), seed + (target - seed) * times)
 
+    steps = draws.integer(setting.steps, setting.steps)
     seed, target = expand(setting.latent, coder.states), image_state(image, 4)
     decoded, decoding = flow(seed)
     encoded, encoding = flow(target, backwards=True)

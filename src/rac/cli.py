@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a coder: rac train RECIPE --out FOLDER",
     "evaluate": "judge a coder on images under a named protocol",
     "compare": "several coders side by side: quality, cost, speed, and pictures of where they differ",
+    "ablate": "variants of a recipe, trained alike and judged alike: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
     "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
@@ -63,7 +64,7 @@ def _dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise RacError(f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"))
     module = importlib.import_module(f".commands.{verb}", __package__)
-    if verb == "train":
+    if verb in ("train", "ablate"):
         return module.run(rest)
 
     import tyro

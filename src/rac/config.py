@@ -22,6 +22,23 @@ _converter.register_structure_hook(Path, lambda value, _: Path(value))
 _converter.register_unstructure_hook(Path, str)
 
 
+def _exactly(*accepted: type) -> Callable[[Any, Any], Any]:
+    """A number stays a number and a word a word: 2.7 is no count, and "3" no number."""
+
+    def structure(value: Any, cls: type) -> Any:
+        if type(value) not in accepted:
+            raise RacError(f"expected {cls.__name__}, not {value!r}")
+        return cls(value)
+
+    return structure
+
+
+_converter.register_structure_hook(bool, _exactly(bool))
+_converter.register_structure_hook(int, _exactly(int))
+_converter.register_structure_hook(float, _exactly(float, int))
+_converter.register_structure_hook(str, _exactly(str))
+
+
 def _is_tagged_union(cls: Any) -> bool:
     members = [member for member in get_args(cls) if member is not NoneType]
     return len(members) > 1 and all(is_dataclass(member) and "kind" in _defaults(member) for member in members)

@@ -32,10 +32,14 @@ class Draws:
         """Draws for a batch that is not cut."""
         return cls(generator, generator, count, 0, count)
 
-    def normal(self, like: Tensor) -> Tensor:
-        """Standard normal numbers of the shape, type and device of `like`, whose first dimension is `count`."""
-        numbers = torch.randn(self.total, *like.shape[1:], generator=self.own, device=self.own.device)
-        return self._rows(numbers).to(like)
+    def normal(self, like: Tensor, seed: int | None = None) -> Tensor:
+        """Standard normal numbers of the shape, type and device of `like`, whose first dimension is `count`.
+
+        With a `seed` (from `seed()`) the same numbers come again as often as they are asked for.
+        """
+        device = self.own.device
+        generator = self.own if seed is None else torch.Generator(device).manual_seed(seed)
+        return self._rows(torch.randn(self.total, *like.shape[1:], generator=generator, device=device)).to(like)
 
     def uniform(self, like: Tensor) -> Tensor:
         """One number in [0, 1) per image: `count`, with the type and device of `like`."""
@@ -45,6 +49,10 @@ class Draws:
     def integer(self, low: int, high: int) -> int:
         """One whole number from low to high, both included, for the whole batch."""
         return int(torch.randint(low, high + 1, (), generator=self.shared))
+
+    def seed(self) -> int:
+        """A seed for `normal`, for the whole batch."""
+        return self.integer(0, 2**62)
 
     def _rows(self, numbers: Tensor) -> Tensor:
         return numbers[self.first : self.first + self.count]

@@ -36,7 +36,8 @@ class StateSpec:
     - `centre`: each value at its block's centre site, `PAD` at the other f*f - 1. Inverse: that site.
     - `shuffle`: the c values of a block in c of its C*f*f sub-pixel slots, `PAD` in the others. Inverse: those slots.
 
-    Raises `RacError` where the latent does not fit: `nearest` and `centre` need C >= c, `shuffle` only C*f*f >= c.
+    Raises `RacError` where the latent does not fit: `nearest` and `centre` need C >= max(4, c), `shuffle` C >= 3 and
+    C*f*f >= c.
     """
 
     factor: int
@@ -51,9 +52,9 @@ class StateSpec:
             raise RacError(f"factor {self.factor} and latent_channels {self.latent_channels} must be at least 1")
         if self.spread not in ("nearest", "centre", "shuffle"):
             raise RacError(f"spread {self.spread!r} is not known; expected nearest, centre or shuffle")
-        sites = self.factor**2 if self.spread == "shuffle" else 1
-        if self.latent_channels > self.state_channels * sites:
-            least = max(RGB, -(-self.latent_channels // sites))
+        dense = self.spread == "shuffle"
+        least = max(RGB, -(-self.latent_channels // self.factor**2)) if dense else max(RGB + 1, self.latent_channels)
+        if self.state_channels < least:
             raise RacError(
                 f"{self.latent_channels} latent channels do not fit {self.state_channels} state channels with spread "
                 f"{self.spread}; give state_channels of at least {least}, or a denser spread (shuffle is the densest)"

@@ -169,14 +169,6 @@ def test_what_is_kept(grid, backwards):
     assert nodes.states[-1] is nodes.end
 
 
-def test_perturb_comes_before_each_step_and_is_not_what_is_kept_first():
-    start = torch.zeros(1, 1, 1, 1)
-    flow = integrate(
-        lambda state, time: state, start, TimeGrid.uniform(2), keep="nodes", perturb=lambda state: state + 1
-    )
-    assert [float(state) for state in flow.states] == [0.0, 1.5, 3.75]
-
-
 def test_integrating_does_not_change_the_start(coupled_field):
     for solver in SOLVERS:
         start = states()

@@ -178,12 +178,15 @@ class Tape:
     """Stands in for `Draws`: noise from a list, so that both sides meet the same; grids from a generator."""
 
     def __init__(self, noise: list[Tensor], shared: torch.Generator) -> None:
-        self.noise, self.shared = list(noise), shared
+        self.noise, self.shared, self.used = noise, shared, 0
 
-    def normal(self, like: Tensor) -> Tensor:
-        drawn = self.noise.pop(0)
-        assert drawn.shape == like.shape
-        return drawn
+    def seed(self) -> int:
+        self.used += 1
+        return self.used - 1
+
+    def normal(self, like: Tensor, seed: int) -> Tensor:
+        assert self.noise[seed].shape == like.shape
+        return self.noise[seed]
 
     def integer(self, low: int, high: int) -> int:
         assert low == high
@@ -343,7 +346,7 @@ def test_every_term_and_the_gradient_of_their_sum(case, ours, theirs, teacher, i
     coding = Coding(ours.field, states, contraction, teacher.decode)
     tape = Tape(noise if case.noisy else [], torch.Generator().manual_seed(8))
     terms = rac_terms(coding, image, latent, objective, tape)
-    assert not tape.noise
+    assert tape.used == len(tape.noise)
 
     field, downsampler = theirs
     original = Original(

@@ -87,20 +87,6 @@ def test_time_matters(config):
     assert not torch.allclose(field(state, torch.tensor([0.0])), field(state, torch.tensor([1.0])))
 
 
-def test_ends_turn_a_predicted_end_into_the_velocity_of_the_straight_line():
-    """Told the right end, the field must give target - source at every time."""
-    source, target = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64).unbind(0)
-    time = torch.tensor([0.0, 0.3, 0.499, 0.5, 1.0], dtype=torch.float64)
-    t = time.view(-1, 1, 1, 1)
-
-    class Network(nn.Module):
-        def forward(self, folded: torch.Tensor) -> torch.Tensor:
-            return torch.where(t < 0.5, target, source)
-
-    field = ConvField(Network(), 2, ends=True)
-    torch.testing.assert_close(field((1 - t) * source + t * target, time), target - source)
-
-
 def test_tiny_is_local_and_tiles_exactly():
     field = lively(TINY.build(4, 4))
     state, time = torch.randn(1, 4, 64, 64, dtype=torch.float64), torch.tensor([0.5]).double()

@@ -27,8 +27,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Adapter(Coder):
-    """A coder around a network with habits of its own: images B 3 H W in [-1, 1], latents normalised.
-    """
+    """A coder around a network with habits of its own: images B 3 H W in [-1, 1], latents normalised."""
 
     network: Any
 

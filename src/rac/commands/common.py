@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -19,8 +19,11 @@ from ..errors import RacError
 from ..evaluate.report import Table
 from ..runtime import pick_device
 
-DEFAULT_CODER = "rac-64"
+DEFAULT_CODER = "rac-f8d8"
 """The shipped coder that a verb takes if none is named."""
+
+WIDTH = 240
+"""Of tables where the output is no terminal: wide enough for all of ours."""
 
 T = TypeVar("T")
 
@@ -83,9 +86,17 @@ def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, 
             bar.advance(task)
 
 
+class Told(Protocol):
+    """What a long task tells how far it is."""
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """`done` of `total`, which is None where it is not known."""
+        ...
+
+
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Gives a function to be told (done, of all; None: unknown), shown on a terminal's stderr as `what`."""
+def counting(what: str) -> Iterator[Told]:
+    """Gives a function to be told how far a task is, which a terminal's stderr shows as `what`."""
     with _bar() as bar:
         task = bar.add_task(what, total=None)
 
@@ -111,12 +122,17 @@ def show(table: Table, title: str = "") -> None:
     """Print a table to stdout, unwrapped where the output is no terminal."""
     drawn = RichTable(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        # Headings may be broken between words, figures never.
+        width = max((len(row[index]) for row in table.rows), default=1)
+        if index == 0:
+            drawn.add_column(column, min_width=min(width, 24))
+        else:
+            drawn.add_column(column, justify="right", min_width=width)
     for row in table.rows:
         drawn.add_row(*row)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=WIDTH)
     console.print(drawn, highlight=False, markup=False)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..errors import RacError
+from ..evaluate.comparison import short_name
 from .judging import Judging
 
 
@@ -29,4 +30,4 @@ class Command(Judging):
         """Compare; the exit code. Raises `RacError`."""
         if not self.models:
             raise RacError("name the coders to compare, such as: rac compare rac-64 klvae-64 --data PICTURES")
-        return self.judge_all(self.models, self.out, " against ".join(Path(name).name for name in self.models))
+        return self.judge_all(self.models, self.out, " against ".join(short_name(name) for name in self.models))

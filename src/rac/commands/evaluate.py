@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluate.comparison import short_name
 from .common import DEFAULT_CODER
 from .judging import Judging
 
@@ -24,4 +25,4 @@ class Command(Judging):
 
     def run(self) -> int:
         """Evaluate; the exit code. Raises `RacError`."""
-        return self.judge_all([self.model], self.out, f"{Path(self.model).name}, evaluated")
+        return self.judge_all([self.model], self.out, f"{short_name(self.model)}, evaluated")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 from ..coders.protocol import Coder
 from ..config import from_json, read_json
 from ..errors import RacError
-from ..evaluate.comparison import Comparison, Entrant, LatentSource, entrants, judge
+from ..evaluate.comparison import Comparison, Entrant, LatentSource, entrants, file_name, judge, short_name
 from ..evaluate.correction import CorrectionCurve, correction_curve
 from ..evaluate.judges import IMAGE_FIGURES, Judges
-from ..evaluate.protocol import PROTOCOLS, Protocol
+from ..evaluate.protocol import PROTOCOLS, Protocol, Result
 from ..evaluate.references import References
 from ..evaluate.report import Figure, html_report
 from ..files import make_folder, write_bytes
@@ -31,7 +30,8 @@ class Judging:
     data: tuple[Path, ...] = ()
     """Folders of pictures, tar files, or pictures. None: scikit-image's photographs."""
     protocol: str = "pixels-64"
-    """pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file of a protocol."""
+    """pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file: a protocol, or a
+    result to repeat on the same images."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of steps at which a RAC is judged, each way."""
     latents: tuple[LatentSource, ...] = ("own",)
@@ -51,17 +51,15 @@ class Judging:
         """Judge the coders called `models`, write everything to `out`, print the table; the exit code."""
         protocol = self._protocol()
         coders = {name: load_coder(name, self.device) for name in models}
-        teachers = {name: teacher for name, coder in coders.items() if (teacher := load_teacher(coder, self.device))}
+        teachers = self._teachers(coders)
         self._check_latents(coders, teachers)
         references = self._references(protocol)
         judges = Judges.load(protocol.figures, protocol.extractor, pick_device(self.device))
         fielded = entrants(_titles(models), coders, teachers, protocol, self.steps, self.latents)
-        make_folder(out)
-        comparison = self._judged(fielded, references, judges)
+        comparison = self._judged(fielded, references, judges, make_folder(out / "results"))
         comparison = replace(comparison, corrections=self._corrections(fielded, references, judges))
-        for entrant, row in zip(fielded, comparison.rows, strict=True):
-            row.result.save(make_folder(out / "results") / f"{_file_name(entrant.label)}.json")
-        _write(comparison, out)
+        comparison.save(out / "comparison.json")
+        write_bytes(out / "table.md", comparison.table().to_markdown().encode())
         show(comparison.table(), f"{protocol.name}: {len(references)} images of {references.name}")
         self._report(Material(self.data, fielded, comparison, references), out, title)
         return 0
@@ -69,6 +67,8 @@ class Judging:
     def _protocol(self) -> Protocol:
         for number in self.steps:
             check_steps(number)
+        if self.batch < 1 or self.correction < 0:
+            raise RacError(f"--batch {self.batch} must be at least 1, and --correction {self.correction} at least 0")
         if not self.steps or not self.latents:
             raise RacError("--steps and --latents need at least one value each, such as --steps 1 2 4 8 --latents own")
         if self.protocol in PROTOCOLS:
@@ -79,6 +79,15 @@ class Judging:
             raise RacError(f"no protocol {self.protocol!r}; give a JSON file of one, or one of {', '.join(PROTOCOLS)}")
         return chosen if self.count is None else replace(chosen, count=self.count)
 
+    def _teachers(self, coders: Mapping[str, Coder]) -> dict[str, Coder]:
+        """The teacher of each coder that has one; loaded once, however many share it or compete with it."""
+        found: dict[str, Coder | None] = dict(coders)
+        for coder in coders.values():
+            if coder.teacher is not None and coder.teacher not in found:
+                found[coder.teacher] = load_teacher(coder, self.device)
+        teachers = {name: found[coder.teacher] for name, coder in coders.items() if coder.teacher is not None}
+        return {name: teacher for name, teacher in teachers.items() if teacher is not None}
+
     def _check_latents(self, coders: Mapping[str, Coder], teachers: Mapping[str, Coder]) -> None:
         if self.latents != ("own",) and not teachers:
             names = ", ".join(coders)
@@ -86,15 +95,15 @@ class Judging:
 
     def _references(self, protocol: Protocol) -> References:
         with counting("reading pictures") as progress:
-            return References.read(
-                self.data, protocol.framing, protocol.count, progress=lambda done: progress(done, None)
-            )
+            return References.read(self.data, protocol.framing, protocol.count, progress)
 
-    def _judged(self, fielded: Sequence[Entrant], references: References, judges: Judges) -> Comparison:
+    def _judged(self, fielded: Sequence[Entrant], references: References, judges: Judges, out: Path) -> Comparison:
+        """Each result is written as soon as it is there."""
         rows = []
         for entrant in fielded:
             with counting(entrant.label) as progress:
                 rows.append(judge(entrant, references, judges, batch=self.batch, progress=progress))
+            rows[-1].result.save(out / f"{file_name(entrant.label)}.json")
         return Comparison(tuple(rows))
 
     def _corrections(
@@ -105,9 +114,9 @@ class Judging:
         for name, teacher in _teachers(fielded).items():
             pupils = [entrant for entrant in fielded if entrant.coder.teacher == name]
             # A coder of own latents and of its teacher's decodes alike.
-            decoders = {Path(name).name: teacher.decode, **{_plain(pupil): pupil.decode for pupil in pupils}}
+            decoders = {short_name(name): teacher.decode, **{_plain(pupil): pupil.decode for pupil in pupils}}
             if self.correction > 0 and set(judges.figures) & set(IMAGE_FIGURES):
-                with counting(f"correction curve of {Path(name).name}") as progress:
+                with counting(f"correction curve of {short_name(name)}") as progress:
                     curve = correction_curve(
                         decoders,
                         teacher,
@@ -132,16 +141,12 @@ class Judging:
         print(f"\nThe report, with pictures: {out / 'report.html'}")
 
 
-def _write(comparison: Comparison, out: Path) -> None:
-    comparison.save(out / "comparison.json")
-    write_bytes(out / "table.md", comparison.table().to_markdown().encode())
-
-
 def _protocol_file(path: Path) -> Protocol:
-    """A protocol of its own, or the one that a result was made under."""
+    """A protocol of its own, or the one that a result was made under, and then for the same images only."""
     data = read_json(path)
     if isinstance(data, dict) and "protocol" in data:
-        data = data["protocol"]
+        result = Result.load(path)
+        return replace(result.protocol, reference=result.reference.hash)
     return from_json(Protocol, data, str(path))
 
 
@@ -158,12 +163,8 @@ def _plain(entrant: Entrant) -> str:
 
 
 def _titles(models: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, or all of it where those collide. Raises `RacError` for a name given twice."""
+    """A short name for each, or all of it where those collide. Raises `RacError` for a name given twice."""
     if twice := [name for name in models if models.count(name) > 1]:
         raise RacError(f"{twice[0]} is given twice; give each coder once")
-    short = [Path(name).name for name in models]
+    short = [short_name(name) for name in models]
     return {name: last if short.count(last) == 1 else name for name, last in zip(models, short, strict=True)}
-
-
-def _file_name(label: str) -> str:
-    return re.sub(r"[^\w.]+", "-", label).strip("-")

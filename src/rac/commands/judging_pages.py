@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -24,14 +24,17 @@ from ..evaluate.comparison import (
     extremes,
     figure_text,
     figure_title,
+    file_name,
     pick,
     quality,
+    short_name,
 )
 from ..evaluate.correction import CorrectionCurve, moved_latents
 from ..evaluate.metrics import psnr
 from ..evaluate.pictures import Panel, scale_bar, sheet, strip
 from ..evaluate.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
 from ..evaluate.principal import PrincipalAxes, latent_axes, latent_colours
+from ..evaluate.protocol import Result
 from ..evaluate.references import Batch, Framing, References
 from ..evaluate.report import Figure, Section, Table
 from ..flow import Trajectory
@@ -91,8 +94,12 @@ class Material:
             found[entrant.family] = next(flows) if isinstance(entrant.coder, RAC) else next(plain)
         return found
 
-    def same_steps(self, family: str) -> list[Entrant]:
-        """The entrants of a family, by steps."""
+    def result_of(self, entrant: Entrant) -> Result:
+        """What came out for it."""
+        return self.rows[list(self.entrants).index(entrant)].result
+
+    def members(self, family: str) -> list[Entrant]:
+        """The entrants of a family, one for each number of steps."""
         return [entrant for entrant in self.entrants if entrant.family == family]
 
 
@@ -129,22 +136,12 @@ def _quality(material: Material) -> Section:
     steps = sorted({row.result.steps for row in material.rows if row.result.steps is not None})
     if len(steps) > 1:
         panels = {axis_title(figure): _against_steps(material, figure, steps) for figure in shown}
-        contents += _in_threes(panels, "steps", "log2", steps, "quality-against-steps", _STEPS_CAPTION)
+        contents.append(Figure(line_panels(panels, "steps", "log2", steps), "quality-against-steps", _STEPS_CAPTION))
     panels = {axis_title(figure): _against_macs(material, figure) for figure in shown}
     label = "GMACs to encode and decode one image"
-    contents += _in_threes(panels, label, "log10", (), "quality-against-macs", _MACS_CAPTION)
+    contents.append(Figure(line_panels(panels, label, "log10"), "quality-against-macs", _MACS_CAPTION))
     height, width = material.rows[0].cost.side
     return Section("Quality and cost", _QUALITY.format(height=height, width=width), contents)
-
-
-def _in_threes(
-    panels: dict[str, list[Series]], x_label: str, scale: str, ticks: Sequence[int], name: str, caption: str
-) -> list[Figure]:
-    """Plots, no more than three in a row."""
-    items = list(panels.items())
-    parts = [dict(items[start : start + 3]) for start in range(0, len(items), 3)]
-    made = [line_panels(part, x_label, "log2" if scale == "log2" else "log10", ticks) for part in parts]
-    return [Figure(sheet(made), name, caption)]
 
 
 def _against_steps(material: Material, figure: str, steps: Sequence[int]) -> list[Series]:
@@ -181,15 +178,19 @@ def _correction(material: Material) -> Section | None:
 def _correction_plot(curve: CorrectionCurve) -> Figure:
     teacher, *pupils = next(iter(curve.figures.values()))
     colours = {teacher: BLACK, **dict(zip(pupils, shades(len(pupils)), strict=True))}
-    panels = {
-        axis_title(figure): [
-            Series(name, curve.sigmas, y, colours[name], dashed=name == teacher) for name, y in rows.items()
-        ]
-        for figure, rows in curve.figures.items()
-    }
+
+    def lines(rows: Mapping[str, Sequence[float]]) -> list[Series]:
+        return [Series(name, curve.sigmas, y, colours[name], dashed=name == teacher) for name, y in rows.items()]
+
+    panels = {axis_title(figure): lines(rows) for figure, rows in curve.figures.items()}
+    figure, rows = next(iter(curve.figures.items()))
+    if curve.sigmas[0] == 0:
+        panels[f"{figure_title(figure)}, change from sigma 0"] = lines(
+            {name: [value - y[0] for value in y] for name, y in rows.items()}
+        )
     caption = f"Mean over {curve.images} images; the same noise for every decoder. Dashed: the teacher, {teacher}."
     label = "sigma of the noise added to the teacher's latent"
-    return Figure(line_panels(panels, label), f"correction-{teacher}", caption)
+    return Figure(line_panels(panels, label), f"correction-{file_name(teacher)}", caption)
 
 
 def _correction_table(curve: CorrectionCurve) -> Table:
@@ -210,7 +211,7 @@ def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
     part = Batch(first.names, first.images.to(device))
     sigmas = curve.sigmas[::2]
     moved = list(moved_latents(teacher, part, sigmas, curve.rng_seed))
-    decoders = {Path(curve.teacher).name: teacher.decode}
+    decoders = {short_name(curve.teacher): teacher.decode}
     decoders |= {_steps_of(entrant): entrant.decode for entrant in (pupils[0], pupils[-1])}
     rows = []
     for name, decode in decoders.items():
@@ -222,7 +223,7 @@ def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
         ]
         rows.append(strip(panels, name))
     caption = f"One image, {part.names[0]}, decoded from its latent with growing noise."
-    return Figure(sheet(rows), f"correction-{Path(curve.teacher).name}-images", caption)
+    return Figure(sheet(rows), f"correction-{file_name(short_name(curve.teacher))}-images", caption)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -230,7 +231,7 @@ def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
 
 def _best_and_worst(material: Material) -> Section:
     focus = material.focus
-    result = material.rows[list(material.entrants).index(focus)].result
+    result = material.result_of(focus)
     if "psnr" not in result.per_image:
         return Section("Best and worst", "This protocol has no PSNR to order the images by.")
     count = min(EXTREMES, len(result.images) // 2)
@@ -248,8 +249,8 @@ def _best_and_worst(material: Material) -> Section:
 
 def _step_by_step(material: Material) -> Section | None:
     """One image at every number of steps: the focus's median image."""
-    family = material.same_steps(material.focus.family)
-    result = material.rows[list(material.entrants).index(material.focus)].result
+    family = material.members(material.focus.family)
+    result = material.result_of(material.focus)
     if len(family) < 2 or "psnr" not in result.per_image:
         return None
     order, _ = extremes(result, len(result.images))
@@ -305,7 +306,7 @@ def _latents(material: Material) -> Section | None:
     views = _views(material.data)
     device = next(shown[0].coder.parameters()).device
     latents = _all_latents(shown, [image.to(device) for image in views.values()])
-    axes = {name: latent_axes(torch.cat(_equal_sizes(latent))) for name, (_, latent, _) in latents.items()}
+    axes = {name: latent_axes(latent) for name, (_, latent, _) in latents.items()}
     rows = []
     for index, (name, image) in enumerate(views.items()):
         panels = [Panel(image, "original")]
@@ -326,7 +327,7 @@ def _all_latents(shown: Sequence[Entrant], images: Sequence[Tensor]) -> dict[str
     for entrant in shown:
         basis = entrant.family
         if isinstance(entrant.coder, RAC) and entrant.teacher is not None and entrant.coder.teacher is not None:
-            basis = Path(entrant.coder.teacher).name
+            basis = short_name(entrant.coder.teacher)
             found.setdefault(basis, _latents_of(entrant.teacher, entrant.teacher.encode, images, basis))
         found[entrant.family] = _latents_of(entrant.coder, entrant.encode, images, basis)
     return found
@@ -336,12 +337,6 @@ def _latents_of(
     coder: Coder, encode: Callable[[Tensor], Tensor], images: Sequence[Tensor], basis: str
 ) -> tuple[int, list[Tensor], str]:
     return coder.spec.factor, [encode(image).float().cpu() for image in images], basis
-
-
-def _equal_sizes(latents: Sequence[Tensor]) -> list[Tensor]:
-    """Each 1 c h w as 1 c h*w 1, so that latents of all sizes can be put together along the places."""
-    least = min(latent[0, 0].numel() for latent in latents)
-    return [latent.flatten(2)[..., :least].unsqueeze(-1) for latent in latents]
 
 
 def _agreement(material: Material) -> Table | None:
@@ -362,13 +357,13 @@ def _agreement(material: Material) -> Table | None:
 
 
 def _views(data: Sequence[Path]) -> dict[str, Tensor]:
-    """The first pictures, cropped to squares of up to `VIEW_SIDE`, a multiple of 32."""
+    """The first pictures, cropped to squares of up to `VIEW_SIDE`; larger ones to a multiple of 32."""
     found = {}
     for file in islice(find_pictures(data), VIEWS):
         picture = read_picture(io.BytesIO(file.read()), convert=True, name=file.name)
-        side = max(32, min(VIEW_SIDE, *picture.size) // 32 * 32)
-        if side <= min(picture.size):
-            found[file.name] = _image(Framing(side, "centre").cut(picture, file.name)[0])
+        side = min(VIEW_SIDE, *picture.size)
+        side -= side % 32 if side > 32 else 0
+        found[file.name] = _image(Framing(side, "centre").cut(picture, file.name)[0])
     return found
 
 
@@ -386,7 +381,7 @@ def _trajectories(material: Material) -> Section | None:
     figures = []
     for entrant in material.settled:
         if isinstance(entrant.coder, RAC) and entrant.protocol.latents == "own":
-            figures.append(_trajectory_plot(material, material.same_steps(entrant.family)[-1]))
+            figures.append(_trajectory_plot(material, material.members(entrant.family)[-1]))
     return Section("Trajectories", _TRAJECTORIES, figures) if figures else None
 
 
@@ -411,10 +406,10 @@ def _trajectory_plot(material: Material, entrant: Entrant) -> Figure:
             for walk, dashed in ((decoding, False), (encoding, True))
             for index, colour in enumerate(colours)
         ]
-        first, second = (f"axis {n + 1} ({share:.0%} of the variance)" for n, share in enumerate(axes.shares.tolist()))
-        labels.append((first, second))
+        first, second = (f"{100 * share:.1f} % of the variance" for share in axes.shares.tolist())
+        labels.append((f"axis 1 ({first})", f"axis 2 ({second})"))
     legend = "solid: decoding; dashed: encoding; ring: start, dot: end"
-    return Figure(walk_panels(panels, labels, legend), f"trajectories-{Path(entrant.title).name}", f"{entrant.label}.")
+    return Figure(walk_panels(panels, labels, legend), f"trajectories-{file_name(entrant.title)}", f"{entrant.label}.")
 
 
 def _points(walk: Trajectory, take: Callable[[Tensor], Tensor]) -> Tensor:
@@ -445,7 +440,8 @@ _MACS_CAPTION = "The numbers beside the points are steps."
 _CORRECTION = (
     "The teacher's latents are moved by Gaussian noise, as a generator's latents lie beside those of an encoder, and "
     "every decoder gets the same moved latents. If steps correct the state, the lines of more steps fall more slowly. "
-    "Quality is measured against the original image."
+    "Quality is measured against the original image. A decoder that is poor to begin with has little to lose: read the "
+    "change beside the level."
 )
 _EXTREMES = "Each image is shown with what every coder makes of it, and where that differs from the original."
 _LATENTS = (

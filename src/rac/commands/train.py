@@ -21,11 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         return _overview()
     name, *options = arguments
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(RECIPES)}"
-        raise RacError(f"no recipe {name!r}; {hint}")
-    description, recipe = RECIPES[name]
+    description, recipe = find_recipe(name)
     chosen = tyro.cli(
         _options(recipe),
         prog=f"rac train {name}",
@@ -37,6 +33,15 @@ def run(arguments: Sequence[str]) -> int:
     chosen.recipe.run(chosen.out, resume=chosen.resume)
     print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
     return 0
+
+
+def find_recipe(name: str) -> tuple[str, Recipe]:
+    """What the recipe called `name` is for, and itself. Raises `RacError` naming the near ones."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(RECIPES)}"
+        raise RacError(f"no recipe {name!r}; {hint}")
+    return RECIPES[name]
 
 
 def _options(recipe: Recipe) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -162,7 +163,7 @@ class Comparison:
         return row.label, *figures, f"{cost.parameters:,}", *gmacs, f"{row.result.images_per_second:.3g}"
 
 
-_COST_COLUMNS = ("parameters", "GMACs per step", "GMACs decoding", "GMACs both ways", "img/s")
+_COST_COLUMNS = ("parameters", "GMACs per step", "GMACs decoding", "GMACs in all", "img/s")
 
 
 def judge(
@@ -210,8 +211,8 @@ def entrants(
     found = []
     for name, coder in coders.items():
         teacher = teachers.get(name)
-        sources: Sequence[LatentSource] = latents if teacher is not None else ("own",)
-        numbers: Sequence[int | None] = steps if isinstance(coder, RAC) else (None,)
+        sources: Iterable[LatentSource] = dict.fromkeys(latents) if teacher is not None else ("own",)
+        numbers: Iterable[int | None] = dict.fromkeys(steps) if isinstance(coder, RAC) else (None,)
         for source in sources:
             for number in numbers:
                 setting = replace(protocol, latents=source, steps=number)
@@ -228,14 +229,28 @@ def _figures(protocol: Protocol, coder: Coder, teacher: Coder | None) -> tuple[s
     return (*plain, "state-round-trip") if teacher is None else (*plain, "explained-variance", "state-round-trip")
 
 
-# ------------------------------------------------------------------------------------------- figures, in words
+# ------------------------------------------------------------------------------------------- names, in words
+
+
+def short_name(name: str) -> str:
+    """What tables call a coder: rac-64; taef2 for taef2_decoder.pth; run for run/coder, as a training run has it."""
+    path = Path(name).absolute()
+    if path.name == "coder" and path.parent.name:
+        return path.parent.name
+    return re.sub(r"_(?:en|de)coder\.pth$", "", path.name)
+
+
+def file_name(label: str) -> str:
+    """A label as part of a file's name."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")
+
 
 _TITLES = {
     "psnr": "PSNR dB",
     "ssim": "SSIM",
     "ms-ssim": "MS-SSIM",
-    "lpips-alex": "LPIPS (Alex)",
-    "lpips-vgg16": "LPIPS (VGG16)",
+    "lpips-alex": "LPIPS Alex",
+    "lpips-vgg16": "LPIPS VGG16",
     "explained variance": "latent variance explained",
     "psnr, state round trip": "PSNR dB, state round trip",
 }

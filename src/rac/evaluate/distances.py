@@ -67,8 +67,9 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """KID: the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, of N D against M D features.
 
-    The unbiased estimator, so it may be slightly negative, and is comparable at any N. Over all pairs, where others
-    average over random subsets: the expectation is the same. Binkowski et al. (arXiv 1801.01401), equation 4.
+    The unbiased estimator, so it may be negative, and is comparable at any N. Over all pairs, where others average over
+    random subsets: the expectation is the same. Reconstructions are no independent draw: beside their originals they
+    come out lower by a term of order 1 / N, for every coder alike. Binkowski et al. (arXiv 1801.01401), equation 4.
     """
     features, reference = _checked(features, reference)
     n, m = len(features), len(reference)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from ..errors import RacError
 
@@ -16,6 +17,9 @@ DATA_RANGE = 2.0
 
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window (sigma 1.5); smaller images have no SSIM."""
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of MS-SSIM, from the finest scale to the coarsest, which is a sixteenth of the size."""
 
 MS_SSIM_SIDE = 176
 """Least side for MS-SSIM, whose window has to fit at a sixteenth of the size."""
@@ -53,18 +57,23 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
 def ms_ssim(image: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity at five scales of B 3 H W images in [-1, 1] -> B; NaN for sides below 176 pixels.
 
-    Wang, Simoncelli and Bovik 2003, with its weights; negative contrasts count as 0. As in torchmetrics, windows that
-    leave the image count at the smallest scale, reflected: a difference in the fourth digit. Raises `RacError` if the
-    shapes differ.
+    Wang, Simoncelli and Bovik 2003, with its weights: contrast at each scale, luminance at the last; negative ones
+    count as 0. Windows that leave the image do not count (in torchmetrics' own they do, at the last scale). Raises
+    `RacError` if the shapes differ.
     """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
     image, reference = _comparable(image, reference)
+    found = image.new_ones(image.shape[0])
     if min(image.shape[-2:]) < MS_SSIM_SIDE:
-        return image.new_full((image.shape[0],), torch.nan)
-    return multiscale_structural_similarity_index_measure(
-        image + 1, reference + 1, data_range=DATA_RANGE, reduction="none", normalize="relu"
-    ).reshape(-1)
+        return found * torch.nan
+    for weight in MS_SSIM_WEIGHTS[:-1]:
+        _, contrast = structural_similarity_index_measure(
+            image, reference, data_range=DATA_RANGE, return_contrast_sensitivity=True
+        )
+        found = found * contrast.clamp_min(0) ** weight
+        image, reference = avg_pool2d(image, 2), avg_pool2d(reference, 2)
+    return found * ssim(image, reference).clamp_min(0) ** MS_SSIM_WEIGHTS[-1]
 
 
 def _comparable(image: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

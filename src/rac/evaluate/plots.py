@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+LEGEND_HEIGHT = 0.5
+"""Inches."""
+
 Scale = Literal["linear", "log2", "log10"]
 
 # Okabe and Ito's colours, which the colour-blind tell apart; black is for teachers.
@@ -64,8 +67,8 @@ def heat(values: Tensor, full: float) -> Tensor:
 def line_panels(
     panels: Mapping[str, Sequence[Series]], x_label: str, x_scale: Scale = "linear", ticks: Sequence[float] = ()
 ) -> Image.Image:
-    """One plot for each label of a y axis, side by side, with one legend for all of them below."""
-    figure, all_axes = _figure(len(panels), 4.6, 3.9)
+    """One plot for each label of a y axis, up to three side by side, with one legend for all of them below."""
+    figure, all_axes = _figure(len(panels), 4.6, 3.6)
     for axes, (y_label, series) in zip(all_axes, panels.items(), strict=True):
         for one in series:
             _draw(axes, one)
@@ -95,10 +98,17 @@ def walk_panels(panels: Mapping[str, Sequence[Walk]], labels: Sequence[tuple[str
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure of so many plots, each of `width` x `height` inches, four as two rows of two."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, height), dpi=110, layout="constrained", facecolor="white")
-    all_axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    columns = panels if panels <= 3 else 2 if panels == 4 else 3
+    rows = -(-panels // columns)
+    size = (width * columns, height * rows + LEGEND_HEIGHT)
+    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in all_axes[panels:]:
+        spare.remove()
+    all_axes = all_axes[:panels]
     for axes in all_axes:
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
@@ -116,11 +126,13 @@ def _draw(axes: Any, series: Series) -> None:
 
 
 def _scale(axes: Any, x_scale: Scale, ticks: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if x_scale != "linear":
         axes.set_xscale("log", base=2 if x_scale == "log2" else 10)
         axes.xaxis.set_minor_formatter(NullFormatter())
+        if x_scale == "log10":  # costs often span less than two decades, which powers of 10 would leave unlabelled
+            axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         # As people write them: 0.5, 2, 300.
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if ticks:
@@ -132,8 +144,10 @@ def _legend(figure: Any, handles_and_labels: Iterable[tuple[list[Any], list[str]
     entries: dict[str, Any] = {}
     for handles, labels in handles_and_labels:
         entries |= dict(zip(labels, handles, strict=True))
-    columns = min(len(entries), 3 if max(map(len, entries), default=0) > 24 else 5)
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=max(columns, 1), frameon=False)
+    # Some 10 characters to an inch, and a handle of half an inch before each name.
+    longest = max(map(len, entries), default=0)
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / (longest / 10 + 0.6))))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _rendered(figure: Any) -> Image.Image:

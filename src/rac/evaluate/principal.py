@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +46,9 @@ class PrincipalAxes:
         return (points.detach().float().cpu() - self.mean) @ self.axes.T
 
 
-def latent_axes(latent: Tensor) -> PrincipalAxes:
-    """The first three axes of the channels of latents B c h w, over all images and places."""
-    return PrincipalAxes.fit(_places(latent), 3)
+def latent_axes(latents: Sequence[Tensor]) -> PrincipalAxes:
+    """The first three axes of the channels of latents, each B c h w of any size, over all images and places."""
+    return PrincipalAxes.fit(torch.cat([_places(latent) for latent in latents]), 3)
 
 
 def latent_colours(latent: Tensor, axes: PrincipalAxes, factor: int) -> Tensor:

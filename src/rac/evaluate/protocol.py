@@ -7,12 +7,11 @@ is one value here, a `Protocol`, and travels with every `Result`.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from ..coders.klvae import KLVAE
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
-from ..config import from_json, read_json, to_json
+from ..config import from_json, read_json, spelled, to_json
 from ..data.cache import weights_hash
 from ..errors import RacError
 from ..files import write_bytes
@@ -184,13 +183,16 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all; infinite and undefined values as strings. Raises `RacError`."""
-        text = json.dumps(_spelled(to_json(self)), indent=2, allow_nan=False)
+        text = json.dumps(spelled(to_json(self)), indent=2, allow_nan=False)
         write_bytes(path, (text + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """Read what `save` wrote. Raises `RacError`."""
-        return from_json(cls, read_json(Path(path)), str(path))
+        data = read_json(Path(path))
+        if isinstance(data, dict):
+            data |= {key: _unspelled(data.get(key)) for key in ("figures", "per_channel", "per_image")}
+        return from_json(cls, data, str(path))
 
 
 def evaluate(
@@ -388,10 +390,9 @@ class _Tally:
         return found
 
 
-def _spelled(data: Any) -> Any:
-    """JSON has no infinity: PSNR of equal images becomes "inf"."""
-    if isinstance(data, Mapping):
-        return {key: _spelled(value) for key, value in data.items()}
+def _unspelled(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _unspelled(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [_spelled(value) for value in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
+        return [_unspelled(value) for value in data]
+    return float(data) if data in ("inf", "-inf", "nan") else data

@@ -23,45 +23,36 @@ class ConvField(nn.Module):
 
     H and W must be multiples of the factor. `interval` (signed, for mean velocities) is only known to fields built with
     `interval=True`; where it is not given it is 0, which asks for the velocity itself.
-
-    With `ends` the network does not give the velocity but the end of the straight line that is farther away: the image
-    state for t < 1/2, the seed state from there on. The velocity is then what leads there in the time that is left, or
-    came from there in the time that has passed. So what the state already holds need not pass the folded bottleneck.
     """
 
-    def __init__(
-        self, network: nn.Module, factor: int, position: bool = False, interval: bool = False, ends: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, factor: int, position: bool = False, interval: bool = False) -> None:
         super().__init__()
         self.network = network
         self.factor = factor
         self.position = position
         self.interval = interval
-        self.ends = ends
 
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
-        """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for."""
+        """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for, and for sides
+        that are no multiple of the factor."""
         if interval is not None and not self.interval:
             raise RacError("this field knows no interval; build it with interval=True to ask for mean velocities")
+        if state.shape[-2] % self.factor or state.shape[-1] % self.factor:
+            raise RacError(
+                f"state sides {tuple(state.shape[-2:])} must be multiples of {self.factor}; pad the image first"
+            )
         folded = F.pixel_unshuffle(state, self.factor)
         channels = [folded, _constant(time, folded)]
         if self.interval:
             channels.append(_constant(torch.zeros_like(time) if interval is None else interval, folded))
         if self.position:
             channels.append(_position(folded))
-        out = self.network(torch.cat(channels, dim=1))
-        return _velocity_of_ends(out, state, time) if self.ends else out
+        return self.network(torch.cat(channels, dim=1))
 
 
 def extra_channels(position: bool, interval: bool) -> int:
     """Channels that `ConvField` appends to the folded state."""
     return 1 + int(interval) + 2 * int(position)
-
-
-def _velocity_of_ends(end: Tensor, state: Tensor, time: Tensor) -> Tensor:
-    """(image_state - state) / (1 - t) before t = 1/2, (state - seed_state) / t from there on."""
-    t = time.to(state.dtype).view(-1, 1, 1, 1)
-    return torch.where(t < 0.5, (end - state) / (1 - t).clamp(min=0.5), (state - end) / t.clamp(min=0.5))
 
 
 def _constant(value: Tensor, like: Tensor) -> Tensor:
@@ -96,8 +87,6 @@ class TinyFieldConfig:
     """Two channels of relative position."""
     interval: bool = False
     """One channel for the signed interval, for mean velocities."""
-    ends: bool = False
-    """Predict the farther end of the line instead of the velocity (see `ConvField`)."""
     taesd_range: bool = False
     """TAESD's own habits, which the original nano RAC inherits: 3 tanh(x / 3) on the input, 2 y - 1 on the output,
     and no zero initialisation."""
@@ -117,7 +106,7 @@ class TinyFieldConfig:
                 f"{factor}; change widths or patch"
             )
         network = _TinyNetwork(self, state_channels, state_channels * factor**2)
-        return ConvField(network, factor, self.position, self.interval, self.ends)
+        return ConvField(network, factor, self.position, self.interval)
 
 
 class _TinyNetwork(nn.Module):
@@ -180,7 +169,6 @@ class LdmFieldConfig:
     """Self-attention in the middle."""
     position: bool = True
     interval: bool = False
-    ends: bool = False
 
     @classmethod
     def scaled(cls, ratio: float) -> LdmFieldConfig:
@@ -219,7 +207,7 @@ class LdmFieldConfig:
             mid_block_add_attention=self.attention,
         )
         _zero(network.conv_out)
-        return ConvField(network, factor, self.position, self.interval, self.ends)
+        return ConvField(network, factor, self.position, self.interval)
 
 
 def _zero(layer: nn.Conv2d) -> None:

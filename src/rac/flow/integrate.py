@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,13 +39,11 @@ def integrate(
     *,
     keep: Literal["end", "nodes"] = "end",
     carry: Any = None,
-    perturb: Callable[[Tensor], Tensor] | None = None,
 ) -> Trajectory:
     """Carry `state` along `field` over the nodes of `grid`.
 
     `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `keep` decides what
-    is kept: the end alone, or the states at all nodes. `perturb` changes the state before each step (the step noise of
-    training). RAC, equations 4 to 6.
+    is kept: the end alone, or the states at all nodes. RAC, equations 4 to 6.
     """
     evaluations = 0
 
@@ -58,8 +55,6 @@ def integrate(
     states = [state]
     residuals = []
     for t0, t1 in zip(grid.nodes[:-1], grid.nodes[1:], strict=True):
-        if perturb is not None:
-            state = perturb(state)
         state, carry, residual = solver.step(counted, state, t0, t1, carry)
         if keep == "nodes":
             states.append(state)

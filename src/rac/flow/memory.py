@@ -1,22 +1,22 @@
-"""field -> field: store a state instead of a network's activations."""
+"""Store a state instead of a network's activations."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .solvers import Field
 
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function of tensors, whose inner results are not stored for the backward pass but computed again in it.
 
-def recomputed(field: Field) -> Field:
-    """The same field, whose activations are not stored for the backward pass but computed again in it.
-
-    One evaluation then stores its inputs alone, so a roll-out of K steps stores K states, at the price of one more
-    forward pass. Not for forward-mode derivatives (`flow.mean` wants the plain field).
+    One call then stores its inputs alone, so a roll-out of K steps stores K states, at the price of one more forward
+    pass. The function must give the same result when it is called again, so bring its random numbers along. Not for
+    forward-mode derivatives (`flow.mean` wants the plain field).
     """
 
     def again(*args: Tensor) -> Tensor:
-        # No field draws random numbers, so their state need not be kept.
-        return checkpoint(field, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     return again

@@ -136,7 +136,7 @@ class ReversibleHeun:
 
     A companion state walks along; given both, the reversed grid retraces every step up to rounding:
     `integrate(field, there.end, grid.reversed(), solver, carry=there.carry)`. From the end state alone the companion is
-    not known, and the way back is accurate to second order only, as with any solver.
+    not known, and the way back is only as accurate as the solver, as with any other.
     Kidger et al., Efficient and Accurate Gradients for Neural SDEs (arXiv 2105.13493), algorithms 1 and 2.
     """
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..draws import Draws
 from ..errors import RacError
-from ..flow import Field, TimeGrid, Trajectory, integrate, straight
+from ..flow import Euler, Field, TimeGrid, Trajectory, integrate, straight
 from ..flow.mean import mean_velocity_target
 from ..flow.memory import recomputed
+from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import RGB, StateSpec, expand, image_state
+
+ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip_state")
+"""The terms that begin by encoding the image."""
 
 INSTANTANEOUS = 0.75
 """Share of images whose mean-velocity interval is empty (MeanFlow, arXiv 2505.13447, table 1a)."""
@@ -53,30 +57,6 @@ class RACWeights:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
 
 
-@dataclass(frozen=True)
-class RACObjective:
-    """Which terms, and how the unrolled ones are unrolled."""
-
-    weights: RACWeights = field(default_factory=RACWeights)
-    steps: tuple[int, int] = (4, 4)
-    """Steps of the unrolled flows: drawn evenly from the first to the last number, anew each iteration."""
-    random_grid: bool = True
-    """Random time nodes between 0 and 1 (RAC, section 3.2), or equal steps."""
-    step_noise: float = 0.05
-    """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
-    compare: Literal["image", "state"] = "image"
-    """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
-    times: TimeDistribution = "uniform"
-    """Where on the line the `velocity` and `mean_velocity` terms look."""
-    recompute: bool = True
-    """Recompute activations in the backward pass, evaluation by evaluation, instead of storing them."""
-
-    def __post_init__(self) -> None:
-        low, high = self.steps
-        if not 1 <= low <= high:
-            raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
-
-
 PAPER = RACWeights(
     reconstruction=1.0,
     pad=0.1,
@@ -103,6 +83,34 @@ NANO = RACWeights(
 """The term list of the authors' nano script; it compares whole states, pad channels included."""
 
 
+@dataclass(frozen=True)
+class RACObjective:
+    """Which terms, and how the unrolled ones are unrolled."""
+
+    weights: RACWeights = PAPER
+    steps: tuple[int, int] = (4, 4)
+    """Steps of the unrolled flows: drawn evenly from the first to the last number, anew for each iteration."""
+    random_grid: bool = True
+    """Random time nodes between 0 and 1 (RAC, section 3.2), or equal steps."""
+    step_noise: float = 0.05
+    """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
+    compare: Literal["image", "state"] = "image"
+    """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
+    times: TimeDistribution = "uniform"
+    """Where on the line the `velocity` and `mean_velocity` terms look."""
+    recompute: bool = True
+    """Recompute activations in the backward pass, step by step, instead of storing them."""
+
+    def __post_init__(self) -> None:
+        low, high = self.steps
+        if not 1 <= low <= high:
+            raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
+        if not self.weights.chosen():
+            raise RacError(
+                "every weight of the objective is 0, so nothing would be trained; give one, such as velocity 1"
+            )
+
+
 class Coding(NamedTuple):
     """What the objective needs of a coder and its teacher, as functions."""
 
@@ -114,6 +122,14 @@ class Coding(NamedTuple):
     """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
 
 
+class Rollout(NamedTuple):
+    """How the flows of one iteration are unrolled."""
+
+    objective: RACObjective
+    steps: int
+    draws: Draws
+
+
 def rac_terms(
     coding: Coding, image: Tensor, latent: Tensor, objective: RACObjective, draws: Draws
 ) -> dict[str, Tensor]:
@@ -123,39 +139,30 @@ def rac_terms(
     Raises `RacError` if the `pixel` term is wanted without a teacher.
     """
     weights = objective.weights
-    wanted = weights.chosen()
     seed, target = expand(latent, coding.states), image_state(image, coding.states.state_channels)
+    rollout = Rollout(objective, draws.integer(*objective.steps), draws)
     terms: dict[str, Tensor] = {}
 
     if weights.reconstruction or weights.pad or weights.path_decode:
-        decoding = _unroll(coding, seed, objective, draws)
+        decoding = _unroll(coding, seed, rollout)
         terms["reconstruction"] = _image_error(decoding.end, target, objective)
         if weights.pad:
             terms["pad"] = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:])
         terms["path_decode"] = path_error(decoding, seed, target)
 
-    if (
-        weights.path_encode
-        or weights.latent
-        or weights.state
-        or weights.pixel
-        or weights.round_trip
-        or weights.round_trip_state
-    ):
-        encoding = _unroll(coding, target, objective, draws, backwards=True)
+    if any(getattr(weights, name) for name in ENCODING):
+        encoding = _unroll(coding, target, rollout, backwards=True)
         terms["path_encode"] = path_error(encoding, seed, target)
         terms["state"] = F.mse_loss(encoding.end, seed)
         encoded = coding.contract(encoding.end)
         terms["latent"] = F.mse_loss(encoded, latent)
         if weights.pixel:
-            if coding.teacher_decode is None:
-                raise RacError("the pixel term needs the teacher's decoder; give a teacher, or weight 0")
-            terms["pixel"] = F.mse_loss(coding.teacher_decode(encoded), image)
+            terms["pixel"] = F.mse_loss(_teacher_decode(coding, objective)(encoded), image)
         if weights.round_trip:
-            returned = _unroll(coding, expand(encoded, coding.states), objective, draws)
+            returned = _unroll(coding, expand(encoded, coding.states), rollout)
             terms["round_trip"] = _image_error(returned.end, target, objective)
         if weights.round_trip_state:
-            returned = _unroll(coding, encoding.end, objective, draws)
+            returned = _unroll(coding, encoding.end, rollout)
             terms["round_trip_state"] = _image_error(returned.end, target, objective)
 
     if weights.velocity:
@@ -165,7 +172,7 @@ def rac_terms(
         time, end = (times_of(draws.uniform(image), objective.times) for _ in range(2))
         end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
         terms["mean_velocity"] = mean_velocity_error(coding.field, seed, target, time, end)
-    return {name: terms[name] for name in wanted}
+    return {name: terms[name] for name in weights.chosen()}
 
 
 def path_error(trajectory: Trajectory, seed: Tensor, target: Tensor) -> Tensor:
@@ -189,24 +196,42 @@ def mean_velocity_error(field: Field, seed: Tensor, target: Tensor, time: Tensor
     return F.mse_loss(field(straight(seed, target, time).state, time, end - time), wanted)
 
 
-def _unroll(
-    coding: Coding, state: Tensor, objective: RACObjective, draws: Draws, backwards: bool = False
-) -> Trajectory:
-    """One flow as training unrolls it: on a grid of its own, with step noise, nothing stored but states."""
-    steps = draws.integer(*objective.steps)
-    grid = TimeGrid.random(steps, draws.shared) if objective.random_grid else TimeGrid.uniform(steps)
+@dataclass(frozen=True)
+class TrainingStep:
+    """Euler's step as training takes it, a solver: noise on the state first, and nothing stored but the state."""
 
-    def perturb(state: Tensor) -> Tensor:
-        spread = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
-        return state + objective.step_noise * spread * draws.normal(state)
+    step_noise: float
+    recompute: bool
+    draws: Draws
 
-    return integrate(
-        recomputed(coding.field) if objective.recompute else coding.field,
-        state,
-        grid.reversed() if backwards else grid,
-        keep="nodes",
-        perturb=perturb if objective.step_noise else None,
-    )
+    order = 1
+    reversible = False
+
+    def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
+        """See `rac.flow.Solver`."""
+        seed = self.draws.seed() if self.step_noise else None
+
+        def advance(state: Tensor) -> Tensor:
+            if seed is not None:
+                deviation = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+                state = state + self.step_noise * deviation * self.draws.normal(state, seed)
+            return Euler().step(field, state, t0, t1).state
+
+        return Step(recomputed(advance)(state) if self.recompute else advance(state))
+
+
+def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = False) -> Trajectory:
+    """One flow as training unrolls it, on a grid of its own."""
+    objective, draws = rollout.objective, rollout.draws
+    grid = TimeGrid.random(rollout.steps, draws.shared) if objective.random_grid else TimeGrid.uniform(rollout.steps)
+    solver = TrainingStep(objective.step_noise, objective.recompute, draws)
+    return integrate(coding.field, state, grid.reversed() if backwards else grid, solver, keep="nodes")
+
+
+def _teacher_decode(coding: Coding, objective: RACObjective) -> Callable[[Tensor], Tensor]:
+    if coding.teacher_decode is None:
+        raise RacError("the pixel term needs the teacher's decoder; give a teacher, or weight 0")
+    return recomputed(coding.teacher_decode) if objective.recompute else coding.teacher_decode
 
 
 def _image_error(state: Tensor, target: Tensor, objective: RACObjective) -> Tensor:

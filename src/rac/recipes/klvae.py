@@ -24,9 +24,13 @@ class KLVAERecipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def run(self, directory: Path, *, resume: bool = False) -> Fitted:
-        """Train in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL. See `rac.train.fit`."""
-        stream = open_stream(self.data, self.train.rng_seed, cache=directory.parent / f"{directory.name}.crops")
+    def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
+        """Train in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL. See `rac.train.fit`.
+
+        Prepared crops, if any, are kept in the file `crops`; `directory`.crops where none is named.
+        """
+        cache = crops or directory.parent / f"{directory.name}.crops"
+        stream = open_stream(self.data, self.train.rng_seed, cache=cache)
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         task = KLVAETask(self.network.build(), self.weights, stream, self.train.batch)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)

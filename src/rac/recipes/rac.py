@@ -39,8 +39,10 @@ class RACRecipe:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
-    def run(self, directory: Path, *, resume: bool = False) -> Fitted:
+    def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
         """Train in `directory`; `directory`/coder holds the result. See `rac.train.fit`.
+
+        Prepared crops, if any, are kept in the file `crops`; `directory`.crops where none is named.
 
         Raises `RacError` for sizes that do not fit the teacher's factor, and for a start of another shape.
         """
@@ -52,7 +54,7 @@ class RACRecipe:
         stream = open_stream(
             self.data,
             self.train.rng_seed,
-            cache=directory.parent / f"{directory.name}.crops",
+            cache=crops or directory.parent / f"{directory.name}.crops",
             teacher=teacher.to(device),
             teacher_name=self.teacher,
             device=device,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..coders.klvae import KLVAEConfig
 from ..data import DataConfig
 from ..fields import LdmFieldConfig, TinyFieldConfig
-from ..objectives.rac import NANO, PAPER, RACObjective
+from ..objectives.rac import NANO, PAPER, RACObjective, RACWeights
 from ..train import TrainConfig
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
@@ -29,6 +29,83 @@ def klvae() -> KLVAERecipe:
             bf16=True,
             channels_last=True,
             threads=1,
+        ),
+    )
+
+
+def rac() -> RACRecipe:
+    """First stage of the shipped coder: velocity matching on the shipped teacher's latents; 25 minutes on one core."""
+    return RACRecipe(
+        teacher="klvae-f8d8",
+        field=TinyFieldConfig(widths=(96, 64, 48), blocks=(3, 3, 2), patch=2),
+        state_channels=8,
+        spread="nearest",
+        objective=RACObjective(weights=RACWeights(velocity=1.0)),
+        data=DataConfig(cached_crops=30_000),
+        train=TrainConfig(
+            iterations=4_500,
+            batch=32,
+            lr=1e-3,
+            warmup=100,
+            schedule="cosine",
+            final_lr=0.05,
+            bf16=True,
+            channels_last=True,
+            threads=1,
+        ),
+    )
+
+
+def rollout() -> RACRecipe:
+    """Second stage: end-point and latent terms through 1 to 4 unrolled steps. Give the first stage as --start."""
+    first = rac()
+    return replace(
+        first,
+        objective=RACObjective(
+            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=0.2, round_trip=1.0),
+            steps=(1, 4),
+            recompute=False,
+        ),
+        data=replace(first.data, cached_crops=10_000),
+        train=replace(first.train, iterations=1_000, batch=16, lr=3e-4, warmup=20, final_lr=0.02),
+    )
+
+
+def one_step() -> RACRecipe:
+    """A plain decoder to compare with: the shipped coder's network, trained for a single step from latent to image."""
+    first = rac()
+    return replace(
+        first,
+        steps=1,
+        objective=RACObjective(weights=RACWeights(reconstruction=1.0), steps=(1, 1), step_noise=0.0, recompute=False),
+    )
+
+
+def tiny() -> RACRecipe:
+    """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
+    return RACRecipe(
+        teacher="klvae-f8d8",
+        field=TinyFieldConfig(widths=(64, 48, 32), blocks=(2, 2, 1), patch=2),
+        state_channels=8,
+        spread="nearest",
+        objective=RACObjective(
+            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=1.0, round_trip=1.0),
+            steps=(1, 2),
+            recompute=False,
+        ),
+        data=DataConfig(cached_crops=2_000),
+        train=TrainConfig(
+            iterations=1_000,
+            batch=16,
+            lr=1e-3,
+            ema=0.99,
+            warmup=20,
+            schedule="cosine",
+            final_lr=0.05,
+            bf16=True,
+            channels_last=True,
+            threads=1,
+            checkpoint_minutes=1.0,
         ),
     )
 
@@ -62,7 +139,8 @@ def nano() -> RACRecipe:
 
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
-    recipe.__name__: (recipe.__doc__ or "", recipe()) for recipe in (klvae, paper, nano)
+    recipe.__name__.replace("_", "-"): (recipe.__doc__ or "", recipe())
+    for recipe in (klvae, rac, rollout, one_step, tiny, paper, nano)
 }
 """Name -> what it is for, and the recipe."""
 

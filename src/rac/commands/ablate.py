@@ -1,0 +1,226 @@
+"""`rac ablate RECIPE`: variants of a recipe, trained alike, judged alike, in one report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .. import hub
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..config import spelled, to_json
+from ..data.cache import weights_hash
+from ..data.stream import ImageStream
+from ..errors import RacError
+from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrants, judge
+from ..evaluate.judges import Judges
+from ..evaluate.protocol import PROTOCOLS, Protocol, Result
+from ..evaluate.references import Framing, References
+from ..evaluate.report import Figure, Section, html_report
+from ..files import make_folder, write_bytes
+from ..images import write_picture
+from ..recipes import Recipe
+from ..recipes.ablation import Ablation, Equal, Training, file_name
+from ..runtime import pick_device
+from .ablation_pages import Showing, Strips, introduction, markdown_report, sections, summary, training_table
+from .common import counting, show, tell
+from .train import find_recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the ablation itself needs, beside the recipe's own options."""
+
+    out: Path
+    """Folder of the ablation: the runs of all variants, the report, and report.json."""
+    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A field of the recipe and its values, such as spread=nearest,shuffle or objective.step-noise=0,0.05; colons join
+    the parts of a tuple: objective.steps=1:1,4:4. Given several times, every combination is a variant."""
+    budget: str = "500"
+    """Training of each variant: so many iterations of the unchanged recipe, or a time such as 90s, 10m or 1.5h. A time
+    is turned into a number of images once, by measured speeds, and stays so on --resume."""
+    equal: Equal = "images"
+    """What each variant gets the same of. images: a time is then what variants take on average; the report names
+    what each took. time: the faster variants see more images."""
+    protocol: str = "pixels-64"
+    """Protocol under which all are judged, see `rac evaluate`."""
+    test: tuple[Path, ...] = ()
+    """Pictures to judge by, framed as the protocol says. None: the recipe's held-out images, as they are."""
+    resume: bool = False
+    """Go on with the ablation in --out."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`rac ablate` with these arguments; the exit code. Raises `RacError`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER [--budget 10m] [--resume] [--options]\n")
+        print("rac train lists the recipes, rac ablate RECIPE --help all options.")
+        return 0
+    name, *options = arguments
+    description, recipe = find_recipe(name)
+    chosen = tyro.cli(
+        _both(recipe),
+        prog=f"rac ablate {name}",
+        description=f"Train variants of a recipe alike, and judge them alike. The recipe: {description}",
+        args=options,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return ablate(name, chosen.recipe, chosen.options)
+
+
+def ablate(name: str, recipe: Recipe, options: Options) -> int:
+    """Train, judge, report; the exit code: 1 if some of the variants could not be trained. Raises `RacError`."""
+    vary = tuple(_dotted(choice) for choice in options.vary)
+    ablation = Ablation(recipe, vary, options.budget, options.out, options.equal)
+    # Before hours of training, all that can be wrong with what comes after.
+    judging = _judging(ablation, options)
+    ablation.enter(options.resume)
+    trainings = ablation.trainings(ablation.measured(tell))
+    failures = _train(ablation, trainings)
+    trained = [training for training in trainings if training.label not in failures]
+    with counting("judging") as progress:
+        rows, strips = [], Strips.start(judging.references)
+        for done, training in enumerate(trained):
+            progress(done, len(trained))
+            for entrant in judging.entrants(training, ablation.steps):
+                rows.append(judging.row(entrant, options.out))
+                strips.add(entrant)
+    showing = Showing(name, ablation, trainings, failures, Comparison(tuple(rows)), strips)
+    _report(showing, options.out)
+    return 1 if failures else 0
+
+
+def _both(recipe: Recipe) -> Any:
+    """A dataclass of the ablation's options and the recipe's, under their own names."""
+    plain = tyro.conf.arg(name="")
+    fields: list[Any] = [
+        ("options", Annotated[Options, plain]),
+        ("recipe", Annotated[type(recipe), plain], field(default=recipe)),
+    ]
+    return dataclasses.make_dataclass("Both", fields, frozen=True)
+
+
+def _dotted(choice: str) -> str:
+    """Fields as they are named in Python, where the command line's own spelling has hyphens."""
+    name, equals, values = choice.partition("=")
+    return name.replace("-", "_") + equals + values
+
+
+def _train(ablation: Ablation, trainings: Sequence[Training]) -> dict[str, str]:
+    """Train all; why some could not be, by label. Raises the reason if none could."""
+    failures: dict[str, str] = {}
+    for number, training in enumerate(trainings, 1):
+        iterations = training.recipe.train.iterations
+        tell(f"training {number} of {len(trainings)}, {iterations} iterations: {training.label}")
+        try:
+            ablation.train(training)
+        except RacError as error:
+            if len(failures) == len(trainings) - 1:
+                raise
+            failures[training.label] = str(error)
+            tell(f"going on without {training.label}: {error}")
+    return failures
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """One protocol, one set of images, one set of networks that judge: for all variants."""
+
+    protocol: Protocol
+    references: References
+    judges: Judges
+    device: str
+    _teachers: dict[str, Coder] = field(default_factory=dict)
+    """Loaded once, by name."""
+
+    def entrants(self, training: Training, steps: Sequence[int]) -> list[Entrant]:
+        """The coder of a training at every number of steps."""
+        name, coder = str(training.coder), self._load(str(training.coder))
+        teachers = {}
+        if isinstance(coder, RAC) and coder.teacher is not None:
+            if coder.teacher not in self._teachers:
+                self._teachers[coder.teacher] = self._load(coder.teacher)
+            teachers[name] = self._teachers[coder.teacher]
+        return entrants({name: training.label}, {name: coder}, teachers, self.protocol, steps, ("own",))
+
+    def row(self, entrant: Entrant, out: Path) -> Row:
+        """Its figures: those that an earlier run left in `out`, if they are of these weights, images and protocol."""
+        path = out / "results" / f"{file_name(entrant.label)}.json"
+        if path.exists():
+            result = Result.load(path)
+            found = (result.coder_hash, result.reference.hash, result.protocol)
+            if found == (weights_hash(entrant.coder), self.references.hash, entrant.protocol):
+                first = next(self.references.batches(1)).images.to(pick_device(self.device))
+                return Row(entrant.label, entrant.family, coding_cost(entrant, first), result)
+        row = judge(entrant, self.references, self.judges)
+        make_folder(path.parent)
+        row.result.save(path)
+        return row
+
+    def _load(self, name: str) -> Coder:
+        coder = hub.load(name)
+        coder.to(pick_device(self.device))
+        return coder
+
+
+def _judging(ablation: Ablation, options: Options) -> _Judging:
+    if options.protocol not in PROTOCOLS:
+        raise RacError(f"no protocol {options.protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+    protocol, recipe = PROTOCOLS[options.protocol], ablation.recipe
+    if options.test:
+        with counting("reading pictures") as progress:
+            references = References.read(
+                options.test, protocol.framing, protocol.count, progress=lambda done: progress(done, None)
+            )
+    elif ablation.varies("data.paths", "data.held_out"):
+        raise RacError("variants of other data hold out other pictures; give --test, pictures that none trains on")
+    else:
+        held_out = ImageStream(recipe.data, recipe.train.rng_seed).held_out()
+        references = References.of(held_out, "the held-out set")
+        framing = Framing(recipe.data.size, "none")
+        protocol = replace(protocol, name=f"{protocol.name}, held out", framing=framing, count=None)
+    device = recipe.train.device
+    judges = Judges.load(protocol.figures, protocol.extractor, pick_device(device))
+    judges.check(references)
+    return _Judging(protocol, references, judges, device)
+
+
+def _report(showing: Showing, out: Path) -> None:
+    """Everything that is one for all variants, written and printed."""
+    with counting("drawing pictures"):
+        contents: list[Section] = sections(showing)
+    for section in contents:
+        for content in section.contents:
+            if isinstance(content, Figure):
+                write_picture(content.picture, out / f"{content.name}.png")
+    title = f"{showing.name}: {', '.join(showing.ablation.choices)}"
+    write_bytes(out / "report.json", _as_json(showing).encode())
+    write_bytes(out / "report.md", markdown_report(title, introduction(showing), contents).encode())
+    write_bytes(out / "report.html", html_report(title, introduction(showing), contents).encode())
+    show(summary(showing), title)
+    show(training_table(showing))
+    print(f"\nThe report, with pictures: {out / 'report.html'}")
+
+
+def _as_json(showing: Showing) -> str:
+    ablation = showing.ablation
+    trainings: list[Mapping[str, Any]] = [
+        {
+            "label": training.label,
+            "coder": training.coder.relative_to(ablation.directory).as_posix(),
+            "images": training.images,
+            "seconds": training.seconds,
+            "failure": showing.failures.get(training.label),
+            "recipe": to_json(training.recipe),
+        }
+        for training in showing.trainings
+    ]
+    asked = {"recipe": showing.name, "vary": ablation.choices, "budget": ablation.budget, "equal": ablation.equal}
+    whole = {**asked, "trainings": trainings, "comparison": to_json(showing.comparison)}
+    return json.dumps(spelled(whole), indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,268 @@
+"""Training the variants of a recipe alike: the same images in the same order, the same rng, the same budget.
+
+Where the budget is a time, it becomes a number of images before anything is trained, by the measured speed of every
+variant. The speeds are kept, so an ablation that is broken off and resumed ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import read_json, to_json
+from ..data.cache import differences
+from ..errors import RacError
+from ..files import make_folder, write_bytes
+from ..train import read_log
+from ..train.config import FREE_ON_RESUME
+from .rac import RACRecipe
+from .shelf import Recipe
+from .vary import Axis, read_axis, variants
+
+TRIAL = 8
+"""Iterations by which a variant is tried, and its speed roughly known."""
+TRIAL_SECONDS = 10.0
+"""Where a time has to become a number of images, its speed is then measured for so long; a tenth of short budgets."""
+GALLERIES = 10
+"""Points of the learning curves of held-out images, at least, beside the first."""
+LOG_LINES = 50
+"""Points of the learning curves of the losses, at least."""
+
+PLAN = "ablation.json"
+
+Equal = Literal["images", "time"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each variant may spend on training: so many iterations of the unchanged recipe, or so many seconds."""
+
+    iterations: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def read(cls, text: str) -> Budget:
+        """Read such as "500", "90s", "10m" or "1.5h". Raises `RacError`."""
+        time = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+        if time and float(time[1]) > 0:
+            return cls(seconds=float(time[1]) * {"s": 1, "m": 60, "h": 3600}[time[2]])
+        if re.fullmatch(r"\d+", text) and int(text) > 0:
+            return cls(iterations=int(text))
+        raise RacError(f"budget {text!r} is neither a number of iterations, such as 500, nor a time: 90s, 10m, 1.5h")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One variant's training, and all that it leaves behind."""
+
+    label: str
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def coder(self) -> Path:
+        """Where its coder is."""
+        return self.folder / "coder"
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Its records, see `rac.train.read_log`."""
+        return read_log(self.folder / "log.jsonl")
+
+    @property
+    def images(self) -> int:
+        """Seen while training, repeated ones counted again."""
+        return self.recipe.train.iterations * self.recipe.train.batch
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training, galleries and interruptions left out."""
+        seconds, seen = 0.0, 0
+        for record in self.log:
+            if "train" in record:
+                seconds += (record["images"] - seen) / record["images_per_second"]
+                seen = record["images"]
+        return seconds
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Variants of a recipe, and how long to train them. Raises `RacError` for what does not go together."""
+
+    recipe: Recipe
+    choices: tuple[str, ...]
+    """Such as "spread=nearest,shuffle", see `read_axis`; every combination is a variant."""
+    budget: str
+    """See `Budget`. A time holds for the mean of all variants, or for each if `equal` is time."""
+    directory: Path
+    equal: Equal = "images"
+    """What all variants get the same number of."""
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise RacError("nothing is varied; give --vary, such as: --vary spread=nearest,shuffle")
+        if "train.iterations" in {axis.name for axis in self._axes}:
+            raise RacError("train.iterations is what the budget sets; vary another field")
+        if Budget.read(self.budget).seconds is None and self.equal == "time":
+            raise RacError(f"budget {self.budget} is a number of iterations; for equal time give a time, such as 10m")
+
+    @cached_property
+    def _axes(self) -> list[Axis]:
+        return [read_axis(choice, self.recipe) for choice in self.choices]
+
+    @cached_property
+    def trained(self) -> dict[str, Recipe]:
+        """The recipes of the trainings, their length still to be set, by label.
+
+        The number of steps that a finished RAC takes shapes no weight, so varying it asks for no further training.
+        """
+        found = variants(self.recipe, [axis for axis in self._axes if axis.name != "steps"])
+        return {variant.label or "as the recipe": variant.recipe for variant in found}
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Numbers of steps at which each trained RAC is judged; none for other coders."""
+        varied = [tuple(axis.values.values()) for axis in self._axes if axis.name == "steps"]
+        own = (self.recipe.steps,) if isinstance(self.recipe, RACRecipe) else ()
+        return varied[0] if varied else own
+
+    def varies(self, *names: str) -> bool:
+        """Whether any of these fields takes several values."""
+        return any(axis.name in names for axis in self._axes)
+
+    @property
+    def varies_images(self) -> bool:
+        """Whether variants see other images, or in another order, or with other random numbers."""
+        return any(axis.name.startswith("data.") or axis.name == "train.rng_seed" for axis in self._axes)
+
+    def enter(self, resume: bool) -> None:
+        """Make the directory, or check that it holds this very ablation. Raises `RacError`."""
+        path = self.directory / PLAN
+        if resume and not path.exists():
+            raise RacError(f"{self.directory} holds no ablation to resume (no {PLAN}); leave out --resume to start one")
+        if resume:
+            if other := differences(self._asked(), read_json(path)["asked"]):
+                raise RacError(f"{self.directory} was begun otherwise: {'; '.join(other)}; resume it as it was begun")
+            return
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise RacError(
+                f"{self.directory} is not empty; --resume goes on with what is in it, or choose another --out"
+            )
+        make_folder(self.directory)
+        self._keep({})
+
+    def measured(self, tell: Callable[[str], None]) -> dict[str, float]:
+        """Seconds of training per image, by label: as measured in the first place, now if that is still to be done.
+
+        Every variant is tried, so that one which cannot be trained at all stops the others before they start. Raises
+        `RacError` naming it.
+        """
+        speeds: dict[str, float] = read_json(self.directory / PLAN)["seconds_per_image"]
+        for label, recipe in self.trained.items():
+            if label not in speeds:
+                tell(f"measuring the speed of {label}")
+                speeds[label] = self._try(label, recipe)
+                self._keep(speeds)
+        return speeds
+
+    def trainings(self, seconds_per_image: Mapping[str, float]) -> list[Training]:
+        """All of them, their lengths set by the budget."""
+        images = self._images(seconds_per_image)
+        found = []
+        for number, (label, recipe) in enumerate(self.trained.items(), 1):
+            iterations = max(1, round(images[label] / recipe.train.batch))
+            folder = self.directory / "runs" / f"{number:02d}-{file_name(label)[:100]}"
+            found.append(Training(label, _lasting(recipe, iterations), folder))
+        return found
+
+    def train(self, training: Training) -> None:
+        """Train, or go on. A finished training is left as it is. Raises as `rac.train.fit`."""
+        begun = (training.folder / "recipe.json").exists()
+        if not begun:  # a killed process can leave a folder with nothing to resume in it
+            shutil.rmtree(training.folder, ignore_errors=True)
+        training.recipe.run(training.folder, resume=begun, crops=self._crops(training.recipe))
+
+    def _images(self, seconds_per_image: Mapping[str, float]) -> dict[str, float]:
+        budget = Budget.read(self.budget)
+        if budget.iterations is not None:
+            return dict.fromkeys(seconds_per_image, float(budget.iterations * self.recipe.train.batch))
+        assert budget.seconds is not None
+        if self.equal == "time":
+            return {label: budget.seconds / seconds for label, seconds in seconds_per_image.items()}
+        mean = sum(seconds_per_image.values()) / len(seconds_per_image)
+        return dict.fromkeys(seconds_per_image, budget.seconds / mean)
+
+    def _try(self, label: str, recipe: Recipe) -> float:
+        """Seconds per image."""
+        budget, batch = Budget.read(self.budget), recipe.train.batch
+        try:
+            rough = self._timed(recipe, TRIAL)
+            if budget.seconds is None:
+                return rough
+            lasting = min(TRIAL_SECONDS, budget.seconds / 10) / (rough * batch)
+            return self._timed(recipe, max(TRIAL, 2 * round(lasting)))
+        except RacError as error:
+            raise RacError(f"{label}: {error}") from None
+
+    def _timed(self, recipe: Recipe, iterations: int) -> float:
+        """Seconds per image in the second half of a training that is thrown away."""
+        folder = self.directory / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        train = replace(
+            recipe.train,
+            iterations=iterations,
+            log_every=iterations // 2,
+            gallery_every=iterations,
+            tensorboard=False,
+        )
+        try:
+            replace(recipe, train=train).run(folder, crops=self._crops(recipe))
+            speeds = [record["images_per_second"] for record in read_log(folder / "log.jsonl") if "train" in record]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 1 / speeds[-1]
+
+    def _crops(self, recipe: Recipe) -> Path:
+        """Where prepared crops are kept: in one file for all variants of equal data and teacher."""
+        teacher = recipe.teacher if isinstance(recipe, RACRecipe) else None
+        made_from = json.dumps([to_json(recipe.data), recipe.train.rng_seed, teacher], sort_keys=True)
+        return self.directory / "crops" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
+
+    def _asked(self) -> dict[str, Any]:
+        """All that shapes the result, as JSON."""
+        recipe = {name: _fixed(value) for name, value in to_json(self.recipe).items()}
+        return {"recipe": recipe, "vary": list(self.choices), "budget": self.budget, "equal": self.equal}
+
+    def _keep(self, seconds_per_image: Mapping[str, float]) -> None:
+        plan = {"asked": self._asked(), "seconds_per_image": dict(seconds_per_image)}
+        write_bytes(self.directory / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
+
+
+def file_name(label: str) -> str:
+    """A label as part of a file's name, on any system."""
+    return re.sub(r"[^\w.=]+", "-", label).strip("-.")
+
+
+def _lasting(recipe: Recipe, iterations: int) -> Recipe:
+    """The recipe at this length, and looked at often enough for curves."""
+    train = replace(
+        recipe.train,
+        iterations=iterations,
+        gallery_every=min(recipe.train.gallery_every, -(-iterations // GALLERIES)),
+        log_every=min(recipe.train.log_every, -(-iterations // LOG_LINES)),
+    )
+    return replace(recipe, train=train)
+
+
+def _fixed(value: Any) -> Any:
+    """A part of a recipe's JSON without what may change on resume."""
+    if not isinstance(value, dict):
+        return value
+    return {name: inner for name, inner in value.items() if name not in FREE_ON_RESUME}

@@ -119,7 +119,7 @@ def naive_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
         states = [state]
         for start, end in pairwise(nodes):
             deviation = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
-            state = state + draws.normal(state, draws.seed()) * (0.05 * deviation)
+            state = state + draws.normal(state, draws.rng_seed()) * (0.05 * deviation)
             state = state + field(state, state.new_full((len(state),), start)) * (end - start)
             states.append(state)
         return states, nodes

@@ -20,6 +20,10 @@ from rac.coders.rac import RAC, RACConfig
 from rac.fields import TinyFieldConfig
 from rac.latents import LatentSpec
 
+DATA = Path(os.environ.get("RAC_DATA_DIR") or Path(__file__).parents[2] / "shared")
+if (DATA / "weights").is_dir():
+    os.environ.setdefault("RAC_WEIGHTS_DIR", str(DATA / "weights"))
+
 torch.set_num_threads(1)
 # The same examples on every run: a law that fails, fails for everybody.
 settings.register_profile("rac", deadline=None, max_examples=25, derandomize=True)
@@ -150,8 +154,6 @@ def one_layer_coder() -> RAC:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Where the real images and weights lie: RAC_DATA_DIR, or `shared` beside the repository."""
-    given = os.environ.get("RAC_DATA_DIR")
-    folder = Path(given) if given else Path(__file__).parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} does not exist (set RAC_DATA_DIR)")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no real data: {DATA} does not exist (set RAC_DATA_DIR)")
+    return DATA

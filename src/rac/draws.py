@@ -29,16 +29,16 @@ class Draws:
 
     @classmethod
     def whole(cls, generator: torch.Generator, count: int) -> Draws:
-        """Draws for a batch that is not cut."""
+        """Draws for a batch that is not cut, all from one generator on the CPU."""
         return cls(generator, generator, count, 0, count)
 
-    def normal(self, like: Tensor, seed: int | None = None) -> Tensor:
+    def normal(self, like: Tensor, rng_seed: int | None = None) -> Tensor:
         """Standard normal numbers of the shape, type and device of `like`, whose first dimension is `count`.
 
-        With a `seed` (from `seed()`) the same numbers come again as often as they are asked for.
+        With an `rng_seed` (from `rng_seed()`) the same numbers come again as often as they are asked for.
         """
         device = self.own.device
-        generator = self.own if seed is None else torch.Generator(device).manual_seed(seed)
+        generator = self.own if rng_seed is None else torch.Generator(device).manual_seed(rng_seed)
         return self._rows(torch.randn(self.total, *like.shape[1:], generator=generator, device=device)).to(like)
 
     def uniform(self, like: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Draws:
         """One whole number from low to high, both included, for the whole batch."""
         return int(torch.randint(low, high + 1, (), generator=self.shared))
 
-    def seed(self) -> int:
+    def rng_seed(self) -> int:
         """A seed for `normal`, for the whole batch."""
         return self.integer(0, 2**62)
 

@@ -22,10 +22,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[RacError]
         _write_and_rename(path, data)
 
 
-def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Create the folder `path` with its parents, unless it is there. Raises `RacError` where refused."""
+def make_folder(path: str | os.PathLike[str], error: type[RacError] = RacError) -> Path:
+    """Create the folder `path` with its parents, unless it is there. Raises `error` where refused."""
     path = Path(path)
-    with explained(path, RacError):
+    with explained(path, error):
         path.mkdir(parents=True, exist_ok=True)
     return path
 

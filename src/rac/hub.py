@@ -27,15 +27,17 @@ def load(name_or_dir: str | Path) -> Coder:
     AutoencoderTiny, AutoencoderDC), a TAESD-family .pth file, or a name on the Hugging Face hub. Raises `WeightsError`
     for an unknown name (naming the near ones), a directory without weights, and weights that do not fit.
     """
-    from .coders.teacher import load_teacher
+    from .coders.teacher import download, load_teacher
 
-    name, path = str(name_or_dir), Path(name_or_dir)
+    name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if name in available() and not path.exists():
         path = SHIPPED / name
-    if path.is_dir():
-        return RAC.load(path) if _is_rac(path) else load_teacher(path)
-    if path.is_file() or _on_hub(name):
-        return load_teacher(name)
+    elif not path.exists() and _on_hub(name):
+        path = download(name)
+    if path.is_dir() and _is_rac(path):
+        return RAC.load(path)
+    if path.exists():
+        return load_teacher(path)
     near = difflib.get_close_matches(name, available(), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(available()) or 'none'}"
     raise WeightsError(

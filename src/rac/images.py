@@ -106,7 +106,7 @@ def read_picture(
         return _to_rgb(upright, name)
 
 
-def image_files(path: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
+def image_files(path: str | os.PathLike[str]) -> list[Path]:
     """The picture files (by suffix) in the folder `path`, sorted, hidden ones left out; a file gives itself.
 
     Raises `ImageError` if there is nothing at `path`, or no picture in it.
@@ -116,7 +116,7 @@ def image_files(path: str | os.PathLike[str], *, recursive: bool = False) -> lis
         return [path]
     if not path.is_dir():
         raise ImageError(f"{path} does not exist; give a picture file or a folder of them")
-    found = path.rglob("*") if recursive else path.iterdir()
+    found = path.iterdir()
     files = sorted(
         file
         for file in found

@@ -88,8 +88,8 @@ def expand(latent: Tensor, spec: StateSpec | None = None, **args: Any) -> Tensor
     Give a `StateSpec`, or its fields by name: `expand(latent, factor=8, state_channels=4, spread="centre")`
     (`latent_channels` is read off the latent).
     """
-    spec = spec or StateSpec(latent_channels=latent.shape[1], **args)
-    if latent.ndim != 4 or latent.shape[1] != spec.latent_channels:
+    spec = _one_spec(latent, spec, "latent_channels", args)
+    if latent.shape[1] != spec.latent_channels:
         raise RacError(f"expected a latent B {spec.latent_channels} h w, not shape {tuple(latent.shape)}")
     if spec.spread == "nearest":
         padded = _pad_channels(latent, spec.state_channels)
@@ -106,8 +106,8 @@ def contract(state: Tensor, spec: StateSpec | None = None, **args: Any) -> Tenso
     Give a `StateSpec`, or its fields by name: `contract(state, factor=8, latent_channels=4, spread="centre")`
     (`state_channels` is read off the state). Raises `RacError` if H or W is not a multiple of f.
     """
-    spec = spec or StateSpec(state_channels=state.shape[1], **args)
-    if state.ndim != 4 or state.shape[1] != spec.state_channels:
+    spec = _one_spec(state, spec, "state_channels", args)
+    if state.shape[1] != spec.state_channels:
         raise RacError(f"expected a state B {spec.state_channels} H W, not shape {tuple(state.shape)}")
     if state.shape[-2] % spec.factor or state.shape[-1] % spec.factor:
         raise RacError(
@@ -116,6 +116,18 @@ def contract(state: Tensor, spec: StateSpec | None = None, **args: Any) -> Tenso
     if spec.spread == "nearest":
         return _block_mean(state[:, : spec.latent_channels], spec.factor)
     return F.pixel_unshuffle(state, spec.factor)[:, spec.slots()]
+
+
+def _one_spec(tensor: Tensor, spec: StateSpec | None, own: str, args: dict[str, Any]) -> StateSpec:
+    if tensor.ndim != 4:
+        raise RacError(
+            f"expected a tensor of 4 dimensions, batch, channels, height and width, not {tuple(tensor.shape)}"
+        )
+    if spec is None:
+        return StateSpec(**{own: tensor.shape[1], **args})
+    if args:
+        raise RacError(f"give a StateSpec or its fields by name, not both (got {', '.join(args)} as well)")
+    return spec
 
 
 def _block_mean(state: Tensor, factor: int) -> Tensor:

@@ -36,7 +36,7 @@ def write_directory(
     Both are complete before either takes its name; files of these names are replaced, others in the directory stay.
     Raises `WeightsError` where the system refuses.
     """
-    folder = make_folder(directory)
+    folder = make_folder(directory, WeightsError)
     with explained(folder / weights, WeightsError):
         staging = folder / f".saving-{os.getpid()}.tmp"
         try:
@@ -49,12 +49,7 @@ def write_directory(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """One safetensors file, on disk when this returns (not atomic: write to a name that nobody reads yet)."""
     ready = {
         name: (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).detach().contiguous()
@@ -62,7 +57,7 @@ def write_tensors(
     }
     # Not save_file: it makes files that only their owner can read.
     with open(path, "wb") as file:
-        file.write(to_bytes(ready, {"format": "pt", **(metadata or {})}))
+        file.write(to_bytes(ready, {"format": "pt"}))
         file.flush()
         os.fsync(file.fileno())
 

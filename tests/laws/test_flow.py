@@ -223,8 +223,8 @@ def test_shift_is_undone_by_its_inverse_and_leans_to_the_source(alpha, time):
     ("distribution", "cumulative"),
     [
         ("uniform", lambda t: t),
-        # The normal distribution N(-0.4, 1) at logit(t), and arcsine's own (2 / pi) arcsin(sqrt(t)).
-        ("logit_normal", lambda t: (1 + math.erf((math.log(t / (1 - t)) + 0.4) / math.sqrt(2))) / 2),
+        # The normal distribution N(0.4, 1) at logit(t), and arcsine's own (2 / pi) arcsin(sqrt(t)).
+        ("logit_normal", lambda t: (1 + math.erf((math.log(t / (1 - t)) - 0.4) / math.sqrt(2))) / 2),
         ("arcsine", lambda t: 2 / math.pi * math.asin(math.sqrt(t))),
     ],
 )

@@ -24,7 +24,7 @@ from rac.evaluate.protocol import PROTOCOLS
 from rac.evaluate.references import Framing, References
 from rac.images import from_pixels, read_picture, to_pixels
 
-SHARED = Path(os.environ.get("RAC_SHARED", Path(__file__).parents[3] / "shared"))
+SHARED = Path(os.environ.get("RAC_DATA_DIR", Path(__file__).parents[3] / "shared"))
 WEIGHTS = SHARED / "weights"
 DEV = SHARED / "data" / "imagenette-dev-224.tar"
 INCEPTION = WEIGHTS / "inception_v3_2015-12-05_to_mixed_8_fp16.safetensors"

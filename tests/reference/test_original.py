@@ -180,13 +180,13 @@ class Tape:
     def __init__(self, noise: list[Tensor], shared: torch.Generator) -> None:
         self.noise, self.shared, self.used = noise, shared, 0
 
-    def seed(self) -> int:
+    def rng_seed(self) -> int:
         self.used += 1
         return self.used - 1
 
-    def normal(self, like: Tensor, seed: int) -> Tensor:
-        assert self.noise[seed].shape == like.shape
-        return self.noise[seed]
+    def normal(self, like: Tensor, rng_seed: int) -> Tensor:
+        assert self.noise[rng_seed].shape == like.shape
+        return self.noise[rng_seed]
 
     def integer(self, low: int, high: int) -> int:
         assert low == high

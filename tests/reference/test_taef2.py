@@ -15,7 +15,7 @@ from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.teacher import TinyCoder, load_teacher
 from rac.images import from_pixels
 
-SHARED = Path(os.environ.get("RAC_SHARED", Path(__file__).parents[3] / "shared"))
+SHARED = Path(os.environ.get("RAC_DATA_DIR", Path(__file__).parents[3] / "shared"))
 WEIGHTS = SHARED / "weights" / "taef2_encoder.pth"
 PHOTOGRAPHS = SHARED / "data" / "imagenet-dev-256.tar"
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RacError, WeightsError
+from ..flow import Solver, TimeGrid
 from ..images import pad_to_multiple
 from ..latents import LatentSpec, denormalise, normalise
 from ..storage import write_directory
@@ -54,12 +55,14 @@ class Adapter(Coder):
     def _decode(self, raw_latent: Tensor) -> Tensor:
         """Raw latent -> pixels in the network's range."""
 
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
         """Image B 3 H W in [-1, 1] -> latent B c ceil(H/f) ceil(W/f); other sizes are padded by reflection."""
+        self._refuse_flow(steps, solver)
         return normalise(self._encode(self._pixels(image)).to(image.dtype), self.spec)
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
         """Latent B c h w -> image B 3 h*f w*f in about [-1, 1], unclamped. Raises `RacError` as `LatentSpec.check`."""
+        self._refuse_flow(steps, solver)
         self.spec.check(latent)
         half, middle = _affine(self.spec.range)
         return (self._decode(denormalise(latent, self.spec)).to(latent.dtype) - middle) / half
@@ -70,6 +73,10 @@ class Adapter(Coder):
         Both files are complete before either takes its name. Raises `RacError` if the directory cannot be written.
         """
         write_directory(directory, self.config, self.network.state_dict(), WEIGHTS, dtype)
+
+    def _refuse_flow(self, steps: int | TimeGrid | None, solver: Solver | None) -> None:
+        if steps is not None or solver is not None:
+            raise RacError(f"a {type(self).__name__} codes at once; leave out steps and solver, or load a RAC")
 
     def _pixels(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3:

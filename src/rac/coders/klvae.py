@@ -78,7 +78,7 @@ class KLVAE(DiffusersCoder):
         """
         count, total, squares = 0, 0.0, 0.0
         for image in images:
-            raw_latent = self.posterior(image).mean.double()
+            raw_latent = self.posterior(image).mean.cpu().double()
             count += raw_latent.numel()
             total += float(raw_latent.sum())
             squares += float(raw_latent.square().sum())

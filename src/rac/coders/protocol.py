@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import RacError
+from ..flow import Solver, TimeGrid, Trajectory
 from ..images import crop
 from ..latents import LatentSpec
 
@@ -24,19 +26,30 @@ class Coder(nn.Module, ABC):
     """Name or directory of the coder that it was trained to imitate, if any."""
 
     @abstractmethod
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
         """Image B 3 H W in [-1, 1] -> latent B c ceil(H/f) ceil(W/f).
 
-        Sides that are no multiple of the factor are padded by reflection at the bottom and the right.
+        Sides that are no multiple of the factor are padded by reflection at the bottom and the right. `steps` and
+        `solver` are for coders with a flow; others raise `RacError` if they are given.
         """
 
     @abstractmethod
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped. Raises `RacError` as `LatentSpec.check`."""
+    def decode(self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
+        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped.
 
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """decode(encode(image)), cropped to the image's own size."""
-        return crop(self.decode(self.encode(image)), (image.shape[-2], image.shape[-1]))
+        `steps` and `solver` as for `encode`. Raises `RacError` as `LatentSpec.check`.
+        """
+
+    def reconstruct(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
+        """decode(encode(image)), cropped to the image's own size. `steps` and `solver` as for `encode`."""
+        latent = self.encode(image, steps, solver)
+        return crop(self.decode(latent, steps, solver), (image.shape[-2], image.shape[-1]))
+
+    def trajectory(
+        self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
+    ) -> Trajectory:
+        """The states on the way from the latent to the image. Raises `RacError` for a coder without a flow."""
+        raise RacError(f"a {type(self).__name__} decodes at once and has no trajectory; load a RAC for one")
 
     @abstractmethod
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:

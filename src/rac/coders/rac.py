@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import to_json
 from ..errors import RacError
 from ..fields import FieldConfig, Projector
-from ..flow import Euler, Solver, TimeGrid, Trajectory, integrate
+from ..flow import Euler, FixedPoint, Solver, TimeGrid, Trajectory, integrate
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec
 from ..states import Spread, StateSpec, contract, expand, image_of, image_state
@@ -69,7 +69,7 @@ class RAC(Coder):
     # ------------------------------------------------------------------------------------- latent -> image
 
     def decode(self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped.
+        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped, by an explicit solver.
 
         Raises `RacError` for a latent of other channels or with NaN, and for steps below 1.
         """
@@ -82,8 +82,7 @@ class RAC(Coder):
     ) -> Trajectory:
         """The states on the way from the seed state to the image state, and what they cost. Raises as `decode`."""
         self.spec.check(latent)
-        seed = expand(latent, self.states)
-        return integrate(self.field, seed, self._grid(steps), solver or Euler(), keep="nodes")
+        return integrate(self.field, expand(latent, self.states), self._grid(steps), solver or Euler(), keep="nodes")
 
     # ------------------------------------------------------------------------------------- image -> latent
 
@@ -94,25 +93,34 @@ class RAC(Coder):
         misses the exact inverse of the decoder by O(1/steps); `solver=FixedPoint(Euler())` finds it, up to the
         contraction, and warns where it cannot. Raises `RacError` for an image too small, and for steps below 1.
         """
-        return self.contract(self.encode_trajectory(image, steps, solver).end)
+        return self.contract(self._walk_back(image, steps, solver, "end").end)
 
     def encode_trajectory(
         self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
     ) -> Trajectory:
         """The states on the way from the image state back to the seed state. Raises as `encode`."""
+        return self._walk_back(image, steps, solver, "nodes")
+
+    def _walk_back(
+        self, image: Tensor, steps: int | TimeGrid | None, solver: Solver | None, keep: Literal["end", "nodes"]
+    ) -> Trajectory:
         padded, _ = pad_to_multiple(image, self.spec.factor)
         start = image_state(padded, self.config.state_channels)
-        return integrate(self.field, start, self._grid(steps).reversed(), solver or Euler(), keep="nodes")
+        return integrate(self.field, start, self._grid(steps).reversed(), solver or Euler(), keep=keep)
 
     def contract(self, state: Tensor) -> Tensor:
         """Seed state B C H W -> latent B c h w: by the spread's inverse, or by the projector if it has one."""
-        return contract(state, self.states) if self.projector is None else self.projector(state)
+        return contract(state, self.states) if self.projector is None else self.projector(state).to(state.dtype)
 
     # ------------------------------------------------------------------------------------- there and back
 
     def reconstruct(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """decode(encode(image)), cropped to the image's own size: B 3 H W, not clamped."""
-        return crop(self.decode(self.encode(image, steps, solver), steps, solver), (image.shape[-2], image.shape[-1]))
+        """decode(encode(image)), cropped to the image's own size: B 3 H W, not clamped.
+
+        With `FixedPoint(solver)` the way back is by that and the way there by the solver that it undoes.
+        """
+        latent = self.encode(image, steps, solver)
+        return crop(self.decode(latent, steps, decoding_solver(solver)), (image.shape[-2], image.shape[-1]))
 
     def _grid(self, steps: int | TimeGrid | None) -> TimeGrid:
         if isinstance(steps, TimeGrid):
@@ -137,3 +145,8 @@ class RAC(Coder):
         coder = cls(read_config(directory, HEADER, RACConfig))
         load_tensors(coder, directory)
         return coder.eval().requires_grad_(False)
+
+
+def decoding_solver(solver: Solver | None) -> Solver | None:
+    """The solver of the way there that belongs to `solver` on the way back: what a `FixedPoint` undoes."""
+    return solver.solver if isinstance(solver, FixedPoint) else solver

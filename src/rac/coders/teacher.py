@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import read_json
 from ..errors import RacError, WeightsError
 from ..storage import CONFIG, fit_tensors, read_tensors
+from ..storage import WEIGHTS as RAC_WEIGHTS
 from .adapter import WEIGHTS, Adapter, DiffusersCoder
 from .klvae import KLVAE
 from .taesd import TAESD
@@ -56,7 +57,7 @@ def load_teacher(name_or_dir: str | Path) -> Adapter:
     if path.is_file():
         coder: Adapter = _from_pth(path)
     else:
-        coder = _from_directory(path if path.is_dir() else _download(str(name_or_dir)))
+        coder = _from_directory(path if path.is_dir() else download(str(name_or_dir)))
     return coder.eval().requires_grad_(False)
 
 
@@ -124,11 +125,11 @@ def _from_pth(path: Path) -> TAESD:
     return TAESD.from_files(path.with_name(f"{name[1]}_encoder.pth"), path.with_name(f"{name[1]}_decoder.pth"))
 
 
-def _download(name: str) -> Path:
-    """Fetch a hub repository's autoencoder, or find it in the hub's cache."""
+def download(name: str) -> Path:
+    """Fetch a hub repository's coder, or find it in the hub's cache. Raises `WeightsError`."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["model_index.json", CONFIG, WEIGHTS, f"vae/{CONFIG}", f"vae/{WEIGHTS}"]
+    patterns = ["model_index.json", CONFIG, WEIGHTS, RAC_WEIGHTS, f"vae/{CONFIG}", f"vae/{WEIGHTS}"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the network fails in many ways, all with the same mend

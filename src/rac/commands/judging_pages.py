@@ -211,7 +211,7 @@ def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
     part = Batch(first.names, first.images.to(device))
     sigmas = curve.sigmas[::2]
     moved = list(moved_latents(teacher, part, sigmas, curve.rng_seed))
-    decoders = {short_name(curve.teacher): teacher.decode}
+    decoders: dict[str, Callable[[Tensor], Tensor]] = {short_name(curve.teacher): teacher.decode}
     decoders |= {_steps_of(entrant): entrant.decode for entrant in (pupils[0], pupils[-1])}
     rows = []
     for name, decode in decoders.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import to_json
 from ..errors import RacError
-from ..files import write_bytes
+from ..files import make_folder, write_bytes
 from ..images import from_pixels
 from ..latents import LatentSpec
 from .config import DataConfig
@@ -122,12 +122,20 @@ def _identity(config: DataConfig, rng_seed: int, teacher: Teacher | None, name: 
 def _build(
     path: Path, made_from: dict[str, Any], stream: ImageStream, teacher: Teacher | None, device: torch.device
 ) -> None:
+    from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
     crops: list[Tensor] = []
     latents: list[Tensor] = []
     count = stream.config.cached_crops
-    for first in track(range(0, count, _ENCODED_AT_ONCE), f"preparing {count} crops", transient=True):
+    for first in track(
+        range(0, count, _ENCODED_AT_ONCE),
+        f"preparing {count} crops",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
         pixels = np.stack([stream.crop(draw) for draw in range(first, min(first + _ENCODED_AT_ONCE, count))])
         crops.append(torch.from_numpy(pixels))
         if teacher is not None:
@@ -136,7 +144,7 @@ def _build(
     tensors = {"pixels": torch.cat(crops), "held_out": torch.from_numpy(stream.held_out_pixels)}
     if latents:
         tensors["latents"] = torch.cat(latents).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_bytes(path, safetensors.torch.save(tensors, {"made_from": json.dumps(made_from)}))
 
 

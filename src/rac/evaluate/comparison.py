@@ -50,7 +50,7 @@ class Entrant:
 
     @property
     def label(self) -> str:
-        """Such as "rac-64, 4 steps, teacher's latents"."""
+        """Such as "rac-f8d8, 4 steps, teacher's latents"."""
         steps = "" if self.steps is None else f", {self.steps} step{'' if self.steps == 1 else 's'}"
         return f"{self.title}{steps}{_SOURCES[self.protocol.latents]}"
 
@@ -233,7 +233,7 @@ def _figures(protocol: Protocol, coder: Coder, teacher: Coder | None) -> tuple[s
 
 
 def short_name(name: str) -> str:
-    """What tables call a coder: rac-64; taef2 for taef2_decoder.pth; run for run/coder, as a training run has it."""
+    """What tables call a coder: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder, as a training run has it."""
     path = Path(name).absolute()
     if path.name == "coder" and path.parent.name:
         return path.parent.name

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..coders.rac import RAC
+from ..coders.rac import RAC, decoding_solver
 from ..errors import RacError
 from ..flow import Euler, Solver, TimeGrid, integrate
-from ..images import crop, pad_to_multiple
-from ..states import image_of, image_state
+from ..images import crop
+from ..states import image_of
 
 
 class LatentAgreement:
@@ -60,20 +60,6 @@ class LatentAgreement:
         return self._sums
 
 
-def explained_variance(latent: Tensor, teacher_latent: Tensor) -> Tensor:
-    """Of one batch, B c h w -> c; see `LatentAgreement`."""
-    agreement = LatentAgreement()
-    agreement.update(latent, teacher_latent)
-    return agreement.explained_variance()
-
-
-def latent_round_trip(
-    coder: RAC, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
-) -> Tensor:
-    """Image -> seed state -> latent -> seed state -> image, B 3 H W: the headline, as only the latent is kept."""
-    return coder.reconstruct(image, steps, solver)
-
-
 def state_round_trip(
     coder: RAC, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
 ) -> Tensor:
@@ -81,9 +67,6 @@ def state_round_trip(
 
     It tells how well the way back undoes the way there, and nothing about the coder as a coder.
     """
-    height, width = image.shape[-2:]
-    padded, _ = pad_to_multiple(image, coder.spec.factor)
-    grid = steps if isinstance(steps, TimeGrid) else TimeGrid.uniform(steps or coder.config.steps)
-    start = image_state(padded, coder.config.state_channels)
-    seed = integrate(coder.field, start, grid.reversed(), solver or Euler()).end
-    return crop(image_of(integrate(coder.field, seed, grid, solver or Euler()).end), (height, width))
+    back = coder.encode_trajectory(image, steps, solver)
+    there = integrate(coder.field, back.end, TimeGrid.of(back.times).reversed(), decoding_solver(solver) or Euler())
+    return crop(image_of(there.end), (image.shape[-2], image.shape[-1]))

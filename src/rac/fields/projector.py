@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import RacError
 
@@ -24,7 +24,3 @@ class Projector(nn.Sequential):
             layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.ReLU()]
             channels, out = out, 2 * width
         super().__init__(*layers, nn.Conv2d(channels, latent_channels, 1))
-
-    def forward(self, state: Tensor) -> Tensor:
-        """Seed state B C H W -> latent B c h w."""
-        return super().forward(state)

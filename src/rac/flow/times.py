@@ -16,11 +16,12 @@ def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
     """Uniform numbers in [0, 1) -> times of the named distribution, by its quantile function.
 
     - `uniform`: as they are.
-    - `logit_normal`: sigmoid of N(-0.4, 1), most in the middle (MeanFlow, arXiv 2505.13447, table 1d).
+    - `logit_normal`: sigmoid of N(0.4, 1), most in the middle (MeanFlow, arXiv 2505.13447, table 1d: N(-0.4, 1), there
+      with t = 1 as the noise).
     - `arcsine`: sin^2(pi u / 2), most at the two ends, where flows of few steps are evaluated.
     """
     if distribution == "logit_normal":
-        return torch.sigmoid(torch.special.ndtri(numbers) - 0.4)
+        return torch.sigmoid(torch.special.ndtri(numbers) + 0.4)
     if distribution == "arcsine":
         return torch.sin(numbers * torch.pi / 2).square()
     return numbers

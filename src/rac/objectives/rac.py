@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..draws import Draws
 from ..errors import RacError
 from ..flow import Euler, Field, TimeGrid, Trajectory, integrate, straight
-from ..flow.mean import mean_velocity_target
+from ..flow.mean import Derivative, mean_velocity_target
 from ..flow.memory import recomputed
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
@@ -27,7 +27,7 @@ INSTANTANEOUS = 0.75
 
 @dataclass(frozen=True)
 class RACWeights:
-    """Weight of each term; a term of weight 0 is not computed."""
+    """Weight of each term; only the flows that some term of nonzero weight needs are unrolled."""
 
     reconstruction: float = 0.0
     """MSE of the decoded state's image against the image."""
@@ -70,16 +70,7 @@ PAPER = RACWeights(
 )
 """The paper's term list."""
 
-NANO = RACWeights(
-    reconstruction=1.0,
-    path_decode=0.1,
-    path_encode=0.1,
-    latent=1.0,
-    state=0.5,
-    pixel=1.0,
-    round_trip=1.0,
-    round_trip_state=1.0,
-)
+NANO = replace(PAPER, pad=0.0)
 """The term list of the authors' nano script; it compares whole states, pad channels included."""
 
 
@@ -98,6 +89,8 @@ class RACObjective:
     """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
     times: TimeDistribution = "uniform"
     """Where on the line the `velocity` and `mean_velocity` terms look."""
+    derivative: Derivative = "jvp"
+    """Of the mean velocity: exact, or by central difference, for fields without forward-mode derivatives (`ldm`)."""
     recompute: bool = True
     """Recompute activations in the backward pass, step by step, instead of storing them."""
 
@@ -138,22 +131,25 @@ def rac_terms(
     `image` is B 3 H W in [-1, 1] with sides that are multiples of f, `latent` B c h w the teacher's.
     Raises `RacError` if the `pixel` term is wanted without a teacher.
     """
-    weights = objective.weights
-    seed, target = expand(latent, coding.states), image_state(image, coding.states.state_channels)
+    weights, channels = objective.weights, coding.states.state_channels
+    seed_state, target = expand(latent, coding.states), image_state(image, channels)
     rollout = Rollout(objective, draws.integer(*objective.steps), draws)
     terms: dict[str, Tensor] = {}
 
     if weights.reconstruction or weights.pad or weights.path_decode:
-        decoding = _unroll(coding, seed, rollout)
+        decoding = _unroll(coding, seed_state, rollout)
         terms["reconstruction"] = _image_error(decoding.end, target, objective)
-        if weights.pad:
-            terms["pad"] = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:])
-        terms["path_decode"] = path_error(decoding, seed, target)
+        if weights.path_decode:
+            terms["path_decode"] = path_error(decoding, seed_state, target)
+        if weights.pad:  # a state of three channels has none
+            pad = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:]) if channels > RGB else image.new_zeros(())
+            terms["pad"] = pad
 
     if any(getattr(weights, name) for name in ENCODING):
         encoding = _unroll(coding, target, rollout, backwards=True)
-        terms["path_encode"] = path_error(encoding, seed, target)
-        terms["state"] = F.mse_loss(encoding.end, seed)
+        if weights.path_encode:
+            terms["path_encode"] = path_error(encoding, seed_state, target)
+        terms["state"] = F.mse_loss(encoding.end, seed_state)
         encoded = coding.contract(encoding.end)
         terms["latent"] = F.mse_loss(encoded, latent)
         if weights.pixel:
@@ -167,33 +163,35 @@ def rac_terms(
 
     if weights.velocity:
         time = times_of(draws.uniform(image), objective.times)
-        terms["velocity"] = velocity_error(coding.field, seed, target, time)
+        terms["velocity"] = velocity_error(coding.field, seed_state, target, time)
     if weights.mean_velocity:
         time, end = (times_of(draws.uniform(image), objective.times) for _ in range(2))
         end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
-        terms["mean_velocity"] = mean_velocity_error(coding.field, seed, target, time, end)
+        terms["mean_velocity"] = mean_velocity_error(coding.field, seed_state, target, time, end, objective.derivative)
     return {name: terms[name] for name in weights.chosen()}
 
 
-def path_error(trajectory: Trajectory, seed: Tensor, target: Tensor) -> Tensor:
+def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Tensor:
     """Mean over the interior nodes of the MSE against the straight line (RAC, equation 9); 0 without interior nodes."""
     interior = list(zip(trajectory.states, trajectory.times, strict=True))[1:-1]
     if not interior:
-        return seed.new_zeros(())
-    errors = [F.mse_loss(state, straight(seed, target, seed.new_tensor(t)).state) for state, t in interior]
+        return seed_state.new_zeros(())
+    errors = [F.mse_loss(state, straight(seed_state, target, seed_state.new_tensor(t)).state) for state, t in interior]
     return sum(errors[1:], errors[0]) / len(errors)
 
 
-def velocity_error(field: Field, seed: Tensor, target: Tensor, time: Tensor) -> Tensor:
-    """MSE of the velocity at `time` (B) on the straight line against target - seed (arXiv 2209.03003, equation 1)."""
-    point = straight(seed, target, time)
+def velocity_error(field: Field, seed_state: Tensor, target: Tensor, time: Tensor) -> Tensor:
+    """MSE of the velocity at `time` (B) on the straight line against its slope (arXiv 2209.03003, equation 1)."""
+    point = straight(seed_state, target, time)
     return F.mse_loss(field(point.state, time), point.velocity)
 
 
-def mean_velocity_error(field: Field, seed: Tensor, target: Tensor, time: Tensor, end: Tensor) -> Tensor:
+def mean_velocity_error(
+    field: Field, seed_state: Tensor, target: Tensor, time: Tensor, end: Tensor, how: Derivative = "jvp"
+) -> Tensor:
     """MSE of u(s_t, t, r - t) against its identity (flow/mean.py); t = `time`, r = `end`, both B, in any order."""
-    wanted = mean_velocity_target(field, seed, target, time, end)
-    return F.mse_loss(field(straight(seed, target, time).state, time, end - time), wanted)
+    wanted = mean_velocity_target(field, seed_state, target, time, end, how)
+    return F.mse_loss(field(straight(seed_state, target, time).state, time, end - time), wanted)
 
 
 @dataclass(frozen=True)
@@ -209,12 +207,12 @@ class TrainingStep:
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
         """See `rac.flow.Solver`."""
-        seed = self.draws.seed() if self.step_noise else None
+        rng_seed = self.draws.rng_seed() if self.step_noise else None
 
         def advance(state: Tensor) -> Tensor:
-            if seed is not None:
+            if rng_seed is not None:
                 deviation = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
-                state = state + self.step_noise * deviation * self.draws.normal(state, seed)
+                state = state + self.step_noise * deviation * self.draws.normal(state, rng_seed)
             return Euler().step(field, state, t0, t1).state
 
         return Step(recomputed(advance)(state) if self.recompute else advance(state))

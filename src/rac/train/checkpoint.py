@@ -92,7 +92,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     coming, going = target.with_name(".coming"), target.with_name(".going")
     try:
         with explained(target):
-            _clear(coming, going)
+            _settle(target, coming, going)
             coming.mkdir()
             yield coming
             for path in coming.rglob("*"):
@@ -103,11 +103,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
             os.replace(coming, target)
             _sync(target.parent)
     finally:
-        _clear(coming, going)
+        _settle(target, coming, going)
 
 
-def _clear(*folders: Path) -> None:
-    for path in folders:
+def _settle(target: Path, coming: Path, going: Path) -> None:
+    """Clear what an interrupted replacement left; if it ended between the two renamings, the older folder returns."""
+    if going.exists() and not target.exists():
+        os.replace(going, target)
+    for path in (coming, going):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
+from ..evaluate.latents import LatentAgreement
 from ..evaluate.metrics import psnr
 from ..objectives.klvae import KLVAEWeights, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
@@ -104,7 +105,9 @@ class RACTask:
         }
         decoded = {name: row() for name, row in rows.items()}
         figures = {name: mean_psnr(image, images) for name, image in decoded.items()}
-        figures["explained_variance"] = 1 - float((own - latents).square().mean() / latents.var(correction=0))
+        agreement = LatentAgreement()
+        agreement.update(own, latents)
+        figures["explained_variance"] = float(agreement.explained_variance().mean())
         return sheet([images, *decoded.values()]), figures
 
     def save(self, module: nn.Module, directory: Path) -> None:

@@ -1,0 +1,66 @@
+"""Everything the README tells people to type is typed here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import rac
+
+README = Path(__file__).parents[2] / "README.md"
+QUICK = {
+    "train": "--train.iterations 2 --train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
+    "ablate": "--train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
+    "evaluate": "--correction 0 --count 2 --steps 1 2",
+    "compare": "--correction 0 --count 2 --steps 1 2",
+}
+"""What makes a verb quick without changing what it does."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, images, monkeypatch: pytest.MonkeyPatch) -> Path:  # type: ignore[no-untyped-def]
+    """A folder with photo.png and photos/, as the README supposes."""
+    monkeypatch.chdir(tmp_path)
+    rac.write_image(images(1, 150, 140), tmp_path / "photo.png")
+    (tmp_path / "photos").mkdir()
+    for k in range(6):
+        rac.write_image(images(1, 72, 80, k), tmp_path / "photos" / f"{k}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[0])
+def test_python(block: str, workplace: Path) -> None:
+    with torch.no_grad():
+        exec(compile(block, str(README), "exec"), {})
+
+
+@pytest.mark.slow
+def test_command_lines(workplace: Path, run) -> None:  # type: ignore[no-untyped-def]
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("rac ")]
+    assert len(lines) > 8
+    for line in lines:
+        verb, *arguments = shlex.split(line)[1:]
+        if verb in ("train", "ablate") and "klvae" not in arguments:
+            arguments += ["--data.cached-crops", "8"]
+        if verb == "ablate":
+            arguments[arguments.index("10m")] = "2"
+        ran = run(verb, *arguments, *shlex.split(QUICK.get(verb, "")))
+        assert ran.code == 0, f"{line}: {ran.err}"
+    for path in ("reconstructed/results.csv", "latents/photo.safetensors", "decoded/photo.png", "runs/tiny/coder"):
+        assert (workplace / path).exists(), path
+
+
+def test_its_pictures_are_there() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert pictures
+    for picture in pictures:
+        assert (README.parent / picture).is_file(), picture

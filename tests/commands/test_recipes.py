@@ -1,0 +1,64 @@
+"""Every named recipe, at a size that runs in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import rac
+from rac.coders.klvae import KLVAEConfig
+from rac.coders.teacher import TinyCoder
+from rac.errors import RacError
+from rac.recipes import RECIPES, RACRecipe
+from rac.recipes.shelf import in_seconds
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small random stand-ins for the teachers that would have to be downloaded."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teachers")
+    rac.save(KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(), folder / "paper")
+    small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    rac.save(TinyCoder(AutoencoderTiny(**small)), folder / "nano")
+    return {name: str(folder / name) for name in ("paper", "nano")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_saves_and_loads(name: str, teachers: dict[str, str], tmp_path: Path) -> None:
+    recipe = in_seconds(RECIPES[name][1])
+    if isinstance(recipe, RACRecipe):
+        recipe = replace(recipe, teacher=teachers.get(name, recipe.teacher))
+    fitted = recipe.run(tmp_path / "run")
+    assert fitted.iteration == recipe.train.iterations
+    assert fitted.metrics["psnr"] > 0
+    coder = rac.load(tmp_path / "run" / "coder")
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert coder.reconstruct(image).shape == image.shape
+    assert coder.teacher == (recipe.teacher if isinstance(recipe, RACRecipe) else None)
+
+
+def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
+    first = in_seconds(RECIPES["tiny"][1])
+    assert isinstance(first, RACRecipe)
+    first.run(tmp_path / "first")
+    begun = rac.load(tmp_path / "first" / "coder")
+    second = replace(first, start=str(tmp_path / "first" / "coder"), train=replace(first.train, iterations=1, lr=0.0))
+    again = second.run(tmp_path / "second").module
+    for name, value in begun.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_start_of_another_shape_is_refused(tmp_path: Path) -> None:
+    first = in_seconds(RECIPES["tiny"][1])
+    assert isinstance(first, RACRecipe)
+    first.run(tmp_path / "first")
+    other = replace(first, state_channels=9, start=str(tmp_path / "first" / "coder"))
+    with pytest.raises(RacError, match="another field"):
+        other.run(tmp_path / "second")

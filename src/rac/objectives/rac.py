@@ -176,7 +176,9 @@ def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Te
     interior = list(zip(trajectory.states, trajectory.times, strict=True))[1:-1]
     if not interior:
         return seed_state.new_zeros(())
-    errors = [F.mse_loss(state, straight(seed_state, target, seed_state.new_tensor(t)).state) for state, t in interior]
+    # The points of the line are cheap to make again, and would be one more state for each step to store.
+    error = recomputed(lambda state, time: F.mse_loss(state, straight(seed_state, target, time).state))
+    errors = [error(state, seed_state.new_tensor(t)) for state, t in interior]
     return sum(errors[1:], errors[0]) / len(errors)
 
 

@@ -104,3 +104,11 @@ def read_json(path: Path) -> Any:
         raise RacError(
             f"{path} is not readable JSON ({error}); restore it from a backup or save the coder again"
         ) from None
+
+
+def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+    """Where two JSON values differ, as "training.lr 0.001, was 0.0003"; nested names are joined by dots."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = [*ours, *(key for key in theirs if key not in ours)]
+        return [d for k in keys for d in differences(ours.get(k), theirs.get(k), f"{name}.{k}" if name else k)]
+    return [] if ours == theirs else [f"{name} {json.dumps(ours)}, was {json.dumps(theirs)}"]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,23 @@ def pick_device(name: str = "auto") -> torch.device:
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
     """Run matrix products and convolutions in bfloat16 if `bf16`; weights and reductions stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Without gradients, in full float32, by algorithms that do not depend on timing or on an autocast outside."""
+    precision = torch.get_float32_matmul_precision()
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

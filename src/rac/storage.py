@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -120,3 +121,12 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
                 f"{tuple(own[name].shape)}; use the config.json that belongs to these weights"
             )
     module.load_state_dict(dict(tensors))
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of a state dict: equal if and only if names, shapes, types and values are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -15,7 +15,6 @@ from .. import hub
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..config import spelled, to_json
-from ..data.cache import weights_hash
 from ..data.stream import ImageStream
 from ..errors import RacError
 from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrants, judge
@@ -28,6 +27,7 @@ from ..images import write_picture
 from ..recipes import Recipe
 from ..recipes.ablation import Ablation, Equal, Training, file_name
 from ..runtime import pick_device
+from ..storage import weights_hash
 from .ablation_pages import Showing, Strips, introduction, markdown_report, sections, summary, training_table
 from .common import counting, show, tell
 from .train import find_recipe
@@ -155,7 +155,7 @@ class _Judging:
         if path.exists():
             result = Result.load(path)
             found = (result.coder_hash, result.reference.hash, result.protocol)
-            if found == (weights_hash(entrant.coder), self.references.hash, entrant.protocol):
+            if found == (weights_hash(entrant.coder.state_dict()), self.references.hash, entrant.protocol):
                 first = next(self.references.batches(1)).images.to(pick_device(self.device))
                 return Row(entrant.label, entrant.family, coding_cost(entrant, first), result)
         row = judge(entrant, self.references, self.judges)

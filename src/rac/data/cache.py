@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import to_json
+from ..config import differences, to_json
 from ..errors import RacError
 from ..files import make_folder, write_bytes
 from ..images import from_pixels
 from ..latents import LatentSpec
+from ..storage import weights_hash
 from .config import DataConfig
 from .stream import Batch, ImageStream, Stream, permutation
 
@@ -93,29 +93,16 @@ def open_stream(
     return _read(cache, made_from, rng_seed)
 
 
-def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ, as "training.lr 0.001, was 0.0003"; nested names are joined by dots."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = [*ours, *(key for key in theirs if key not in ours)]
-        return [d for k in keys for d in differences(ours.get(k), theirs.get(k), f"{name}.{k}" if name else k)]
-    return [] if ours == theirs else [f"{name} {json.dumps(ours)}, was {json.dumps(theirs)}"]
-
-
-def weights_hash(module: Teacher) -> str:
-    """A hash of a coder's weights: equal if and only if names, shapes, types and values are."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _identity(config: DataConfig, rng_seed: int, teacher: Teacher | None, name: str | None) -> dict[str, Any]:
     data = to_json(replace(config, keep_mb=0))
     data["paths"] = [str(path.expanduser().resolve()) for path in config.paths]
     identity = {"data": data, "rng_seed": rng_seed, "teacher": None}
     if teacher is not None:
-        identity["teacher"] = {"name": name, "spec": to_json(teacher.spec), "weights": weights_hash(teacher)}
+        identity["teacher"] = {
+            "name": name,
+            "spec": to_json(teacher.spec),
+            "weights": weights_hash(teacher.state_dict()),
+        }
     return identity
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..coders.protocol import Coder
 from ..images import crop
-from ..runtime import generator
-from .features import reproducible
+from ..runtime import generator, reproducible
 from .judges import IMAGE_FIGURES, Judges
 from .references import Batch, References
 

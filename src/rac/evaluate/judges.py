@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RacError
+from ..runtime import reproducible
 from .distances import (
     Gaussian,
     frechet,
@@ -20,7 +21,7 @@ from .distances import (
     precision_recall,
     require_more_images,
 )
-from .features import Extractor, ExtractorName, Features, figure_name, load_extractor, reproducible
+from .features import Extractor, ExtractorName, Features, figure_name, load_extractor
 from .lpips import FILES, LPIPS, Backbone
 from .metrics import MS_SSIM_SIDE, SSIM_WINDOW, ms_ssim, psnr, ssim
 from .references import References

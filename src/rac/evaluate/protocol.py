@@ -16,23 +16,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..coders.klvae import KLVAE
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..config import from_json, read_json, spelled, to_json
-from ..data.cache import weights_hash
 from ..errors import RacError
 from ..files import write_bytes
 from ..flow import RK4, Euler, Heun, Midpoint, ReversibleHeun, Solver, TimeGrid
 from ..images import crop, from_pixels, to_pixels
 from ..latents import normalise
-from ..runtime import autocast, generator
-from .features import Extractor, ExtractorName, Features, extract, join, reproducible
+from ..runtime import autocast, generator, reproducible
+from ..storage import weights_hash
+from .features import Extractor, ExtractorName, Features, extract, join
 from .judges import IMAGE_FIGURES, LATENT_FIGURES, SET_FIGURES, SHORTEST_SIDE, Judges
 from .latents import LatentAgreement, state_round_trip
 from .metrics import psnr
@@ -196,7 +196,7 @@ class Result:
 
 
 def evaluate(
-    coder: Coder | RAC,
+    coder: Coder,
     references: References,
     protocol: Protocol,
     *,
@@ -216,7 +216,7 @@ def evaluate(
     Raises `RacError` if the protocol cannot be kept: other references than it names, too few or too small images, no
     teacher, no posterior to draw from; and where the coder gives NaN.
     """
-    device = next(cast(nn.Module, coder).parameters()).device
+    device = next(coder.parameters()).device
     judges = judges or Judges.load(protocol.figures, protocol.extractor, device)
     _check(coder, references, protocol, teacher, judges)
     run = _Run(coder, protocol, teacher, device)
@@ -227,7 +227,7 @@ def evaluate(
             progress(tally.images, len(references))
     return Result(
         coder=name,
-        coder_hash=weights_hash(cast(Any, coder)),
+        coder_hash=weights_hash(coder.state_dict()),
         protocol=protocol,
         steps=protocol.grid(coder).steps if isinstance(coder, RAC) else None,
         reference=ReferenceRecord(references.name, len(references), references.hash),
@@ -255,9 +255,7 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _check(
-    coder: Coder | RAC, references: References, protocol: Protocol, teacher: Coder | None, judges: Judges
-) -> None:
+def _check(coder: Coder, references: References, protocol: Protocol, teacher: Coder | None, judges: Judges) -> None:
     if protocol.reference is not None and protocol.reference != references.hash:
         raise RacError(
             f"{references.name} has hash {references.hash[:12]}, protocol {protocol.name} is for the images of hash "
@@ -287,7 +285,7 @@ def _check(
 class _Run:
     """One coder under one protocol; counts the seconds its networks take."""
 
-    def __init__(self, coder: Coder | RAC, protocol: Protocol, teacher: Coder | None, device: torch.device) -> None:
+    def __init__(self, coder: Coder, protocol: Protocol, teacher: Coder | None, device: torch.device) -> None:
         self.protocol, self.device = protocol, device
         self.seconds = 0.0
         self._coder: Any = coder

@@ -16,8 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import read_json, to_json
-from ..data.cache import differences
+from ..config import differences, read_json, to_json
 from ..errors import RacError
 from ..files import make_folder, write_bytes
 from ..train import read_log

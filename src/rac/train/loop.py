@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from .. import runtime
-from ..config import read_json, to_json
+from ..config import differences, read_json, to_json
 from ..data import Stream, batches
-from ..data.cache import differences
 from ..errors import RacError
 from ..files import make_folder, write_bytes
 from ..images import write_image

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,16 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
-from ..evaluate.latents import LatentAgreement
-from ..evaluate.metrics import psnr
+from ..evaluate.protocol import Protocol, evaluate
+from ..evaluate.references import Framing, References
 from ..objectives.klvae import KLVAEWeights, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
 
 STATISTICS_BATCHES = 16
 """Training batches whose latents give a KL-VAE its scale and shift."""
+
+HELD_OUT = Protocol("held out", Framing(), figures=("psnr",))
+"""What galleries are judged by."""
 
 
 @dataclass
@@ -45,8 +48,8 @@ class KLVAETask:
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
         assert isinstance(module, KLVAE)
-        again = module.reconstruct(images)
-        return sheet([images, again]), {"psnr": mean_psnr(again, images)}
+        judged = evaluate(module, References.of(images, "held out"), HELD_OUT, name="KL-VAE")
+        return sheet([images, module.reconstruct(images)]), {"psnr": judged.figures["psnr"]}
 
     def save(self, module: nn.Module, directory: Path) -> None:
         """See `Task`."""
@@ -96,29 +99,24 @@ class RACTask:
         """
         assert isinstance(module, RAC)
         latents = self.teacher.encode(images)
-        own = module.encode(images)
-        rows: dict[str, Callable[[], Tensor]] = {
-            "psnr_teacher": lambda: self.teacher.decode(latents),
-            "psnr_1_step": lambda: module.decode(latents, steps=1),
-            "psnr": lambda: module.decode(latents),
-            "psnr_round_trip": lambda: module.decode(own),
+        rows = [images, self.teacher.decode(latents), module.decode(latents, 1), module.decode(latents)]
+        rows.append(module.decode(module.encode(images)))
+        held_out, given = References.of(images, "held out"), replace(HELD_OUT, latents="teacher")
+        one_step = replace(given, steps=1)
+        alone = replace(HELD_OUT, figures=("psnr", "explained-variance"))
+        own = evaluate(module, held_out, alone, name="RAC", teacher=self.teacher).figures
+        return sheet(rows), {
+            "psnr_teacher": evaluate(self.teacher, held_out, HELD_OUT, name="teacher").figures["psnr"],
+            "psnr_1_step": evaluate(module, held_out, one_step, name="RAC", teacher=self.teacher).figures["psnr"],
+            "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).figures["psnr"],
+            "psnr_round_trip": own["psnr"],
+            "explained_variance": own["explained variance"],
         }
-        decoded = {name: row() for name, row in rows.items()}
-        figures = {name: mean_psnr(image, images) for name, image in decoded.items()}
-        agreement = LatentAgreement()
-        agreement.update(own, latents)
-        figures["explained_variance"] = float(agreement.explained_variance().mean())
-        return sheet([images, *decoded.values()]), figures
 
     def save(self, module: nn.Module, directory: Path) -> None:
         """See `Task`."""
         assert isinstance(module, RAC)
         module.save(directory)
-
-
-def mean_psnr(image: Tensor, reference: Tensor) -> float:
-    """Mean over the images of their PSNR, in dB."""
-    return float(psnr(image, reference).mean())
 
 
 def sheet(rows: Sequence[Tensor]) -> Tensor:

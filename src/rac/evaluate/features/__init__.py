@@ -12,7 +12,7 @@ from typing import Literal
 from ...errors import RacError, WeightsError
 from ..weight_files import find_weights
 from .efficientnet import EfficientNetLite0
-from .extractor import Extractor, Features, extract, figure_name, join, reproducible
+from .extractor import Extractor, Features, extract, figure_name, join
 from .inception import Inception768, Inception2048
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "figure_name",
     "join",
     "load_extractor",
-    "reproducible",
 ]
 
 ExtractorName = Literal["inception-2048", "inception-768", "efficientnet-lite0"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RacError
+from ...runtime import reproducible
 
 
 class Features(NamedTuple):
@@ -86,23 +86,6 @@ def join(parts: Iterable[Features]) -> Features:
 def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
     present = [part.cpu() for part in parts if part is not None]
     return torch.cat(present) if present else None
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """Without gradients, in full float32, by algorithms that do not depend on timing or on an autocast outside."""
-    precision = torch.get_float32_matmul_precision()
-    with (
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-    ):
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 def figure_name(figure: str, label: str) -> str:

@@ -59,7 +59,7 @@ def _reason(path: Path, refusal: OSError) -> str:
         return f"no permission to write in {path.parent}; choose another folder or change its permissions"
     if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or choose another folder"
-    if isinstance(refusal, FileNotFoundError):
+    if isinstance(refusal, FileNotFoundError) and not path.parent.exists():
         return f"the folder {path.parent} does not exist; create it first"
     if isinstance(refusal, (NotADirectoryError, FileExistsError)):
         return "a file stands where a folder is needed; choose another folder"

@@ -24,8 +24,9 @@ def load(name_or_dir: str | Path) -> Coder:
     """A coder, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
     `name_or_dir` is one of `available()`, a directory written by `save` or by diffusers (AutoencoderKL,
-    AutoencoderTiny, AutoencoderDC), a TAESD-family .pth file, or a name on the Hugging Face hub. Raises `WeightsError`
-    for an unknown name (naming the near ones), a directory without weights, and weights that do not fit.
+    AutoencoderTiny, AutoencoderDC), the folder of a training run, a TAESD-family .pth file, or a name on the Hugging
+    Face hub. Raises `WeightsError` for an unknown name (naming the near ones), a directory without weights, and
+    weights that do not fit.
     """
     from .coders.teacher import download, load_teacher
 
@@ -34,6 +35,8 @@ def load(name_or_dir: str | Path) -> Coder:
         path = SHIPPED / name
     elif not path.exists() and _on_hub(name):
         path = download(name)
+    if (path / "recipe.json").is_file() and (path / "coder").is_dir():
+        path = path / "coder"
     if path.is_dir() and _is_rac(path):
         return RAC.load(path)
     if path.exists():

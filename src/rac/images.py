@@ -281,7 +281,7 @@ def pad_to_multiple(image: Tensor, factor: int) -> tuple[Tensor, tuple[int, int]
     if down >= max(height, 1) or right >= max(width, 1):
         least = factor // 2 + 1
         raise RacError(
-            f"an image of {height} x {width} is too small to be padded to multiples of {factor}; "
+            f"an image of {width} x {height} is too small to be padded to multiples of {factor}; "
             f"its sides must be at least {least}: enlarge it, or read it with a size"
         )
     padded = F.pad(image, (0, right, 0, down), mode="reflect") if down or right else image

@@ -77,7 +77,7 @@ def test_encode_and_decode(tmp_path: Path, photo: Path, run, coder_dir: Path) ->
 def test_exact_prints_the_residual(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
     ran = run("encode", photo, "--model", coder_dir, "--exact", "--out", tmp_path)
     assert ran.code == 0
-    assert "photo.png: largest residual" in ran.err
+    assert "photo.png: largest residual" in ran.out
     ran = run("encode", photo, "--model", coder_dir, "--exact", "--solver", "reversible-heun", "--out", tmp_path)
     assert ran.code == 2
 

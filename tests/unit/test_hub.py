@@ -202,3 +202,11 @@ def test_everything_shipped_loads_without_its_teacher(name):
     coder = rac.load(name)
     assert coder.spec.channels > 0
     assert not coder.training
+
+
+def test_the_folder_of_a_run_is_its_coder(make_rac, tmp_path):
+    coder = make_rac(lively=0.1)
+    rac.save(coder, tmp_path / "run" / "coder")
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    loaded = rac.load(tmp_path / "run")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in coder.state_dict().items())

@@ -186,7 +186,7 @@ def test_wrong_latents(coder, latent, said):
         (torch.zeros(1, 1, 8, 8), "B 3 H W"),
         (torch.zeros(3, 8, 8), "B 3 H W"),
         (torch.zeros(1, 3, 1, 1), "1 x 1 is too small"),
-        (torch.zeros(1, 3, 2, 8), "2 x 8 is too small"),
+        (torch.zeros(1, 3, 2, 8), "8 x 2 is too small"),
     ],
 )
 def test_wrong_images(coder, image, said):

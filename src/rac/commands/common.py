@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -77,10 +78,16 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
 
 
 def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, None]:
-    """Give the items one by one, showing on a terminal's stderr which one is in hand and how many are left."""
+    """Give the items one by one, showing on stderr which one is in hand and how many are left.
+
+    A bar on a terminal; elsewhere a line now and then, once things take more than two seconds.
+    """
     with _bar() as bar:
-        task = bar.add_task("", total=len(items))
-        for item in items:
+        task, told = bar.add_task("", total=len(items)), time.monotonic()
+        for count, item in enumerate(items, 1):
+            if bar.disable and time.monotonic() - told > 2:
+                print(f"{count}/{len(items)}  {name(item)}", file=sys.stderr, flush=True)
+                told = time.monotonic()
             bar.update(task, description=name(item))
             yield item
             bar.advance(task)

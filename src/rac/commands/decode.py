@@ -53,7 +53,9 @@ class Command:
             if name not in coders:
                 coders[name] = load_coder(name, self.device)
             image = self._decode(coders[name], held, name)
-            write_image(crop(image, held.size), self.out / f"{file.stem}.png")
+            out = self.out / f"{file.stem}.png"
+            write_image(crop(image, held.size), out)
+            print(f"{out}: {held.size[1]} x {held.size[0]} pixels")
 
         return for_each(files, work, batch=self.path.is_dir())
 

@@ -19,7 +19,7 @@ from ..flow import FixedPoint
 from ..flow.grid import check_steps
 from ..images import image_files, read_image
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, for_each, load_coder, need_rac, stems, tell
+from .common import DEFAULT_CODER, for_each, load_coder, need_rac, stems
 from .latent_files import LatentFile
 
 
@@ -41,7 +41,8 @@ class Command:
     solver: SolverName = "euler"
     """How each step is taken. Decode with the same."""
     exact: bool = False
-    """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual. Slower."""
+    """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual: slower. The state's channels
+    beside the image are unknown to an encoder, so a small residual does not say that the latent is the one decoded."""
     size: int | None = None
     """Scale and crop images to squares of this side. None: as they are."""
     convert: bool = False
@@ -66,7 +67,10 @@ class Command:
 
         def work(file: Path) -> None:
             image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
-            self._encode(coder, image, file).write(self.out / f"{names[file]}.safetensors")
+            encoded, out = self._encode(coder, image, file), self.out / f"{names[file]}.safetensors"
+            encoded.write(out)
+            channels, height, width = encoded.latent.shape[1:]
+            print(f"{out}: {channels} channels of {width} x {height}")
 
         return for_each(files, work, batch=self.path.is_dir())
 
@@ -78,6 +82,6 @@ class Command:
         solver = FixedPoint(SOLVERS[self.solver]) if self.exact else SOLVERS[self.solver]
         back = coder.encode_trajectory(image, self.steps, solver)
         if self.exact:
-            tell(f"{file.name}: largest residual {max(back.residuals):.2g} in {back.evaluations} evaluations")
+            print(f"{file.name}: largest residual {max(back.residuals):.2g} in {back.evaluations} evaluations")
         steps = len(back.times) - 1
         return LatentFile(coder.contract(back.end), coder.spec, size, self.model, steps, self.solver)

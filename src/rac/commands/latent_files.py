@@ -83,7 +83,9 @@ def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
                 raise RacError(f"{path} is a safetensors file, but not a latent that `rac encode` wrote")
             return file.get_tensor("latent"), metadata
     except (SafetensorError, OSError) as error:
-        raise RacError(f"{path} is cut short or no safetensors file ({error}); encode the image again") from None
+        raise RacError(
+            f"{path} is cut short, or nothing that `rac encode` wrote ({error}); encode the image again"
+        ) from None
 
 
 def _check_size(origin: _Origin, latent: Tensor, path: Path) -> None:

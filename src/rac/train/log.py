@@ -140,6 +140,7 @@ def draw_curves(records: Iterable[dict[str, Any]]) -> bytes:
     # Margins in inches, not a layout engine: that one costs more time than the drawing.
     left, up_down = 0.6 / (3.2 * columns), 0.35 / (2.2 * rows)
     figure.subplots_adjust(left, up_down, 1 - left / 4, 1 - up_down, wspace=0.3, hspace=0.35)
+    figure.supxlabel("iteration", y=0.01, fontsize=8)
     for place, ((kind, name), (across, up)) in enumerate(curves.items(), 1):
         panel = figure.add_subplot(rows, columns, place)
         panel.plot(across, up, linewidth=1, marker="." if len(up) < 3 else "", color="C0" if kind == "train" else "C1")

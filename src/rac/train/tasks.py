@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,13 +15,18 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
+from ..evaluate.pictures import Panel, sheet, strip
 from ..evaluate.protocol import Protocol, evaluate
 from ..evaluate.references import Framing, References
+from ..images import from_pixels
 from ..objectives.klvae import KLVAEWeights, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
 
 STATISTICS_BATCHES = 16
 """Training batches whose latents give a KL-VAE its scale and shift."""
+
+SHOWN = 8
+"""Images in a gallery, out of those held out."""
 
 HELD_OUT = Protocol("held out", Framing(), figures=("psnr",))
 """What galleries are judged by."""
@@ -49,7 +55,7 @@ class KLVAETask:
         """Originals above, reconstructions from the posterior's mean below."""
         assert isinstance(module, KLVAE)
         judged = evaluate(module, References.of(images, "held out"), HELD_OUT, name="KL-VAE")
-        return sheet([images, module.reconstruct(images)]), {"psnr": judged.figures["psnr"]}
+        return gallery({"original": images, "KL-VAE": module.reconstruct(images)}), {"psnr": judged.figures["psnr"]}
 
     def save(self, module: nn.Module, directory: Path) -> None:
         """See `Task`."""
@@ -93,19 +99,26 @@ class RACTask:
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Rows: originals; the teacher; RAC from the teacher's latents at one step and at its own number; RAC alone.
+        """Columns: original; teacher; RAC from the teacher's latent at one step and at its own number; RAC alone.
 
-        `psnr` is that of the fourth row, `explained_variance` that of the teacher's latents by RAC's.
+        `psnr` is that of the fourth column, `explained_variance` that of the teacher's latents by RAC's.
         """
         assert isinstance(module, RAC)
-        latents = self.teacher.encode(images)
-        rows = [images, self.teacher.decode(latents), module.decode(latents, 1), module.decode(latents)]
-        rows.append(module.decode(module.encode(images)))
+        latents, steps = self.teacher.encode(images), module.config.steps
+        picture = gallery(
+            {
+                "original": images,
+                "teacher": self.teacher.decode(latents),
+                "RAC, teacher's latent, 1 step": module.decode(latents, 1),
+                f"the same, {steps} steps": module.decode(latents),
+                f"RAC alone, {steps} steps": module.reconstruct(images),
+            }
+        )
         held_out, given = References.of(images, "held out"), replace(HELD_OUT, latents="teacher")
         one_step = replace(given, steps=1)
         alone = replace(HELD_OUT, figures=("psnr", "explained-variance"))
         own = evaluate(module, held_out, alone, name="RAC", teacher=self.teacher).figures
-        return sheet(rows), {
+        return picture, {
             "psnr_teacher": evaluate(self.teacher, held_out, HELD_OUT, name="teacher").figures["psnr"],
             "psnr_1_step": evaluate(module, held_out, one_step, name="RAC", teacher=self.teacher).figures["psnr"],
             "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).figures["psnr"],
@@ -119,6 +132,10 @@ class RACTask:
         module.save(directory)
 
 
-def sheet(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of images, each B 3 H W, as one picture 1 3 (rows H) (B W)."""
-    return torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)[None]
+def gallery(columns: Mapping[str, Tensor]) -> Tensor:
+    """Labelled columns of images, each B 3 H W, one row per image, as one picture 1 3 H W in [-1, 1]."""
+    rows = [
+        strip([Panel(image.float().cpu(), name) for name, image in zip(columns, row, strict=True)])
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return from_pixels(np.asarray(sheet(rows[:SHOWN])))

@@ -19,7 +19,6 @@ from ..config import spelled, to_json
 from ..files import write_bytes
 from ..flow import Solver, TimeGrid
 from ..images import crop
-from ..states import image_of
 from .correction import CorrectionCurve
 from .cost import MacCounter, parameters
 from .judges import LATENT_FIGURES, Judges
@@ -110,7 +109,6 @@ def coding_cost(entrant: Entrant, image: Tensor) -> CodingCost:
     with MacCounter() as decoding:
         if isinstance(entrant.coder, RAC):
             flow = entrant.coder.trajectory(latent, *entrant.flow())
-            image_of(flow.end)
             evaluations = flow.evaluations
         else:
             entrant.decode(latent)

@@ -105,4 +105,5 @@ table { border-collapse: collapse; margin: 1.25rem 0; font-size: .9375rem; font-
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e3e3e6; }
 th { border-bottom: 2px solid #1c1c1e; font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
 """

@@ -59,8 +59,9 @@ def test_command_lines(workplace: Path, run) -> None:  # type: ignore[no-untyped
         assert (workplace / path).exists(), path
 
 
-def test_its_pictures_are_there() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
-    assert pictures
-    for picture in pictures:
-        assert (README.parent / picture).is_file(), picture
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_what_pages_point_to_is_there(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert targets
+    for target in targets:
+        assert (page.parent / target).is_file(), target

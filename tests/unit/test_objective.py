@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -265,26 +266,36 @@ def test_recomputing_changes_neither_terms_nor_gradients(make_rac, image):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
+def stored(asked: Callable[[], object], module: nn.Module) -> int:
+    """Bytes that `asked()` keeps for the backward pass, those of the module's parameters apart."""
+    sizes: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = asked()  # noqa: F841 - alive, so that no address is used twice
+    return sum(sizes.values())
+
+
 def test_a_recomputed_field_stores_its_input_alone(make_rac):
-    field = make_rac(lively=0.05).field
+    field, state, time = make_rac(lively=0.05).field, torch.randn(1, 4, 32, 32), torch.zeros(1)
+    assert stored(lambda: recomputed(field)(state, time), field) <= 4 * (state.numel() + 2)
+    assert stored(lambda: field(state, time), field) > 10 * 4 * state.numel()
 
-    def stored(asked) -> int:
-        sizes: dict[int, int] = {}
-        own = {parameter.untyped_storage().data_ptr() for parameter in field.parameters()}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+def test_the_objective_recomputes_where_it_is_asked_to(make_rac, image):
+    coder, _, coding = nano_like(make_rac)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = asked(state, time)  # noqa: F841 - alive, so that no address is used twice
-        return sum(sizes.values())
+    def kept(recompute: bool) -> int:
+        objective = RACObjective(UNROLLED, recompute=recompute)
+        return stored(lambda: rac_terms(coding, image, latents(), objective, draws()), coder)
 
-    state, time = torch.randn(1, 4, 32, 32), torch.zeros(1)
-    assert stored(recomputed(field)) <= 4 * (state.numel() + 2)
-    assert stored(field) > 10 * 4 * state.numel()
+    assert kept(True) < kept(False) / 2
 
 
 def test_gradients_flow_through_all_steps(image):
@@ -318,3 +329,13 @@ def test_nan_is_not_hidden(image):
     coding = Coding(lambda state, time: math.nan * state, SPEC, lambda s: contract(s, SPEC), teacher_of(image))
     terms = rac_terms(coding, image, latents(), RACObjective(NANO), draws())
     assert not any(math.isfinite(float(value)) for name, value in terms.items() if name != "pixel")
+
+
+def test_a_state_of_three_channels_has_no_pad_to_miss(make_rac, images):
+    coder = make_rac(lively=0.1, state_channels=3, spread="shuffle")
+    image = images(2, 16, 16)
+    coding = Coding(coder.field, coder.states, coder.contract, lambda latent: image)
+    draws = Draws.whole(torch.Generator().manual_seed(0), 2)
+    terms = rac_terms(coding, image, torch.randn(2, 4, 4, 4), RACObjective(PAPER), draws)
+    assert float(terms["pad"]) == 0
+    assert all(bool(torch.isfinite(term)) for term in terms.values())

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import rac
+from rac.coders.klvae import KLVAEConfig
 from rac.coders.rac import RAC, RACConfig
 from rac.errors import RacError
 from rac.fields import LdmFieldConfig, TinyFieldConfig
@@ -231,3 +232,23 @@ def test_statistics_are_undone(spec):
 def test_a_spec_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(RacError):
         LatentSpec(**{"factor": 8, "channels": 2, **wrong})
+
+
+def test_reconstruct_decodes_by_the_solver_that_a_fixed_point_undoes(make_rac, images):
+    coder, image = make_rac(lively=0.05), images(1, 16, 16)
+    latent = coder.encode(image, 4, FixedPoint(Heun()))
+    torch.testing.assert_close(coder.reconstruct(image, 4, FixedPoint(Heun())), coder.decode(latent, 4, Heun()))
+
+
+def test_a_coder_without_a_flow_says_so(images):
+    torch.manual_seed(0)
+    coder = KLVAEConfig(widths=(8, 8), latent_channels=4, norm_groups=4).build().eval()
+    image = images(1, 16, 16)
+    for call in (
+        lambda: coder.encode(image, steps=4),
+        lambda: coder.decode(coder.encode(image), solver=Heun()),
+        lambda: coder.reconstruct(image, steps=1),
+        lambda: coder.trajectory(coder.encode(image), steps=4),
+    ):
+        with pytest.raises(RacError, match="KLVAE"):
+            call()

@@ -182,3 +182,12 @@ def test_an_unreadable_stream_ends_the_run_with_its_error(tmp_path: Path) -> Non
 
     with pytest.raises(RacError, match="no picture can be read"):
         fit(ToyTask(), Broken(), SHORT, tmp_path / "run")
+
+
+def test_a_replacement_cut_between_its_two_renamings_loses_nothing(tmp_path: Path) -> None:
+    """What a killed process leaves: the old folder out of the way, the new one not yet in its place."""
+    (tmp_path / ".going").mkdir()
+    (tmp_path / ".going" / "kept").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "coder"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "coder" / "kept").read_text() == "old"

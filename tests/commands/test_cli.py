@@ -16,6 +16,9 @@ from safetensors import safe_open
 
 import rac
 from rac.cli import VERBS
+from rac.commands.common import watched
+from rac.errors import RacError
+from rac.files import explained
 from rac.flow import RK4
 
 
@@ -185,3 +188,19 @@ def test_train_lists_and_explains_recipes(run) -> None:  # type: ignore[no-untyp
         assert ran.code == 0
         for option in ("--out", "--resume", "--train.iterations", "--data.paths"):
             assert option in ran.out, recipe
+
+
+def test_long_work_is_told_off_the_terminal_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter(range(0, 100, 3))
+    monkeypatch.setattr("rac.commands.common.time.monotonic", lambda: next(seconds))
+    assert list(watched(["a", "b"], str.upper)) == ["a", "b"]
+    assert capsys.readouterr().err.splitlines() == ["1/2  A", "2/2  B"]
+
+
+def test_a_folder_that_is_there_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(RacError, match="choose another folder"), explained(tmp_path / "x"):
+        raise FileNotFoundError(2, "No such file or directory")
+    with pytest.raises(RacError, match="create it first"), explained(tmp_path / "none" / "x"):
+        raise FileNotFoundError(2, "No such file or directory")

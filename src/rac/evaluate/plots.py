@@ -121,7 +121,7 @@ def _draw(axes: Any, series: Series) -> None:
         axes.axhline(series.y[0], label=series.name, **style)
         return
     axes.plot(series.x, series.y, marker="s" if series.dashed else "o", markersize=4.5, label=series.name, **style)
-    for x, y, mark in zip(series.x, series.y, series.marks, strict=False):
+    for x, y, mark in zip(series.x, series.y, series.marks or [""] * len(series.x), strict=True):
         axes.annotate(mark, (x, y), (4, 4), textcoords="offset points", fontsize=8, color=series.colour)
 
 

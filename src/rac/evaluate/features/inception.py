@@ -94,7 +94,11 @@ class InceptionV3(nn.ModuleDict):
     def _towers(self, x: Tensor, block: str, *lengths: int) -> list[Tensor]:
         """The branches named "", "tower" and "tower_1" with so many convolutions each; 0: not there."""
         names = (block, f"{block}_tower", f"{block}_tower_1")
-        return [self._run(x, *_chain(name, length)) for name, length in zip(names, lengths, strict=False) if length]
+        return [
+            self._run(x, *_chain(name, length))
+            for name, length in zip(names[: len(lengths)], lengths, strict=True)
+            if length
+        ]
 
     def _pooled_towers(self, x: Tensor, block: str, *lengths: int) -> list[Tensor]:
         """The same, and "tower_2", which sees the average of its neighbourhood."""

@@ -32,6 +32,7 @@ class RunLog:
         write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
         self._batch, self._iterations = batch, iterations
         self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
         self._count = 0
         self._before = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
         self._began = self._since = self._printed = time.monotonic()
@@ -55,17 +56,18 @@ class RunLog:
         self._count += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def write(self, iteration: int, learning_rate: float) -> None:
         """Write the means since the last time, and show them."""
         now = time.monotonic()
-        means = {name: total / self._count for name, total in self._sums.items()}
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         speed = self._count * self._batch / max(now - self._since, 1e-9)
         seconds = self._before + now - self._began
         so_far = {"iteration": iteration, "images": iteration * self._batch, "seconds": seconds}
         self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, "train": means})
         self._show(iteration, speed, means)
-        self._sums, self._count, self._since = {}, 0, now
+        self._sums, self._counts, self._count, self._since = {}, {}, 0, now
 
     def held_out(self, iteration: int, metrics: dict[str, float]) -> None:
         """Write figures of the held-out images."""

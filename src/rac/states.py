@@ -5,13 +5,13 @@ left inverse:
 
     image_of(image_state(image)) == image          contract(expand(latent)) == latent
 
-RAC (arXiv 2603.05925), equations 1, 3 and 7; the spreads `centre` and `shuffle` go beyond the paper's `nearest`.
+RAC (arXiv 2603.05925), equations 1, 3 and 7; the other spreads go beyond the paper's `nearest`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ PAD = 0.5
 
 RGB = 3
 
-Spread = Literal["nearest", "centre", "shuffle"]
+Spread = Literal["nearest", "centre", "shuffle", "beside"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,12 @@ class StateSpec:
       block's mean.
     - `centre`: each value at its block's centre site, `PAD` at the other f*f - 1. Inverse: that site.
     - `shuffle`: the c values of a block in c of its C*f*f sub-pixel slots, `PAD` in the others. Inverse: those slots.
+    - `beside`: like `shuffle`, in the C - 3 channels beside the image's. Anywhere between the ends of the flow the
+      state then shows the latent and the growing image apart, each scaled by the time, where the other spreads add
+      them up.
 
     Raises `RacError` where the latent does not fit: `nearest` and `centre` need C >= max(4, c), `shuffle` C >= 3 and
-    C*f*f >= c.
+    C*f*f >= c, `beside` (C - 3)*f*f >= c.
     """
 
     factor: int
@@ -50,10 +53,12 @@ class StateSpec:
             raise RacError(f"state_channels {self.state_channels} cannot hold an image; give at least {RGB}")
         if self.factor < 1 or self.latent_channels < 1:
             raise RacError(f"factor {self.factor} and latent_channels {self.latent_channels} must be at least 1")
-        if self.spread not in ("nearest", "centre", "shuffle"):
-            raise RacError(f"spread {self.spread!r} is not known; expected nearest, centre or shuffle")
-        dense = self.spread == "shuffle"
-        least = max(RGB, -(-self.latent_channels // self.factor**2)) if dense else max(RGB + 1, self.latent_channels)
+        if self.spread not in get_args(Spread):
+            raise RacError(f"spread {self.spread!r} is not known; expected {', '.join(get_args(Spread))}")
+        blocks = -(-self.latent_channels // self.factor**2)
+        least = {"shuffle": max(RGB, blocks), "beside": RGB + blocks}.get(
+            self.spread, max(RGB + 1, self.latent_channels)
+        )
         if self.state_channels < least:
             raise RacError(
                 f"{self.latent_channels} latent channels do not fit {self.state_channels} state channels with spread "
@@ -67,7 +72,9 @@ class StateSpec:
             middle = self.factor // 2
             return [channel * area + middle * self.factor + middle for channel in range(self.latent_channels)]
         # Evenly over all slots, so that no state channel holds more of the latent than another.
-        return [k * self.state_channels * area // self.latent_channels for k in range(self.latent_channels)]
+        first = RGB if self.spread == "beside" else 0
+        room = (self.state_channels - first) * area
+        return [first * area + k * room // self.latent_channels for k in range(self.latent_channels)]
 
 
 def image_state(image: Tensor, state_channels: int) -> Tensor:
@@ -82,8 +89,10 @@ def image_of(state: Tensor) -> Tensor:
     return state[:, :RGB]
 
 
-def expand(latent: Tensor, spec: StateSpec | None = None, **args: Any) -> Tensor:
+def expand(latent: Tensor, spec: StateSpec | None = None, fill: Tensor | None = None, **args: Any) -> Tensor:
     """Latent B c h w -> seed state B C h*f w*f (RAC, equations 3 and 7).
+
+    Channels and sites that the latent leaves free hold `PAD`, or what `fill`, a state B C h*f w*f, has there.
 
     Give a `StateSpec`, or its fields by name: `expand(latent, factor=8, state_channels=4, spread="centre")`
     (`latent_channels` is read off the latent).
@@ -92,10 +101,16 @@ def expand(latent: Tensor, spec: StateSpec | None = None, **args: Any) -> Tensor
     if latent.shape[1] != spec.latent_channels:
         raise RacError(f"expected a latent B {spec.latent_channels} h w, not shape {tuple(latent.shape)}")
     if spec.spread == "nearest":
+        if fill is not None:
+            carried = latent.repeat_interleave(spec.factor, dim=-2).repeat_interleave(spec.factor, dim=-1)
+            return torch.cat([carried, fill[:, spec.latent_channels :]], dim=1)
         padded = _pad_channels(latent, spec.state_channels)
         return padded.repeat_interleave(spec.factor, dim=-2).repeat_interleave(spec.factor, dim=-1)
     batch, _, height, width = latent.shape
-    blocks = latent.new_full((batch, spec.state_channels * spec.factor**2, height, width), PAD)
+    if fill is None:
+        blocks = latent.new_full((batch, spec.state_channels * spec.factor**2, height, width), PAD)
+    else:
+        blocks = F.pixel_unshuffle(fill, spec.factor).clone()
     blocks[:, spec.slots()] = latent
     return F.pixel_shuffle(blocks, spec.factor)
 

@@ -10,6 +10,7 @@ import torch
 
 import rac
 from rac.coders.klvae import KLVAEConfig
+from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.teacher import TinyCoder
 from rac.errors import RacError, WeightsError
 from rac.evaluate.lpips import FILES
@@ -28,7 +29,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     rac.save(KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(), folder / "paper")
     small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
     rac.save(TinyCoder(AutoencoderTiny(**small)), folder / "nano")
-    return {name: str(folder / name) for name in ("paper", "nano")}
+    rac.save(TAESD(TAESDConfig(latent_channels=32, pooled=True)), folder / "rac-taef2")
+    return {name: str(folder / name) for name in ("paper", "nano", "rac-taef2")}
 
 
 @pytest.mark.slow

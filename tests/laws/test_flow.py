@@ -237,6 +237,15 @@ def test_times_have_the_distribution_they_are_named_after(distribution, cumulati
     assert 0 <= float(times_of(torch.zeros(1), distribution)) <= 1
 
 
+def test_times_at_the_ends():
+    times = times_of(torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1], "ends")
+    assert float((times == 0).double().mean()) == pytest.approx(0.5, abs=1e-3)
+    assert float((times == 1).double().mean()) == pytest.approx(0.25, abs=1e-3)
+    between = times[(times > 0) & (times < 1)]
+    assert float(between.mean()) == pytest.approx(0.5, abs=1e-3)
+    assert float(between.std()) == pytest.approx(12**-0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "nodes",
     [(), (0.0,), (0.0, 0.0), (0.0, 0.5, 0.5, 1.0), (0.0, 0.6, 0.5, 1.0), (-0.1, 1.0), (0.0, 1.1), (0.0, math.nan, 1.0)],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rac.errors import RacError
-from rac.states import PAD, StateSpec, contract, expand, image_of, image_state
+from rac.states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
 
-SPREADS = ("nearest", "centre", "shuffle")
+SPREADS = get_args(Spread)
 sides = st.integers(1, 4)
 
 
@@ -29,7 +31,8 @@ sides = st.integers(1, 4)
 def test_contract_undoes_expand_exactly(
     spread, factor, latent_channels, state_channels, batch, height, width, rng_seed, magnitude, dtype
 ):
-    room = state_channels * factor**2 if spread == "shuffle" else state_channels
+    area = factor**2
+    room = {"shuffle": state_channels * area, "beside": (state_channels - 3) * area}.get(spread, state_channels)
     assume(latent_channels <= room)
     assume(spread == "shuffle" or state_channels >= 4)
     generator = torch.Generator().manual_seed(rng_seed)
@@ -61,16 +64,24 @@ def test_the_block_mean_of_equal_numbers_is_that_number(factor, dtype):
     width=sides,
 )
 def test_sites_without_latent_hold_the_pad(spread, factor, latent_channels, state_channels, height, width):
+    assume(spread != "beside" or latent_channels <= (state_channels - 3) * factor**2)
     latent = 10 + torch.rand(2, latent_channels, height, width, dtype=torch.float64)
-    state = expand(latent, StateSpec(factor, latent_channels, state_channels, spread))
+    spec = StateSpec(factor, latent_channels, state_channels, spread)
+    state = expand(latent, spec)
     copies = factor**2 if spread == "nearest" else 1
     assert int((state >= 10).sum()) == latent.numel() * copies
     assert bool((state[state < 10] == PAD).all())
+    fill = torch.rand(state.shape, dtype=torch.float64)
+    kept = fill.clone()
+    filled = expand(latent, spec, fill)
+    assert torch.equal(filled, torch.where(state >= 10, state, fill))
+    assert torch.equal(fill, kept)
 
 
 @given(spread=st.sampled_from(SPREADS), factor=st.integers(1, 6), rng_seed=st.integers(0, 2**31))
 def test_every_latent_value_stays_in_its_own_block(spread, factor, rng_seed):
     generator = torch.Generator().manual_seed(rng_seed)
+    assume(spread != "beside" or factor > 1)
     latent = torch.randn(1, 3, 3, 4, generator=generator, dtype=torch.float64)
     spec = StateSpec(factor, 3, 4, spread)
     changed = latent.clone()
@@ -102,6 +113,12 @@ def test_shuffle_shares_the_latent_evenly_over_the_state_channels():
     spec = StateSpec(factor=4, latent_channels=32, state_channels=4, spread="shuffle")
     state = expand(torch.full((1, 32, 2, 2), 9.0), spec)
     assert (state == 9).sum(dim=(0, 2, 3)).tolist() == [32, 32, 32, 32]
+
+
+def test_beside_leaves_the_image_channels_to_the_image():
+    spec = StateSpec(factor=4, latent_channels=8, state_channels=5, spread="beside")
+    state = expand(torch.full((1, 8, 2, 2), 9.0), spec)
+    assert (state == 9).sum(dim=(0, 2, 3)).tolist() == [0, 0, 0, 16, 16]
 
 
 @given(

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from rac.errors import RacError
-from rac.fields import ConvField, LdmFieldConfig, Projector, TinyFieldConfig
+from rac.fields import ConvField, LdmFieldConfig, LocalFieldConfig, Projector, TinyFieldConfig
 
 TINY = TinyFieldConfig(widths=(8, 8, 8), blocks=(1, 2, 1))
 LDM = LdmFieldConfig(widths=(8, 8, 16), layers_per_block=1, groups=4)
+LOCAL = LocalFieldConfig(widths=(8, 8), blocks=(1, 1), down=(8,), down_blocks=(1,), embedding=8, carrier=False)
 NANO = TinyFieldConfig(position=True, taesd_range=True)
 
 
@@ -41,7 +42,7 @@ def seen_by(factor: int = 2, **options: bool) -> tuple[ConvField, list[torch.Ten
     return ConvField(Network(), factor, **options), shown
 
 
-@pytest.mark.parametrize("config", [TINY, LDM], ids=["tiny", "ldm"])
+@pytest.mark.parametrize("config", [TINY, LDM, LOCAL], ids=["tiny", "ldm", "local"])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12), (20, 8)])
 @pytest.mark.parametrize("channels", [3, 5])
 def test_velocity_has_the_shape_of_the_state(config, height, width, channels):
@@ -50,7 +51,7 @@ def test_velocity_has_the_shape_of_the_state(config, height, width, channels):
     assert field(state, time).shape == state.shape
 
 
-@pytest.mark.parametrize("config", [TINY, LDM], ids=["tiny", "ldm"])
+@pytest.mark.parametrize("config", [TINY, LDM, LOCAL], ids=["tiny", "ldm", "local"])
 def test_the_flow_starts_as_the_identity_and_can_learn(config):
     field = config.build(4, 4)
     state, time = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7])
@@ -80,20 +81,21 @@ def test_what_the_network_is_shown(position, interval):
     assert not rest
 
 
-@pytest.mark.parametrize("config", [TINY, LDM], ids=["tiny", "ldm"])
+@pytest.mark.parametrize("config", [TINY, LDM, LOCAL], ids=["tiny", "ldm", "local"])
 def test_time_matters(config):
     field = lively(config.build(4, 4))
     state = torch.randn(1, 4, 8, 8).double()
     assert not torch.allclose(field(state, torch.tensor([0.0])), field(state, torch.tensor([1.0])))
 
 
-def test_tiny_is_local_and_tiles_exactly():
-    field = lively(TINY.build(4, 4))
+@pytest.mark.parametrize("config", [TINY, LOCAL], ids=["tiny", "local"])
+def test_what_is_local_tiles_exactly(config):
+    field = lively(config.build(4, 4))
     state, time = torch.randn(1, 4, 64, 64, dtype=torch.float64), torch.tensor([0.5]).double()
     changed = state.clone()
     changed[:, :, :4, :4] += 1
     moved = (field(changed, time) - field(state, time)).abs().amax((0, 1))
-    reach = 40  # of the changed corner: 4 sites, and 35 more through all convolutions
+    reach = 40  # of the changed corner: 4 sites, and at most 36 more through all convolutions
     assert float(moved[:4, :4].max()) > 0
     assert not moved[reach:].any()
     assert not moved[:, reach:].any()
@@ -107,6 +109,34 @@ def test_patch_leaves_out_the_finest_levels():
     state = torch.randn(1, 3, 16, 8).double()
     assert field(state, torch.tensor([0.5])).shape == state.shape
     assert parameters(field) == parameters(TinyFieldConfig(widths=(8, 8), blocks=(1, 1), patch=4).build(3, 8))
+
+
+@pytest.mark.parametrize("down", [(), (8,)], ids=["no way down", "a way down"])
+@pytest.mark.parametrize("time", ["modulation", "channel"])
+@pytest.mark.parametrize("carrier", [False, True])
+def test_local_in_all_its_forms(down, time, carrier):
+    options = {"down": down, "down_blocks": (1,) * len(down), "time": time, "carrier": carrier, "interval": True}
+    field = lively(LocalFieldConfig(widths=(8, 8), blocks=(1, 1), embedding=8, **options).build(4, 4))
+    state, early, late = torch.randn(1, 4, 8, 8).double(), torch.zeros(1).double(), torch.ones(1).double()
+    velocity = field(state, early)
+    assert velocity.shape == state.shape
+    assert not torch.allclose(velocity, field(state, late))
+    assert not torch.allclose(velocity, field(state, early, late))
+    torch.testing.assert_close(velocity, field(state, early, 0 * late))
+    for channel in range(4):  # every channel is seen, and every channel moves
+        changed = state.clone()
+        changed[:, channel, 3, 3] += 1
+        moved = (field(changed, early) - velocity).abs().amax((0, 2, 3))
+        assert bool((moved > 0).all())
+
+
+def test_modulation_starts_as_no_modulation():
+    """At first the time says nothing, so that weights copied from a decoder decode."""
+    field = LOCAL.build(4, 4)
+    torch.manual_seed(0)
+    nn.init.normal_(field.head.weight)
+    state = torch.randn(1, 4, 8, 8)
+    assert torch.equal(field(state, torch.zeros(1)), field(state, torch.ones(1)))
 
 
 # ------------------------------------------------------------------------------------- figures of REFERENCE.md
@@ -149,6 +179,10 @@ def test_projector_shrinks_by_its_factor_at_any_size():
         (lambda: TinyFieldConfig().build(4, 16), "not the teacher's 16"),
         (lambda: TinyFieldConfig(widths=(8, 8), blocks=(1,)).build(4, 2), "one length"),
         (lambda: TinyFieldConfig(widths=(8, 8), blocks=(1, 1), patch=2).build(4, 2), "undo a factor of 4"),
+        (lambda: LocalFieldConfig().build(4, 16), "not the teacher's 16"),
+        (lambda: LocalFieldConfig(blocks=(1,)).build(4, 8), "one length"),
+        (lambda: LocalFieldConfig(down=(8,), down_blocks=(0,)).build(4, 8), "one width less"),
+        (lambda: LocalFieldConfig().build(3, 8), "beyond 3, not 3"),
         (lambda: LdmFieldConfig().build(4, 16), "undo a factor of 8, not 16"),
         (lambda: LdmFieldConfig(widths=(8, 12), groups=8).build(4, 2), "groups 8 must divide"),
         (lambda: LdmFieldConfig.scaled(0), r"ratio 0 must lie in \(0, 1\]"),

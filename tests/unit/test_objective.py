@@ -21,7 +21,6 @@ from rac.objectives.rac import (
     RACWeights,
     path_error,
     rac_terms,
-    velocity_error,
 )
 from rac.states import StateSpec, contract, expand, image_state
 
@@ -113,6 +112,7 @@ def test_what_terms_measure_where_nothing_moves(image):
         "round_trip": distance(expand(found, SPEC)[:, :3], image),
         "round_trip_state": 0.0,
         "velocity": distance(target, seed),
+        "latent_velocity": distance(contract(target, SPEC), latent),
     }
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(expected, abs=1e-12)
 
@@ -143,12 +143,67 @@ def test_path_error_leaves_the_ends_out_and_knows_the_direction():
     assert float(path_error(one, source, target)) == 0
 
 
-def test_velocity_error_looks_at_the_line_at_that_time():
-    source, target = torch.zeros(3, 3, 2, 2).double(), torch.ones(3, 3, 2, 2).double()
-    time = torch.tensor([0.1, 0.5, 0.8]).double()
-    # A field that gives back its state is off by 1 - t there.
-    error = velocity_error(lambda state, t: state, source, target, time)
-    assert float(error) == pytest.approx(float(((1 - time) ** 2).mean()))
+def test_the_velocity_is_asked_for_on_the_line_at_that_time(image):
+    seed, target = expand(latents(), SPEC), image_state(image, 4)
+
+    def checking(state, time):
+        t = time.view(-1, 1, 1, 1)
+        assert torch.allclose(state, (1 - t) * seed + t * target)
+        assert 0 < float(time[0]) != float(time[1])
+        return target - seed + t
+
+    coding = Coding(checking, SPEC, lambda state: contract(state, SPEC), None)
+    weights = RACWeights(velocity=1, latent_velocity=1)
+    terms = rac_terms(coding, image, latents(), RACObjective(weights), draws())
+    time = draws_after_steps().uniform(image)
+    assert float(terms["velocity"]) == pytest.approx(float(time.square().mean()))
+    assert float(terms["latent_velocity"]) == pytest.approx(float(time.square().mean()))
+
+
+def draws_after_steps() -> Draws:
+    """What is left of `draws()` when the number of steps has been drawn."""
+    left = draws()
+    left.integer(*RACObjective().steps)
+    return left
+
+
+def test_noise_on_latents_reaches_what_is_decoded_and_not_what_encoding_aims_at(image):
+    started: list[torch.Tensor] = []
+
+    def still(state, time):
+        started.append(state)
+        return 0 * state
+
+    coding = Coding(still, SPEC, lambda state: contract(state, SPEC), None)
+    weights = RACWeights(reconstruction=1, latent=1, state=1)
+    objective = RACObjective(weights, steps=(1, 1), step_noise=0.0, latent_noise=0.5)
+    clean = rac_terms(coding, image, latents(), RACObjective(weights, steps=(1, 1), step_noise=0.0), draws())
+    started.clear()
+    noisy = rac_terms(coding, image, latents(), objective, draws())
+    off = contract(started[0], SPEC) - latents()
+    deviations = off.flatten(1).std(dim=1)
+    assert bool((deviations > 0).all())
+    assert bool((deviations < 0.75).all())
+    assert float(deviations[0]) != pytest.approx(float(deviations[1]))
+    assert noisy["latent"] == clean["latent"]
+    assert noisy["state"] == clean["state"]
+
+
+def test_noise_in_the_seed_fills_the_free_sites_alone(image):
+    spec = StateSpec(4, 4, 4, "beside")
+    started: list[torch.Tensor] = []
+
+    def still(state, time):
+        started.append(state)
+        return 0 * state
+
+    coding = Coding(still, spec, lambda state: contract(state, spec), None, seed_noise=0.25)
+    objective = RACObjective(RACWeights(reconstruction=1), steps=(1, 1), step_noise=0.0)
+    rac_terms(coding, image, latents(), objective, draws())
+    assert torch.equal(contract(started[0], spec), latents())
+    free = started[0][:, :3] - 0.5
+    assert float(free.std()) == pytest.approx(0.25, rel=0.2)
+    assert float(free.mean()) == pytest.approx(0, abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------------ cost

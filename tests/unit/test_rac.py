@@ -16,7 +16,7 @@ from rac.errors import RacError
 from rac.fields import LdmFieldConfig, TinyFieldConfig
 from rac.flow import RK4, Euler, FixedPoint, Heun, Midpoint, ReversibleHeun, TimeGrid
 from rac.latents import LatentSpec, denormalise, normalise
-from rac.states import PAD, expand
+from rac.states import PAD, contract, expand
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def coder(make_rac):
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24), (4, 4)])
-@pytest.mark.parametrize("spread", ["nearest", "centre", "shuffle"])
+@pytest.mark.parametrize("spread", ["nearest", "centre", "shuffle", "beside"])
 @pytest.mark.parametrize("contraction", ["inverse", "projector"])
 def test_shapes(make_rac, images, spread, contraction, height, width):
     coder = make_rac(spread=spread, contraction=contraction)
@@ -50,6 +50,19 @@ def test_other_sizes_are_padded_by_reflection_and_cropped_back(coder, images, he
     assert torch.equal(latent, coder.encode(padded))
     assert coder.reconstruct(image).shape == image.shape
     assert torch.equal(coder.reconstruct(image), coder.decode(latent)[..., :height, :width])
+
+
+def test_noise_in_the_seed_is_one_for_all_images_and_can_be_drawn_anew(make_rac):
+    coder = make_rac(spread="beside", seed_noise=0.5, lively=0.03).eval().requires_grad_(False)
+    latent = torch.randn(3, 4, 2, 2)
+    seed = coder.seed_state(latent)
+    assert torch.equal(contract(seed, coder.states), latent)
+    assert torch.equal(seed[0, :3], seed[2, :3])
+    assert float(seed[0, :3].std()) == pytest.approx(0.5, rel=0.3)
+    torch.testing.assert_close(coder.decode(latent)[:1], coder.decode(latent[:1]))
+    assert torch.equal(coder.trajectory(latent).states[0], seed)
+    other = coder.seed_state(latent, torch.Generator().manual_seed(1))
+    assert not torch.equal(other, seed)
 
 
 # ------------------------------------------------------------------------------------------- steps and solvers

@@ -18,7 +18,7 @@ from ..fields import FieldConfig, Projector
 from ..flow import Euler, FixedPoint, Solver, TimeGrid, Trajectory, integrate
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec
-from ..states import Spread, StateSpec, contract, expand, image_of, image_state
+from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
 from ..storage import load_tensors, read_config, write_directory
 from .protocol import Coder
 
@@ -41,6 +41,9 @@ class RACConfig:
     """Name or directory of the teacher it was trained on; not needed to use the coder."""
     steps: int = 4
     """Steps where none are asked for."""
+    seed_noise: float = 0.0
+    """Deviation of Gaussian noise about `PAD` in what the latent leaves free of the seed state. Decoding is then a flow
+    from (latent, noise) to one of the images that the latent may mean; encoding reads the latent's sites alone."""
 
     def states(self) -> StateSpec:
         """The layout of its states. Raises `RacError` where the latent does not fit."""
@@ -74,7 +77,7 @@ class RAC(Coder):
         Raises `RacError` for a latent of other channels or with NaN, and for steps below 1.
         """
         self.spec.check(latent)
-        flow = integrate(self.field, expand(latent, self.states), self._grid(steps), solver or Euler())
+        flow = integrate(self.field, self.seed_state(latent), self._grid(steps), solver or Euler())
         return image_of(flow.end)
 
     def trajectory(
@@ -82,7 +85,19 @@ class RAC(Coder):
     ) -> Trajectory:
         """The states on the way from the seed state to the image state, and what they cost. Raises as `decode`."""
         self.spec.check(latent)
-        return integrate(self.field, expand(latent, self.states), self._grid(steps), solver or Euler(), keep="nodes")
+        return integrate(self.field, self.seed_state(latent), self._grid(steps), solver or Euler(), keep="nodes")
+
+    def seed_state(self, latent: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latent B c h w -> seed state B C h*f w*f, with noise where this coder wants some.
+
+        The noise is the same for all images; `generator`, on the CPU, draws another than the usual.
+        """
+        if not self.config.seed_noise:
+            return expand(latent, self.states)
+        height, width = (side * self.spec.factor for side in latent.shape[-2:])
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        noise = torch.randn(1, self.config.state_channels, height, width, generator=generator).to(latent)
+        return expand(latent, self.states, (PAD + self.config.seed_noise * noise).expand(len(latent), -1, -1, -1))
 
     # ------------------------------------------------------------------------------------- image -> latent
 

@@ -4,8 +4,17 @@ A field's configuration is a frozen dataclass with a `kind`; `build` makes the n
 """
 
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
+from .local import LocalField, LocalFieldConfig
 from .projector import Projector
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig
+FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig
 
-__all__ = ["ConvField", "FieldConfig", "LdmFieldConfig", "Projector", "TinyFieldConfig"]
+__all__ = [
+    "ConvField",
+    "FieldConfig",
+    "LdmFieldConfig",
+    "LocalField",
+    "LocalFieldConfig",
+    "Projector",
+    "TinyFieldConfig",
+]

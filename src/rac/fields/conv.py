@@ -35,19 +35,22 @@ class ConvField(nn.Module):
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
         """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for, and for sides
         that are no multiple of the factor."""
-        if interval is not None and not self.interval:
-            raise RacError("this field knows no interval; build it with interval=True to ask for mean velocities")
-        if state.shape[-2] % self.factor or state.shape[-1] % self.factor:
-            raise RacError(
-                f"state sides {tuple(state.shape[-2:])} must be multiples of {self.factor}; pad the image first"
-            )
+        check_input(state, self.factor, interval, self.interval)
         folded = F.pixel_unshuffle(state, self.factor)
-        channels = [folded, _constant(time, folded)]
+        channels = [folded, constant_channel(time, folded)]
         if self.interval:
-            channels.append(_constant(torch.zeros_like(time) if interval is None else interval, folded))
+            channels.append(constant_channel(torch.zeros_like(time) if interval is None else interval, folded))
         if self.position:
             channels.append(_position(folded))
         return self.network(torch.cat(channels, dim=1))
+
+
+def check_input(state: Tensor, factor: int, interval: Tensor | None, knows_interval: bool) -> None:
+    """Raise `RacError` for an interval the field was not built for, and for sides that are no multiple of `factor`."""
+    if interval is not None and not knows_interval:
+        raise RacError("this field knows no interval; build it with interval=True to ask for mean velocities")
+    if state.shape[-2] % factor or state.shape[-1] % factor:
+        raise RacError(f"state sides {tuple(state.shape[-2:])} must be multiples of {factor}; pad the image first")
 
 
 def extra_channels(position: bool, interval: bool) -> int:
@@ -55,7 +58,8 @@ def extra_channels(position: bool, interval: bool) -> int:
     return 1 + int(interval) + 2 * int(position)
 
 
-def _constant(value: Tensor, like: Tensor) -> Tensor:
+def constant_channel(value: Tensor, like: Tensor) -> Tensor:
+    """A number for each image, B, as one more channel of `like`, B 1 H W."""
     return value.to(like.dtype).view(-1, 1, 1, 1).expand(like.shape[0], 1, *like.shape[2:])
 
 
@@ -125,7 +129,7 @@ class _TinyNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, last, nn.PixelShuffle(config.patch))
         self.taesd_range = config.taesd_range
         if not config.taesd_range:
-            _zero(last)
+            zero(last)
 
     def forward(self, folded: Tensor) -> Tensor:
         if self.taesd_range:
@@ -206,11 +210,13 @@ class LdmFieldConfig:
             norm_num_groups=self.groups,
             mid_block_add_attention=self.attention,
         )
-        _zero(network.conv_out)
+        zero(network.conv_out)
         return ConvField(network, factor, self.position, self.interval)
 
 
-def _zero(layer: nn.Conv2d) -> None:
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """`layer`, its weights and biases set to zero."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
+    return layer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import RacError
 
-TimeDistribution = Literal["uniform", "logit_normal", "arcsine"]
+TimeDistribution = Literal["uniform", "logit_normal", "arcsine", "ends"]
 
 
 def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
@@ -19,11 +19,15 @@ def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
     - `logit_normal`: sigmoid of N(0.4, 1), most in the middle (MeanFlow, arXiv 2505.13447, table 1d: N(-0.4, 1), there
       with t = 1 as the noise).
     - `arcsine`: sin^2(pi u / 2), most at the two ends, where flows of few steps are evaluated.
+    - `ends`: 0 for half of them and 1 for a quarter, the others uniform. Where the state between the ends tells the
+      velocity by itself (spread `beside`), only the ends have something to learn.
     """
     if distribution == "logit_normal":
         return torch.sigmoid(torch.special.ndtri(numbers) + 0.4)
     if distribution == "arcsine":
         return torch.sin(numbers * torch.pi / 2).square()
+    if distribution == "ends":
+        return ((numbers - 0.5) * 4).clamp(0, 1)
     return numbers
 
 

@@ -16,7 +16,7 @@ from ..flow.mean import Derivative, mean_velocity_target
 from ..flow.memory import recomputed
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
-from ..states import RGB, StateSpec, expand, image_of, image_state
+from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
 from .judged import DISCRIMINATOR, NO_JUDGES, Judges, judged_terms
 
 DECODING = ("reconstruction", "pad", "path_decode", "perceptual", "adversarial")
@@ -54,7 +54,10 @@ class RACWeights:
     mean_velocity: float = 0.0
     """MSE of the mean velocity against its identity (flow/mean.py). Needs a field built with `interval`."""
     velocity: float = 0.0
-    """Ours: MSE of the velocity at a random time on the straight line against its slope. No unrolling."""
+    """Ours: MSE of the velocity at a random time on the straight line against its slope (arXiv 2209.03003,
+    equation 1). No unrolling."""
+    latent_velocity: float = 0.0
+    """Ours: the same, where the state carries the latent alone, so in the latent's own units."""
     perceptual: float = 0.0
     """Ours: LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`."""
     adversarial: float = 0.0
@@ -94,6 +97,9 @@ class RACObjective:
     """Random time nodes between 0 and 1 (RAC, section 3.2), or equal steps."""
     step_noise: float = 0.05
     """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
+    latent_noise: float = 0.0
+    """Gaussian noise added to the latents that are decoded (those that encoding aims at stay clean), its deviation
+    drawn for each image between 0 and this: practice for latents that lie off the teacher's (RAE, arXiv 2510.11690)."""
     compare: Literal["image", "state"] = "image"
     """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
     times: TimeDistribution = "uniform"
@@ -122,6 +128,8 @@ class Coding(NamedTuple):
     """Seed state -> latent: the spread's inverse, or a learned projector."""
     teacher_decode: Callable[[Tensor], Tensor] | None
     """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
+    seed_noise: float = 0.0
+    """Deviation of the noise in the sites of the seed state that the latent leaves free."""
     judges: Judges = NO_JUDGES
     """Networks that look at the decoded image; without a discriminator there is no `adversarial` term (yet)."""
 
@@ -143,7 +151,17 @@ def rac_terms(
     Raises `RacError` if the `pixel` term is wanted without a teacher, or `perceptual` without its network.
     """
     weights, channels = objective.weights, coding.states.state_channels
-    seed_state, target = expand(latent, coding.states), image_state(image, channels)
+    target = image_state(image, channels)
+
+    def spread(latent: Tensor) -> Tensor:
+        fill = PAD + coding.seed_noise * draws.normal(target) if coding.seed_noise else None
+        return expand(latent, coding.states, fill)
+
+    decoded_latent = latent
+    if objective.latent_noise:
+        deviation = objective.latent_noise * draws.uniform(latent).view(-1, 1, 1, 1)
+        decoded_latent = latent + deviation * draws.normal(latent)
+    seed_state = spread(decoded_latent)
     rollout = Rollout(objective, draws.integer(*objective.steps), draws)
     terms: dict[str, Tensor] = {}
 
@@ -162,23 +180,30 @@ def rac_terms(
 
     if any(getattr(weights, name) for name in ENCODING):
         encoding = _unroll(coding, target, rollout, backwards=True)
+        aim = expand(latent, coding.states)
         if weights.path_encode:
-            terms["path_encode"] = path_error(encoding, seed_state, target)
-        terms["state"] = F.mse_loss(encoding.end, seed_state)
+            terms["path_encode"] = path_error(encoding, aim, target)
+        terms["state"] = F.mse_loss(encoding.end, aim)
         encoded = coding.contract(encoding.end)
         terms["latent"] = F.mse_loss(encoded, latent)
         if weights.pixel:
             terms["pixel"] = F.mse_loss(_teacher_decode(coding, objective)(encoded), image)
         if weights.round_trip:
-            returned = _unroll(coding, expand(encoded, coding.states), rollout)
+            returned = _unroll(coding, spread(encoded), rollout)
             terms["round_trip"] = _image_error(returned.end, target, objective)
         if weights.round_trip_state:
             returned = _unroll(coding, encoding.end, rollout)
             terms["round_trip_state"] = _image_error(returned.end, target, objective)
 
-    if weights.velocity:
+    if weights.velocity or weights.latent_velocity:
         time = times_of(draws.uniform(image), objective.times)
-        terms["velocity"] = velocity_error(coding.field, seed_state, target, time)
+        point = straight(seed_state, target, time)
+        velocity = coding.field(point.state, time)
+        terms["velocity"] = F.mse_loss(velocity, point.velocity)
+        if weights.latent_velocity:
+            terms["latent_velocity"] = F.mse_loss(
+                contract(velocity, coding.states), contract(point.velocity, coding.states)
+            )
     if weights.mean_velocity:
         time, end = (times_of(draws.uniform(image), objective.times) for _ in range(2))
         end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
@@ -195,12 +220,6 @@ def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Te
     error = recomputed(lambda state, time: F.mse_loss(state, straight(seed_state, target, time).state))
     errors = [error(state, seed_state.new_tensor(t)) for state, t in interior]
     return sum(errors[1:], errors[0]) / len(errors)
-
-
-def velocity_error(field: Field, seed_state: Tensor, target: Tensor, time: Tensor) -> Tensor:
-    """MSE of the velocity at `time` (B) on the straight line against its slope (arXiv 2209.03003, equation 1)."""
-    point = straight(seed_state, target, time)
-    return F.mse_loss(field(point.state, time), point.velocity)
 
 
 def mean_velocity_error(

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 
 from .. import hub, runtime
+from ..coders.protocol import Coder
 from ..coders.rac import RAC, RACConfig
+from ..coders.warm_start import copy_decoder
 from ..data import DataConfig, open_stream
 from ..errors import RacError
 from ..fields import FieldConfig, TinyFieldConfig
-from ..latents import LatentSpec
 from ..objectives.rac import RACObjective
 from ..states import Spread
 from ..train import Fitted, TrainConfig, fit
@@ -35,8 +36,13 @@ class RACRecipe:
     contraction: Literal["inverse", "projector"] = "inverse"
     steps: int = 4
     """Steps the finished coder takes where none are asked for."""
+    seed_noise: float = 0.0
+    """Noise in the sites of the seed state that the latent leaves free; see `RACConfig`."""
     start: str | None = None
     """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
+    start_from_teacher: bool = False
+    """Start from the weights of the teacher's decoder, as far as the field has layers of that kind: TAESD-family
+    teachers, `local` fields, spread `beside`."""
     objective: RACObjective = dataclasses.field(default_factory=RACObjective)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -66,22 +72,26 @@ class RACRecipe:
             device=device,
         )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
-        coder = self._coder(teacher.spec)
+        coder = self._coder(teacher)
         task = RACTask(coder, teacher, self.objective, jury)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)
 
-    def _coder(self, spec: LatentSpec) -> RAC:
+    def _coder(self, teacher: Coder) -> RAC:
         config = RACConfig(
-            spec=replace(spec, range=(-1.0, 1.0)),
+            spec=replace(teacher.spec, range=(-1.0, 1.0)),
             field=self.field,
             state_channels=self.state_channels,
             spread=self.spread,
             contraction=self.contraction,
             teacher=self.teacher,
             steps=self.steps,
+            seed_noise=self.seed_noise,
         )
         if self.start is None:
-            return RAC(config)
+            coder = RAC(config)
+            if self.start_from_teacher:
+                copy_decoder(teacher, coder)
+            return coder
         start = hub.load(self.start)
         if not isinstance(start, RAC):
             raise RacError(f"start {self.start} is no RAC; give one that an earlier stage trained")

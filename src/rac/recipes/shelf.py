@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..coders.klvae import KLVAEConfig
 from ..data import DataConfig
-from ..fields import LdmFieldConfig, TinyFieldConfig
+from ..fields import LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from ..objectives.klvae import KLVAEWeights
 from ..objectives.rac import NANO, PAPER, RACObjective, RACWeights
 from ..train import TrainConfig
@@ -79,6 +79,75 @@ def one_step() -> RACRecipe:
     )
 
 
+def klvae_f8d4() -> KLVAERecipe:
+    """First stage of the f8d4 teacher, the SD-VAE at a quarter of its widths: L1 + KL; an hour on one core."""
+    return KLVAERecipe(
+        network=KLVAEConfig(widths=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_groups=8),
+        data=DataConfig(held_out=16),
+        train=replace(_ONE_CORE, iterations=8_250, batch=8, lr=8e-4, final_lr=0.02),
+    )
+
+
+def klvae_f8d4_sharp() -> KLVAERecipe:
+    """Second stage of that teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
+    first = klvae_f8d4()
+    return replace(
+        klvae_sharp(),
+        network=first.network,
+        start="klvae-f8d4",
+        data=replace(first.data, cached_crops=10_000),
+        discriminator=DiscriminatorConfig(start=200),
+        train=replace(first.train, iterations=1_500, lr=2e-4),
+    )
+
+
+def rac_64() -> RACRecipe:
+    """First stage of the small coder of f8d4 latents: velocity matching at the ends of the flow; half an hour."""
+    return RACRecipe(
+        teacher="klvae-f8d4",
+        field=LocalFieldConfig(widths=(96, 40, 20), blocks=(2, 1, 1), down=(16, 32), down_blocks=(0, 0)),
+        state_channels=4,
+        spread="beside",
+        objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3),
+        data=DataConfig(cached_crops=40_000, held_out=32),
+        train=replace(_ONE_CORE, iterations=8_000, batch=32, warmup=50, final_lr=0.05),
+    )
+
+
+def rac_64_rollout() -> RACRecipe:
+    """Second stage: the end point through 1 to 4 unrolled steps, with LPIPS. Give the first stage as --start."""
+    first = rac_64()
+    return replace(
+        first,
+        objective=RACObjective(
+            weights=RACWeights(velocity=0.5, latent_velocity=0.1, reconstruction=1.0, latent=0.1, perceptual=0.05),
+            steps=(1, 4),
+            random_grid=False,
+            step_noise=0.02,
+            times="ends",
+            latent_noise=0.3,
+            recompute=False,
+        ),
+        data=replace(first.data, cached_crops=20_000),
+        train=replace(first.train, iterations=1_500, batch=16, lr=4e-4, warmup=20, final_lr=0.02),
+    )
+
+
+def rac_taef2() -> RACRecipe:
+    """First stage of a coder of TAEF2's latents, from its decoder's weights; give the .pth file as --teacher."""
+    return RACRecipe(
+        teacher="taef2_decoder.pth",
+        start_from_teacher=True,
+        field=LocalFieldConfig(),
+        state_channels=4,
+        spread="beside",
+        steps=2,
+        objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends"),
+        data=DataConfig(cached_crops=20_000, held_out=32),
+        train=replace(_ONE_CORE, iterations=6_000, batch=32, lr=7e-4, warmup=50, final_lr=0.03),
+    )
+
+
 def tiny() -> RACRecipe:
     """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
     return RACRecipe(
@@ -126,7 +195,21 @@ def nano() -> RACRecipe:
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
     recipe.__name__.replace("_", "-"): (recipe.__doc__ or "", recipe())
-    for recipe in (klvae, klvae_sharp, rac, rollout, one_step, tiny, paper, nano)
+    for recipe in (
+        klvae,
+        klvae_sharp,
+        rac,
+        rollout,
+        one_step,
+        klvae_f8d4,
+        klvae_f8d4_sharp,
+        rac_64,
+        rac_64_rollout,
+        rac_taef2,
+        tiny,
+        paper,
+        nano,
+    )
 }
 """Name -> what it is for, and the recipe."""
 

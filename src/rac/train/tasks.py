@@ -134,7 +134,9 @@ class RACTask:
                 latents = self.teacher.encode(batch.images)
         module = self.module
         judges = self.jury.judges(iteration)
-        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, judges)
+        coding = Coding(
+            module.field, module.states, module.contract, self.teacher.decode, module.config.seed_noise, judges
+        )
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -1,0 +1,186 @@
+"""A local U-Net: sees the state at full resolution, carries the latent at the coarse one.
+
+`ConvField`'s networks fold the whole state into one coarse block, and what does not fit its width is lost. Here a way
+down reads the state from stride `patch` on, and its features are added on the way up; the time scales and shifts the
+features of every block. Nothing normalises, so the field is local and runs at any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import RacError
+from ..states import RGB
+from .conv import ResidualBlock, check_input, constant_channel, zero
+
+FREQUENCIES = 16
+"""Cosines and sines that describe a time to the modulation."""
+
+
+@dataclass(frozen=True)
+class LocalFieldConfig:
+    """The local U-Net. Widths run from stride f down to stride `patch`, as in `TinyFieldConfig`."""
+
+    kind: Literal["local"] = "local"
+    widths: tuple[int, ...] = (64, 64, 64)
+    """Channels on the way up, at strides f, f/2, ..., `patch`."""
+    blocks: tuple[int, ...] = (3, 3, 3)
+    """Residual blocks at each of these strides."""
+    down: tuple[int, ...] = (32, 64)
+    """Channels on the way down, at strides `patch`, 2 `patch`, ..., f/2. Empty: no way down; the fine path of the state
+    is a single convolution at stride `patch`."""
+    down_blocks: tuple[int, ...] = (0, 1)
+    """Residual blocks at each of these strides."""
+    patch: int = 2
+    """Stride of the finest level: the output convolution gives C*patch^2 channels, laid out by pixel shuffle."""
+    carrier: bool = True
+    """The coarse level reads and writes, site by site, only the state's channels beyond the image's: enough where the
+    latent lies there (spread `beside`). Otherwise all channels."""
+    time: Literal["modulation", "channel"] = "modulation"
+    """How the time comes in: a learned scale and shift of the features of every block, or one more channel."""
+    embedding: int = 64
+    """Width of the time's embedding."""
+    interval: bool = False
+    """Knows the signed interval too, for mean velocities."""
+
+    @property
+    def factor(self) -> int:
+        """The factor that it undoes: patch * 2^(len(widths) - 1)."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+    def build(self, state_channels: int, factor: int) -> LocalField:
+        """The field. Raises `RacError` unless `factor` is its own and the lists fit each other."""
+        if len(self.widths) != len(self.blocks) or len(self.down) != len(self.down_blocks):
+            raise RacError(
+                f"widths {self.widths} and blocks {self.blocks}, down {self.down} and down_blocks {self.down_blocks} "
+                "must be of one length each"
+            )
+        if self.down and len(self.down) != len(self.widths) - 1:
+            raise RacError(f"down {self.down} must name one width less than widths {self.widths}, or none")
+        if factor != self.factor:
+            raise RacError(
+                f"{len(self.widths)} widths and patch {self.patch} undo a factor of {self.factor}, not the teacher's "
+                f"{factor}; change widths or patch"
+            )
+        if self.carrier and state_channels <= RGB:
+            raise RacError(f"a carrier needs state_channels beyond {RGB}, not {state_channels}; give one more")
+        return LocalField(self, state_channels)
+
+
+class LocalField(nn.Module):
+    """(state B C H W, time B[, interval B]) -> velocity B C H W; H and W multiples of the factor."""
+
+    def __init__(self, config: LocalFieldConfig, state_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.factor = config.factor
+        widths, patch = config.widths, config.patch
+        self.coarse_from = RGB if config.carrier else 0
+        folded = (state_channels - self.coarse_from) * self.factor**2
+        fine = state_channels * patch**2
+        modulated = config.time == "modulation"
+        times = 2 if config.interval else 1
+        self.embed = _embedding(times, config.embedding) if modulated else None
+        width_of_time = config.embedding if modulated else 0
+        self.stem = nn.Conv2d(folded + (0 if modulated else times), widths[0], 3, padding=1)
+        self.downs, self.down_levels, self.joins = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        channels = fine
+        for place, (width, blocks) in enumerate(zip(config.down, config.down_blocks, strict=True)):
+            self.downs.append(nn.Conv2d(channels, width, 3, stride=1 if place == 0 else 2, padding=1))
+            self.down_levels.append(Level(width, blocks, width_of_time))
+            channels = width
+        # The finest features join the finest level, and so on; where there is no way down, the state itself does.
+        for place, width in enumerate(config.down or (fine,)):
+            self.joins.append(
+                nn.Conv2d(width, widths[-1 - place], 1 if config.down else 3, padding=0 if config.down else 1)
+            )
+        self.bottom = nn.Conv2d(channels, widths[0], 3, stride=2, padding=1) if config.down else None
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for place, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
+            if place:
+                self.ups.append(nn.Conv2d(widths[place - 1], width, 3, padding=1, bias=False))
+            self.levels.append(Level(width, blocks, width_of_time))
+        self.coarse_head = zero(nn.Conv2d(widths[0], folded, 3, padding=1))
+        self.head = zero(nn.Conv2d(widths[-1], fine, 3, padding=1))
+
+    def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
+        """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for, and for sides
+        that are no multiple of the factor."""
+        check_input(state, self.factor, interval, self.config.interval)
+        times = [time]
+        if self.config.interval:
+            times.append(torch.zeros_like(time) if interval is None else interval)
+        embedded = None if self.embed is None else self.embed(_waves(times).to(state.dtype))
+        coarse = F.pixel_unshuffle(state[:, self.coarse_from :], self.factor)
+        if embedded is None:
+            coarse = torch.cat([coarse, *(constant_channel(value, coarse) for value in times)], dim=1)
+        fine = F.pixel_unshuffle(state, self.config.patch)
+
+        x, passed = fine, []
+        for convolution, level in zip(self.downs, self.down_levels, strict=True):
+            x = level(F.relu(convolution(x)), embedded)
+            passed.append(x)
+        passed = passed or [fine]
+
+        y = self.stem(coarse)
+        y = F.relu(y if self.bottom is None else y + self.bottom(x))
+        velocity_beside = torch.zeros(())
+        for place, level in enumerate(self.levels):
+            if place:
+                y = self.ups[place - 1](F.interpolate(y, scale_factor=2.0))
+                finer = len(self.levels) - 1 - place  # levels that follow
+                if finer < len(self.joins):
+                    y = y + self.joins[finer](passed[finer])
+            y = level(y, embedded)
+            if place == 0:
+                velocity_beside = F.pixel_shuffle(self.coarse_head(y), self.factor)
+        velocity = F.pixel_shuffle(self.head(y), self.config.patch)
+        start = self.coarse_from
+        return torch.cat([velocity[:, :start], velocity[:, start:] + velocity_beside], dim=1)
+
+
+class Level(nn.ModuleList):
+    """The blocks of one stride, one after the other."""
+
+    def __init__(self, width: int, blocks: int, embedding: int) -> None:
+        super().__init__(ModulatedBlock(width, embedding) for _ in range(blocks))
+
+    def forward(self, x: Tensor, embedded: Tensor | None) -> Tensor:
+        """B width H W, and the time's embedding B e -> B width H W."""
+        for block in self:
+            x = block(x, embedded)
+        return x
+
+
+class ModulatedBlock(ResidualBlock):
+    """A residual block whose features are first scaled and shifted by what a time says of them; at first not at all."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__(width)
+        self.modulation = nn.Linear(embedding, 2 * width) if embedding else None
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
+        """B width H W, and the time's embedding B e -> B width H W."""
+        if self.modulation is None or embedded is None:
+            return super().forward(x)
+        scale, shift = self.modulation(embedded)[:, :, None, None].chunk(2, dim=1)
+        return F.relu(self.conv(x * (1 + scale) + shift) + x)
+
+
+def _embedding(times: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(2 * FREQUENCIES * times, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+
+def _waves(times: list[Tensor]) -> Tensor:
+    """cos(k pi t), sin(k pi t) for k = 0, 1, ...: B x 2 FREQUENCIES for each of the times."""
+    k = torch.pi * torch.arange(FREQUENCIES, device=times[0].device)
+    angles = [time.float().unsqueeze(1) * k for time in times]
+    return torch.cat([wave for angle in angles for wave in (angle.cos(), angle.sin())], dim=1)

@@ -346,6 +346,13 @@ def test_the_tasks_bring_their_discriminator(kind: str, make_rac, images, tmp_pa
     assert not equal(bits(jury.discriminator), judge)
 
 
+def test_the_adversarial_term_needs_another(make_rac) -> None:
+    with pytest.raises(RacError, match="nothing to balance it against"):
+        KLVAETask(small_coder(), KLVAEWeights(l1=0, adversarial=1.0), ToyStream(), 2, train_encoder=False)
+    with pytest.raises(RacError, match="nothing to balance it against"):
+        RACTask(make_rac(), small_coder(), RACObjective(RACWeights(adversarial=1.0)))
+
+
 # ------------------------------------------------------------------------------------------------ the decoder alone
 
 

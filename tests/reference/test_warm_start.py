@@ -1,4 +1,4 @@
-"""A field that begins as TAEF2's decoder."""
+"""A field that begins as its teacher's decoder."""
 
 from __future__ import annotations
 
@@ -7,74 +7,69 @@ from dataclasses import replace
 import pytest
 import torch
 from test_taef2 import WEIGHTS, needs_weights
-from torch import nn
 
 from rac.coders.rac import RAC, RACConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.teacher import load_teacher
 from rac.coders.warm_start import copy_decoder
 from rac.errors import RacError
-from rac.fields import LocalFieldConfig, TinyFieldConfig
-from rac.states import expand
+from rac.fields import FieldConfig, LocalFieldConfig, TinyFieldConfig
+from rac.recipes import RECIPES, RACRecipe
 
-SMALL = TAESDConfig(latent_channels=4, width=16)
-FIELD = LocalFieldConfig(widths=(16, 16, 16), down=(8, 8))
+FIELD = LocalFieldConfig(widths=(16,) * 4, blocks=(3, 3, 3, 1), down=(8, 8, 8), down_blocks=(0, 0, 0), patch=1)
 
 
-def coder_of(teacher: TAESD, field: object, spread: str = "beside") -> RAC:
+def coder_of(teacher: TAESD, field: FieldConfig, spread: str = "beside") -> RAC:
     torch.manual_seed(0)
-    return RAC(RACConfig(replace(teacher.spec, range=(-1.0, 1.0)), field, 4, spread))
+    coder = RAC(RACConfig(replace(teacher.spec, range=(-1.0, 1.0)), field, 4, spread))
+    return coder.requires_grad_(False)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_the_field_computes_the_decoders_features(pooled):
-    """Without the way down, and without the teacher's clamp and pooling, features agree at stride 2."""
+def test_one_step_does_what_the_decoder_does(pooled):
     torch.manual_seed(1)
-    teacher = TAESD(replace(SMALL, pooled=pooled)).double().requires_grad_(False)
-    coder = coder_of(teacher, replace(FIELD, widths=(20, 16, 16))).double().requires_grad_(False)
+    teacher = TAESD(TAESDConfig(latent_channels=5, pooled=pooled, width=16)).double().requires_grad_(False)
+    clamp = 3 * teacher.spec.scale
+    coder = coder_of(teacher, replace(FIELD, pooled=pooled, clamp=clamp)).double()
+    latent = 2 * torch.randn(2, 5, 3, 4).double()
     copy_decoder(teacher, coder)
-    field = coder.field
-    for layer in (field.bottom, *field.joins):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    # What feeds the teacher's channels from elsewhere is small at first; here it is none.
-    field.ups[0].weight[:, 16:] = 0
-    for block in field.levels[0]:
-        for layer in (block.conv[0], block.conv[2], block.conv[4]):
-            layer.weight[:16, 16:] = 0
-    others = [channel for channel in range(64) if channel not in [slot - 192 for slot in coder.states.slots()]]
-    field.stem.weight[:, others] = 0
-    latent = torch.randn(1, 4, 3, 3).double()
-    reached: list[torch.Tensor] = []
-    field.levels[-1][-1].register_forward_hook(lambda module, inputs, output: reached.append(output))
-    field(expand(latent, coder.states), torch.zeros(1).double())
-    layers = list(teacher.network.decoder)[1:]  # all but the clamp
-    expected = latent / teacher.spec.scale
-    for layer in layers:
-        pooled_block = hasattr(layer, "pool")
-        expected = torch.relu(layer.conv(expected) + expected) if pooled_block else layer(expected)
-        if expected.shape[-1] == 12 and layer is layers[14]:
-            break
-    torch.testing.assert_close(reached[0], expected, rtol=0, atol=1e-10)
+    expected = teacher.decode(latent)
+    torch.testing.assert_close(coder.decode(latent, 1), expected, rtol=0, atol=1e-10)
+    # The latent is read off the carrier at every time, so before any training more steps change nothing.
+    torch.testing.assert_close(coder.decode(latent, 4), expected, rtol=0, atol=1e-10)
+
+
+def test_fewer_hidden_channels_keep_the_heaviest():
+    torch.manual_seed(1)
+    teacher = TAESD(TAESDConfig(latent_channels=5, width=16)).requires_grad_(False)
+    block = [layer for layer in teacher.network.decoder if hasattr(layer, "conv")][-1]
+    for place in (0, 2):  # ten of the sixteen inner channels say nothing, so nothing is lost without them
+        block.conv[place].weight[3:13] = 0
+        block.conv[place].bias[3:13] = 0
+    coder = coder_of(teacher, replace(FIELD, clamp=3.0, hidden=6))
+    copy_decoder(teacher, coder)
+    latent = torch.randn(1, 5, 3, 3)
+    torch.testing.assert_close(coder.decode(latent, 1), teacher.decode(latent), rtol=0, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused():
-    teacher = TAESD(SMALL)
+    teacher = TAESD(TAESDConfig(latent_channels=5, width=16))
     with pytest.raises(RacError, match="local field"):
         copy_decoder(teacher, coder_of(teacher, TinyFieldConfig(widths=(16, 16, 16), blocks=(1, 1, 1), patch=2)))
     with pytest.raises(RacError, match="beside"):
         copy_decoder(teacher, coder_of(teacher, replace(FIELD, carrier=False), "shuffle"))
-    with pytest.raises(RacError, match="at least the teacher's 16"):
-        copy_decoder(teacher, coder_of(teacher, replace(FIELD, widths=(16, 8, 16))))
+    with pytest.raises(RacError, match="4 widths of 16"):
+        copy_decoder(teacher, coder_of(teacher, replace(FIELD, widths=(16, 8, 16, 16))))
 
 
 @needs_weights
-def test_it_loads_from_the_real_one():
+def test_the_recipes_field_is_the_real_decoder():
     teacher = load_teacher(WEIGHTS)
+    recipe = RECIPES["rac-taef2"][1]
     assert isinstance(teacher, TAESD)
-    coder = coder_of(teacher, LocalFieldConfig())
-    before = {name: value.clone() for name, value in coder.state_dict().items()}
+    assert isinstance(recipe, RACRecipe)
+    assert isinstance(recipe.field, LocalFieldConfig)
+    coder = coder_of(teacher, replace(recipe.field, hidden=None))
     copy_decoder(teacher, coder)
-    changed = [name for name, value in coder.state_dict().items() if not torch.equal(value, before[name])]
-    assert {name.split(".")[1] for name in changed} == {"stem", "levels", "ups", "joins", "bottom"}
-    assert not any(name.startswith(("field.head", "field.coarse_head")) for name in changed)
+    latent = torch.randn(1, 32, 4, 4)
+    torch.testing.assert_close(coder.decode(latent, 1), teacher.decode(latent), rtol=0, atol=1e-4)

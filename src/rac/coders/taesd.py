@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import from_json, to_json
 from ..errors import WeightsError
-from ..fields.conv import ResidualBlock
+from ..fields.conv import ResidualBlock, context
 from ..latents import LatentSpec
 from ..storage import fit_tensors
 from .adapter import Adapter
@@ -118,12 +118,7 @@ class PooledBlock(ResidualBlock):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.pool = nn.Sequential(
-            nn.Conv2d(width, 4 * width, 1, bias=False),
-            nn.GroupNorm(4, 4 * width),
-            nn.ReLU(),
-            nn.Conv2d(4 * width, width, 1, bias=False),
-        )
+        self.pool = context(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """B width h w -> the same shape."""

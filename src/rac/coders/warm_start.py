@@ -2,82 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RacError
 from ..fields import LocalField
 from ..fields.conv import ResidualBlock
+from ..states import PAD, RGB
 from .protocol import Coder
 from .rac import RAC
 from .taesd import TAESD
 
-HUSH = 0.1
-"""What the random weights of layers that read features of both kinds are scaled by."""
-
 
 @torch.no_grad()
 def copy_decoder(teacher: Coder, coder: RAC) -> None:
-    """Copy the convolutions of a TAESD-family decoder into a `local` field, stride by stride.
+    """Let one step of `coder` from t = 0 do what its teacher's decoder does.
 
-    What the field has beyond them stays random, scaled by `HUSH` where its features meet the copied ones; the teacher's
-    last level (full resolution), its pooling and its clamp have no counterpart. Raises `RacError` for another teacher,
-    field or spread, and for widths below the teacher's.
+    Exactly so, to rounding, where the field has the decoder's widths, blocks, clamp and pooling; with fewer `hidden`
+    channels it keeps those that weigh most. The way down starts without effect. Raises `RacError` for a teacher outside
+    the TAESD family, and for a field or spread without the layers for it.
     """
-    if not isinstance(teacher, TAESD) or not isinstance(coder.field, LocalField) or coder.config.spread != "beside":
+    if not (isinstance(teacher, TAESD) and isinstance(coder.field, LocalField) and coder.config.spread == "beside"):
         raise RacError(
-            "a start from the teacher's decoder needs a TAESD-family teacher, a local field with a carrier, and spread "
-            f"beside; got {type(teacher).__name__}, {coder.config.field.kind} and {coder.config.spread}"
+            "a start from the teacher's decoder needs a TAESD-family teacher, a local field and spread beside; got "
+            f"{type(teacher).__name__}, {coder.config.field.kind} and {coder.config.spread}"
         )
     field: Any = coder.field  # torch's types know layers in lists as modules only
-    source = _runs(teacher.network.decoder)
-    stem = next(source)
-    width = stem[0].out_channels
-    if min(field.config.widths) < width:
-        raise RacError(f"widths {field.config.widths} must be at least the teacher's {width}")
-    slots = [slot - field.coarse_from * field.factor**2 for slot in coder.states.slots()]
-    field.stem.weight.mul_(HUSH)
-    # The teacher reads raw latents, the field normalised ones.
-    field.stem.weight[:width, slots] = stem[0].weight / teacher.spec.scale
-    field.stem.bias[:width] = stem[0].bias
-    for layer in (field.bottom, *field.joins):
-        if layer is not None:
-            layer.weight.mul_(HUSH)
-    for place, level in enumerate(field.levels):
-        if place:
-            _copy(next(source)[0], field.ups[place - 1])
-        for theirs, ours in zip(next(source), level, strict=False):
-            for one, other in zip(_convolutions(theirs), _convolutions(ours), strict=True):
-                _copy(one, other)
+    decoder, config = teacher.network.decoder, field.config
+    stem, *ups, last = (layer for layer in decoder if isinstance(layer, nn.Conv2d))
+    theirs = [layer for layer in decoder if isinstance(layer, ResidualBlock)]
+    ours = [block for level in field.levels for block in level]
+    width, levels = stem.out_channels, len(ups) + 1
+    if set(config.widths) != {width} or len(config.widths) != levels or len(ours) != len(theirs) or not config.carrier:
+        raise RacError(
+            f"widths {config.widths}, blocks {config.blocks} are not the teacher's: give {levels} widths of {width}, "
+            f"{len(theirs)} blocks as it has them, patch 1, and a carrier"
+        )
+    scale = teacher.spec.scale  # the teacher reads raw latents, the field normalised ones
+    image_sites = RGB * coder.spec.factor**2
+    field.stem.weight.zero_()
+    field.stem.weight[:, [slot - image_sites for slot in coder.states.slots()]] = stem.weight / scale
+    field.stem.bias.copy_(stem.bias)
+    for up, upsampling in zip(ups, field.ups, strict=True):
+        upsampling.weight.copy_(up.weight)
+    for one, block in zip(theirs, ours, strict=True):
+        _copy_block(one, block)
+    low, high = teacher.spec.range
+    half, middle = (high - low) / 2, (high + low) / 2
+    field.head.weight[:RGB] = last.weight / half
+    field.head.bias[:RGB] = (last.bias - middle) / half - PAD
+    for layer in (*field.joins, *([] if field.bottom is None else [field.bottom])):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
-def _runs(decoder: nn.Sequential) -> Iterator[list[Any]]:
-    """The decoder's layers with weights: a convolution alone, the blocks of one stride together."""
-    blocks: list[nn.Module] = []
-    for layer in decoder:
-        if isinstance(layer, ResidualBlock):
-            blocks.append(layer)
-        elif isinstance(layer, nn.Conv2d):
-            if blocks:
-                yield blocks
-            blocks = []
-            yield [layer]
+def _copy_block(theirs: Any, ours: Any) -> None:
+    first, second, third = (theirs.conv[place] for place in (0, 2, 4))
+    into = _heaviest(first, second, ours.conv[0].out_channels)
+    out = _heaviest(second, third, ours.conv[2].out_channels)
+    everything = torch.arange(first.in_channels)
+    for place, layer, read, write in (
+        (0, first, everything, into),
+        (2, second, into, out),
+        (4, third, out, everything),
+    ):
+        ours.conv[place].weight.copy_(layer.weight[write][:, read])
+        ours.conv[place].bias.copy_(layer.bias[write])
+    if ours.pool is not None and hasattr(theirs, "pool"):
+        ours.pool.load_state_dict(theirs.pool.state_dict())
 
 
-def _convolutions(block: nn.Module) -> list[nn.Conv2d]:
-    assert isinstance(block, ResidualBlock)
-    return [layer for layer in block.conv if isinstance(layer, nn.Conv2d)]
-
-
-def _copy(theirs: nn.Module, ours: nn.Module) -> None:
-    """Into the first channels; what else comes into those is hushed."""
-    assert isinstance(theirs, nn.Conv2d)
-    assert isinstance(ours, nn.Conv2d)
-    out, into = theirs.weight.shape[:2]
-    ours.weight[:out].mul_(HUSH)
-    ours.weight[:out, :into] = theirs.weight
-    if ours.bias is not None and theirs.bias is not None:
-        ours.bias[:out] = theirs.bias
+def _heaviest(makes: nn.Conv2d, reads: nn.Conv2d, count: int) -> Tensor:
+    """The `count` channels between two convolutions whose weights are largest, in their order."""
+    weight = makes.weight.flatten(1).norm(dim=1) * reads.weight.transpose(0, 1).flatten(1).norm(dim=1)
+    return weight.topk(count).indices.sort().values

@@ -138,21 +138,32 @@ class _TinyNetwork(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Three 3 x 3 convolutions with ReLU between, a residual, a ReLU. Keeps B width H W."""
+    """Three 3 x 3 convolutions with ReLU between, a residual, a ReLU. Keeps B width H W; `hidden` channels inside."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = width if hidden is None else hidden
         self.conv = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, hidden, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(hidden, width, 3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
         return F.relu(self.conv(x) + x)
+
+
+def context(width: int) -> nn.Sequential:
+    """TAEF2's context: four times as many features, normalised over the whole image. Keeps B width H W."""
+    return nn.Sequential(
+        nn.Conv2d(width, 4 * width, 1, bias=False),
+        nn.GroupNorm(4, 4 * width),
+        nn.ReLU(),
+        nn.Conv2d(4 * width, width, 1, bias=False),
+    )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import RacError
-from ..states import RGB
-from .conv import ResidualBlock, check_input, constant_channel, zero
+from ..states import PAD, RGB
+from .conv import ResidualBlock, check_input, constant_channel, context, zero
+
+NEAR_THE_IMAGE = 0.05
+"""Nearer to t = 1 than this the latent is not read off the carrier: dividing by 1 - t would blow up errors."""
 
 FREQUENCIES = 16
 """Cosines and sines that describe a time to the modulation."""
@@ -38,9 +41,16 @@ class LocalFieldConfig:
     """Residual blocks at each of these strides."""
     patch: int = 2
     """Stride of the finest level: the output convolution gives C*patch^2 channels, laid out by pixel shuffle."""
+    hidden: int | None = None
+    """Channels inside the blocks of the finest level, where most of the work is done; None: as many as outside."""
     carrier: bool = True
-    """The coarse level reads and writes, site by site, only the state's channels beyond the image's: enough where the
-    latent lies there (spread `beside`). Otherwise all channels."""
+    """For spread `beside`. The coarse level reads and writes only the channels beyond the image's. On the straight line
+    those are (1 - t) latent + t PAD, so the latent is read off them, and they move as that latent asks; the network
+    corrects this, most of all at t = 1, where they tell nothing."""
+    clamp: float = 0.0
+    """Bound of the soft clamp on what the coarse level reads, as in TAESD's decoders; 0: none."""
+    pooled: bool = False
+    """Context from the whole image in the coarsest blocks, as in TAEF2's decoder; the field is then not local."""
     time: Literal["modulation", "channel"] = "modulation"
     """How the time comes in: a learned scale and shift of the features of every block, or one more channel."""
     embedding: int = 64
@@ -80,8 +90,7 @@ class LocalField(nn.Module):
         self.config = config
         self.factor = config.factor
         widths, patch = config.widths, config.patch
-        self.coarse_from = RGB if config.carrier else 0
-        folded = (state_channels - self.coarse_from) * self.factor**2
+        folded = (state_channels - (RGB if config.carrier else 0)) * self.factor**2
         fine = state_channels * patch**2
         modulated = config.time == "modulation"
         times = 2 if config.interval else 1
@@ -92,7 +101,7 @@ class LocalField(nn.Module):
         channels = fine
         for place, (width, blocks) in enumerate(zip(config.down, config.down_blocks, strict=True)):
             self.downs.append(nn.Conv2d(channels, width, 3, stride=1 if place == 0 else 2, padding=1))
-            self.down_levels.append(Level(width, blocks, width_of_time))
+            self.down_levels.append(Level(ModulatedBlock(width, width_of_time) for _ in range(blocks)))
             channels = width
         # The finest features join the finest level, and so on; where there is no way down, the state itself does.
         for place, width in enumerate(config.down or (fine,)):
@@ -104,7 +113,9 @@ class LocalField(nn.Module):
         for place, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
             if place:
                 self.ups.append(nn.Conv2d(widths[place - 1], width, 3, padding=1, bias=False))
-            self.levels.append(Level(width, blocks, width_of_time))
+            hidden = config.hidden if place == len(widths) - 1 else None
+            pooled = config.pooled and place == 0
+            self.levels.append(Level(ModulatedBlock(width, width_of_time, hidden, pooled) for _ in range(blocks)))
         self.coarse_head = zero(nn.Conv2d(widths[0], folded, 3, padding=1))
         self.head = zero(nn.Conv2d(widths[-1], fine, 3, padding=1))
 
@@ -116,7 +127,10 @@ class LocalField(nn.Module):
         if self.config.interval:
             times.append(torch.zeros_like(time) if interval is None else interval)
         embedded = None if self.embed is None else self.embed(_waves(times).to(state.dtype))
-        coarse = F.pixel_unshuffle(state[:, self.coarse_from :], self.factor)
+        carried = self._carried(state, time)
+        coarse = F.pixel_unshuffle(carried, self.factor)
+        if self.config.clamp:
+            coarse = self.config.clamp * torch.tanh(coarse / self.config.clamp)
         if embedded is None:
             coarse = torch.cat([coarse, *(constant_channel(value, coarse) for value in times)], dim=1)
         fine = F.pixel_unshuffle(state, self.config.patch)
@@ -129,7 +143,7 @@ class LocalField(nn.Module):
 
         y = self.stem(coarse)
         y = F.relu(y if self.bottom is None else y + self.bottom(x))
-        velocity_beside = torch.zeros(())
+        correction = torch.zeros(())
         for place, level in enumerate(self.levels):
             if place:
                 y = self.ups[place - 1](F.interpolate(y, scale_factor=2.0))
@@ -138,17 +152,22 @@ class LocalField(nn.Module):
                     y = y + self.joins[finer](passed[finer])
             y = level(y, embedded)
             if place == 0:
-                velocity_beside = F.pixel_shuffle(self.coarse_head(y), self.factor)
+                correction = F.pixel_shuffle(self.coarse_head(y), self.factor)
         velocity = F.pixel_shuffle(self.head(y), self.config.patch)
-        start = self.coarse_from
-        return torch.cat([velocity[:, :start], velocity[:, start:] + velocity_beside], dim=1)
+        if not self.config.carrier:
+            return velocity + correction
+        return torch.cat([velocity[:, :RGB], velocity[:, RGB:] + correction + PAD - carried], dim=1)
+
+    def _carried(self, state: Tensor, time: Tensor) -> Tensor:
+        """What the coarse level reads: the latent in its sites, as far as this time lets it be known; or the state."""
+        if not self.config.carrier:
+            return state
+        t = time.to(state.dtype).view(-1, 1, 1, 1)
+        return (state[:, RGB:] - t * PAD) / (1 - t).clamp(min=NEAR_THE_IMAGE)
 
 
 class Level(nn.ModuleList):
     """The blocks of one stride, one after the other."""
-
-    def __init__(self, width: int, blocks: int, embedding: int) -> None:
-        super().__init__(ModulatedBlock(width, embedding) for _ in range(blocks))
 
     def forward(self, x: Tensor, embedded: Tensor | None) -> Tensor:
         """B width H W, and the time's embedding B e -> B width H W."""
@@ -160,8 +179,9 @@ class Level(nn.ModuleList):
 class ModulatedBlock(ResidualBlock):
     """A residual block whose features are first scaled and shifted by what a time says of them; at first not at all."""
 
-    def __init__(self, width: int, embedding: int) -> None:
-        super().__init__(width)
+    def __init__(self, width: int, embedding: int, hidden: int | None = None, pooled: bool = False) -> None:
+        super().__init__(width, hidden)
+        self.pool = context(width) if pooled else None
         self.modulation = nn.Linear(embedding, 2 * width) if embedding else None
         if self.modulation is not None:
             nn.init.zeros_(self.modulation.weight)
@@ -169,6 +189,8 @@ class ModulatedBlock(ResidualBlock):
 
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
         """B width H W, and the time's embedding B e -> B width H W."""
+        if self.pool is not None:
+            x = x + self.pool(x)
         if self.modulation is None or embedded is None:
             return super().forward(x)
         scale, shift = self.modulation(embedded)[:, :, None, None].chunk(2, dim=1)

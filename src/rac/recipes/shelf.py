@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..coders.klvae import KLVAEConfig
+from ..coders.taesd import POOLED_LATENT_STD
 from ..data import DataConfig
 from ..fields import LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from ..objectives.klvae import KLVAEWeights
@@ -134,17 +135,33 @@ def rac_64_rollout() -> RACRecipe:
 
 
 def rac_taef2() -> RACRecipe:
-    """First stage of a coder of TAEF2's latents, from its decoder's weights; give the .pth file as --teacher."""
+    """A coder of TAEF2's latents, begun as its decoder; give the .pth file as --teacher; an hour on one core."""
     return RACRecipe(
         teacher="taef2_decoder.pth",
         start_from_teacher=True,
-        field=LocalFieldConfig(),
+        field=LocalFieldConfig(
+            widths=(64, 64, 64, 64),
+            blocks=(3, 3, 3, 1),
+            hidden=56,
+            down=(24, 48, 64),
+            down_blocks=(0, 0, 0),
+            patch=1,
+            clamp=3 / POOLED_LATENT_STD,
+            pooled=True,
+        ),
         state_channels=4,
         spread="beside",
-        steps=2,
-        objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends"),
-        data=DataConfig(cached_crops=20_000, held_out=32),
-        train=replace(_ONE_CORE, iterations=6_000, batch=32, lr=7e-4, warmup=50, final_lr=0.03),
+        steps=1,
+        objective=RACObjective(
+            weights=RACWeights(velocity=1.0, latent_velocity=0.05, reconstruction=1.0, perceptual=0.05),
+            steps=(1, 2),
+            random_grid=False,
+            step_noise=0.0,
+            times="ends",
+            recompute=False,
+        ),
+        data=DataConfig(size=128, held_out=16),
+        train=replace(_ONE_CORE, iterations=1_400, batch=4, lr=2e-4, warmup=50, ema=0.995, final_lr=0.03),
     )
 
 

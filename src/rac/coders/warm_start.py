@@ -31,7 +31,8 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
         )
     field: Any = coder.field  # torch's types know layers in lists as modules only
     decoder, config = teacher.network.decoder, field.config
-    stem, *ups, last = (layer for layer in decoder if isinstance(layer, nn.Conv2d))
+    convolutions: list[Any] = [layer for layer in decoder if isinstance(layer, nn.Conv2d)]
+    stem, *ups, last = convolutions
     theirs = [layer for layer in decoder if isinstance(layer, ResidualBlock)]
     ours = [block for level in field.levels for block in level]
     width, levels = stem.out_channels, len(ups) + 1

@@ -111,18 +111,18 @@ def rac_64() -> RACRecipe:
         spread="beside",
         objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3),
         data=DataConfig(cached_crops=40_000, held_out=32),
-        train=replace(_ONE_CORE, iterations=8_000, batch=32, warmup=50, final_lr=0.05),
+        train=replace(_ONE_CORE, iterations=9_000, batch=32, warmup=50, final_lr=0.05),
     )
 
 
 def rac_64_rollout() -> RACRecipe:
-    """Second stage: the end point through 1 to 4 unrolled steps, with LPIPS. Give the first stage as --start."""
+    """Second stage: the end point through 1 to 8 unrolled steps, with LPIPS. Give the first stage as --start."""
     first = rac_64()
     return replace(
         first,
         objective=RACObjective(
             weights=RACWeights(velocity=0.5, latent_velocity=0.1, reconstruction=1.0, latent=0.1, perceptual=0.05),
-            steps=(1, 4),
+            steps=(1, 8),
             random_grid=False,
             step_noise=0.02,
             times="ends",

@@ -27,7 +27,7 @@ class KLVAERecipe:
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
         """Train in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL. See `rac.train.fit`.
 
-        Prepared crops, if any, are kept in the file `crops`; `directory`.crops where none is named.
+        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named.
         """
         cache = crops or directory.parent / f"{directory.name}.crops"
         stream = open_stream(self.data, self.train.rng_seed, cache=cache)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAC_CACHE_DIR", os.path.join(tempfile.gettempdir(), "rac-tests"))
 
 from collections.abc import Callable
 from dataclasses import dataclass

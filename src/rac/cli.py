@@ -19,6 +19,7 @@ VERBS = {
     "reconstruct": "images through a coder and back: strips, trajectories, PSNR and SSIM",
     "encode": "images to latents",
     "decode": "latents to images",
+    "cache": "crops and a teacher's latents of them, prepared once, to train on",
     "train": "train a coder: rac train RECIPE --out FOLDER",
     "evaluate": "judge a coder on images under a named protocol",
     "compare": "several coders side by side: quality, cost, speed, and pictures of where they differ",

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from rac.data import CachedStream, DataConfig, ImageStream, batches, open_stream
+from rac.data import DataConfig, ImageStream, batches
 from rac.data.files import find_pictures
 from rac.data.stream import centre_crop, random_crop
 from rac.errors import RacError
 from rac.images import from_pixels
-from rac.latents import LatentSpec
 from rac.runtime import generator
 
 COUNT = 12
@@ -256,82 +255,6 @@ def test_pictures_of_odd_modes_become_rgb(tmp_path: Path, mode: str) -> None:
 def test_settings_that_cannot_be(changes: dict[str, int], message: str) -> None:
     with pytest.raises(RacError, match=message):
         DataConfig(**changes)
-
-
-# ----------------------------------------------------------------------------------------------------------- prepared
-
-
-class Halving(nn.Module):
-    """A teacher at f = 4 whose latent is the image, smaller and weighted."""
-
-    def __init__(self, weight: float = 0.5) -> None:
-        super().__init__()
-        self.spec = LatentSpec(4, 3)
-        self.weight = nn.Parameter(torch.tensor(weight))
-        self.calls = 0
-
-    def encode(self, image: Tensor) -> Tensor:
-        self.calls += 1
-        return self.weight * nn.functional.avg_pool2d(image, 4)
-
-
-def test_prepared_crops_carry_the_teachers_latents(config: DataConfig, tmp_path: Path) -> None:
-    config, cache, teacher = replace(config, cached_crops=20), tmp_path / "sub" / "crops", Halving()
-    stream = open_stream(config, 4, cache=cache, teacher=teacher, teacher_name="halving")
-    assert isinstance(stream, CachedStream)
-    calls = teacher.calls
-    batch = stream.batch(0, 20)
-    assert batch.latents is not None
-    torch.testing.assert_close(batch.latents, teacher.encode(batch.images).detach())
-    assert not batch.latents.requires_grad
-    fresh = ImageStream(config, 4)
-    crops = {image.numpy().tobytes() for image in fresh.batch(0, 20).images}
-    assert {image.numpy().tobytes() for image in batch.images} == crops
-    assert torch.equal(stream.held_out(), fresh.held_out())
-    assert not torch.equal(batch.images, stream.batch(20, 20).images)
-    assert Counter(levels(stream.batch(20, 20).images)) == Counter(levels(batch.images))
-
-    again = open_stream(config, 4, cache=cache, teacher=teacher, teacher_name="halving")
-    assert teacher.calls == calls + 1, "prepared once, and the one call of this test"
-    assert torch.equal(again.batch(7, 5).images, stream.batch(7, 5).images)
-    assert [path.name for path in cache.parent.iterdir()] == ["crops"]
-
-
-def test_prepared_crops_without_a_teacher(config: DataConfig, tmp_path: Path) -> None:
-    stream = open_stream(replace(config, cached_crops=5), cache=tmp_path / "crops")
-    assert stream.batch(0, 5).latents is None
-
-
-def test_crops_prepared_otherwise_are_refused(config: DataConfig, tmp_path: Path) -> None:
-    config, cache = replace(config, cached_crops=5), tmp_path / "crops"
-    open_stream(config, cache=cache, teacher=Halving(), teacher_name="halving")
-    with pytest.raises(RacError, match=r"teacher\.weights .* delete it"):
-        open_stream(config, cache=cache, teacher=Halving(0.4), teacher_name="halving")
-    with pytest.raises(RacError, match="teacher null, was"):
-        open_stream(config, cache=cache)
-    with pytest.raises(RacError, match=r"data\.flip false, was true; rng_seed 1, was 0"):
-        open_stream(replace(config, flip=False), 1, cache=cache, teacher=Halving(), teacher_name="halving")
-    open_stream(replace(config, keep_mb=1), cache=cache, teacher=Halving(), teacher_name="halving")
-
-
-def test_a_damaged_file_of_prepared_crops(config: DataConfig, tmp_path: Path) -> None:
-    config, cache = replace(config, cached_crops=5), tmp_path / "crops"
-    open_stream(config, cache=cache)
-    cache.write_bytes(cache.read_bytes()[:-10])
-    with pytest.raises(RacError, match="is damaged or holds no prepared crops; delete it"):
-        open_stream(config, cache=cache)
-    with pytest.raises(RacError, match="no file was named"):
-        open_stream(config)
-
-
-def test_nothing_is_left_when_preparing_breaks_off(config: DataConfig, tmp_path: Path) -> None:
-    class Failing(Halving):
-        def encode(self, image: Tensor) -> Tensor:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        open_stream(replace(config, cached_crops=5), cache=tmp_path / "out" / "crops", teacher=Failing())
-    assert not (tmp_path / "out" / "crops").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

@@ -15,7 +15,7 @@ from .. import hub
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..config import spelled, to_json
-from ..data.stream import ImageStream
+from ..data import held_out_images
 from ..errors import RacError
 from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrants, judge
 from ..evaluate.judges import Judges
@@ -181,7 +181,7 @@ def _judging(ablation: Ablation, options: Options) -> _Judging:
     elif ablation.varies("data.paths", "data.held_out"):
         raise RacError("variants of other data hold out other pictures; give --test, pictures that none trains on")
     else:
-        held_out = ImageStream(recipe.data, recipe.train.rng_seed).held_out()
+        held_out = held_out_images(recipe.data)
         references = References.of(held_out, "the held-out set")
         framing = Framing(recipe.data.size, "none")
         protocol = replace(protocol, name=f"{protocol.name}, held out", framing=framing, count=None)

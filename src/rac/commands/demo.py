@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,10 @@ class Command:
 
     def _photographs(self) -> dict[str, Tensor]:
         device = pick_device(self.device)
-        pictures = find_pictures(())[:PHOTOGRAPHS]
-        return {picture.name: read_image(picture.path, self.size, convert=True).to(device) for picture in pictures}
+        return {
+            picture.name: read_image(io.BytesIO(picture.read()), self.size, convert=True).to(device)
+            for picture in find_pictures(())[:PHOTOGRAPHS]
+        }
 
     def _write(self, sections: list[Section], results: Results) -> None:
         page = html_report(f"{self.model}: a rectified flow auto coder", _INTRODUCTION, sections)

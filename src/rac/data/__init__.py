@@ -1,7 +1,16 @@
-"""Training images: folders, tar files, scikit-image's photographs; random crops; prepared crops with latents."""
+"""Training images: folders, tar shards, data sets, scikit-image's photographs; random crops; prepared crops."""
 
-from .cache import CachedStream, open_stream
+from .cache import CachedStream, held_out_images, open_stream
 from .config import DataConfig
 from .stream import Batch, ImageStream, Stream, batches
 
-__all__ = ["Batch", "CachedStream", "DataConfig", "ImageStream", "Stream", "batches", "open_stream"]
+__all__ = [
+    "Batch",
+    "CachedStream",
+    "DataConfig",
+    "ImageStream",
+    "Stream",
+    "batches",
+    "held_out_images",
+    "open_stream",
+]

@@ -13,7 +13,9 @@ class DataConfig:
     """Where images come from, and how crops are drawn from them."""
 
     paths: tuple[Path, ...] = ()
-    """Folders of images (searched through), tar files of images, single images. None: scikit-image's photographs."""
+    """Folders of images (searched through), tar shards (also folders of them, and patterns such as
+    shards-{000..099}.tar), single images, Hugging Face data sets (hf:PATH_OR_NAME:split:column; hf-stream:... reads
+    one in its own order), or, alone, a folder that `rac cache` made. None: scikit-image's photographs."""
     size: int = 64
     """Side of the square training crops, in pixels."""
     smallest_crop: int | None = None
@@ -26,6 +28,9 @@ class DataConfig:
     """Images for the gallery and its PSNR. Their pictures are never trained on."""
     cached_crops: int = 0
     """Prepare this many crops (and their latents, given a teacher) once, and train on those. 0: always new ones."""
+    draft: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth of their size where a crop is scaled down at least twice as
+    far as that: two to four times as fast for large regions of a camera's photographs; pixels differ a little."""
     keep_mb: int = 256
     """Memory for decoded pictures, in megabytes: spares decoding small collections again and again."""
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ImageError, RacError
-from ..images import from_pixels, read_picture
+from ..images import from_pixels, read_picture, upright_size
 from ..runtime import generator
 from .config import DataConfig
-from .files import PictureFile, find_pictures
+from .files import Picture, find_pictures
+
+T = TypeVar("T")
+
+Size = tuple[int, int]
+"""Width and height."""
 
 
 class Batch(NamedTuple):
@@ -56,27 +61,35 @@ class Stream(Protocol):
         ...
 
 
-class ImageStream:
-    """Random square crops of the pictures a `DataConfig` names; each picture once an epoch.
+class PictureLike(Protocol):
+    """A picture that can be read."""
 
-    Damaged pictures are skipped: the next one of the epoch takes the place, a warning names the file once, and
-    `skipped` holds all of them. Raises `RacError` if there are no pictures, or none that can be read.
-    """
+    @property
+    def label(self) -> str:
+        """Name for messages."""
+        ...
 
-    def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
+    def read(self) -> bytes:
+        """The encoded bytes. Raises `OSError`."""
+        ...
+
+
+class Crops:
+    """What streams of freshly cut crops share: reading, passing damaged pictures over, held-out images."""
+
+    def __init__(self, config: DataConfig, rng_seed: int) -> None:
         self.config = config
         self.rng_seed = rng_seed
         self.skipped: dict[str, str] = {}
-        """Names of the damaged pictures met so far, and what was wrong with each."""
-        self._kept: dict[PictureFile, Image.Image] = {}
-        self._room = config.keep_mb * 2**20
+        """The damaged pictures met so far, and what was wrong with each."""
         self.held_out_pixels: NDArray[np.uint8]
         """The held-out images as pixels, N size size 3."""
-        self.held_out_pixels, self._files = self._split(find_pictures(config.paths))
+        self._kept: dict[Picture, Image.Image] = {}
+        self._room = config.keep_mb * 2**20
 
-    def __len__(self) -> int:
-        """Pictures to train on, damaged ones that were not met yet included."""
-        return len(self._files)
+    def crop(self, draw: int) -> NDArray[np.uint8]:
+        """Crop number `draw`, as pixels: size size 3. Raises `RacError` if nothing can be read."""
+        raise NotImplementedError
 
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1` as a `Batch` without latents."""
@@ -89,109 +102,189 @@ class ImageStream:
         """
         return from_pixels(self.held_out_pixels)
 
-    def crop(self, draw: int) -> NDArray[np.uint8]:
-        """Crop number `draw`, as pixels: size size 3."""
-        epoch, place = divmod(draw, len(self._files))
-        order = permutation(len(self._files), self.rng_seed, epoch)
-        for offset in range(len(order)):
-            picture = self._open(self._files[order[(place + offset) % len(order)]])
-            if picture is not None:
-                return random_crop(picture, self.config, generator(self.rng_seed, "crop", draw))
-        raise RacError(f"none of the {len(order)} pictures to train on can be read; the first: {self._first_skipped()}")
-
-    def _split(self, files: list[PictureFile]) -> tuple[NDArray[np.uint8], list[PictureFile]]:
-        """Crops of the first pictures that can be read, at most a quarter of all; and the pictures left to train on."""
-        wanted = min(self.config.held_out, max(1, len(files) // 4))
-        pictures: list[Image.Image] = []
+    def _hold_out(self, pictures: Iterable[PictureLike], wanted: int) -> int:
+        """Keep crops of the first `wanted` that can be read; returns how many were looked at."""
+        found: list[Image.Image] = []
         used = 0
-        while len(pictures) < wanted and used < len(files):
-            picture = self._open(files[used])
+        for picture in pictures:
             used += 1
-            if picture is not None:
-                pictures.append(picture)
-        if not pictures:
+            if (opened := self._try(picture, self._open)) is not None:
+                found.append(opened)
+            if len(found) == wanted:
+                break
+        if not found:
             raise RacError(f"none of the {used} pictures can be read; the first: {self._first_skipped()}")
-        if used == len(files):
-            raise RacError(
-                f"{len(files)} picture(s), {len(self.skipped)} of them damaged, are too few: one is held out and "
-                "none is left to train on; add images"
-            )
         self._kept.clear()
-        crops = [centre_crop(picture, self.config.size) for picture in pictures[: self.config.held_out]]
+        crops = [centre_crop(picture, self.config.size) for picture in found[: self.config.held_out]]
         for index in range(len(crops), self.config.held_out):
-            crops.append(random_crop(pictures[index % len(pictures)], self.config, generator(0, "held out", index)))
-        return np.stack(crops), files[used:]
+            crops.append(random_crop(found[index % len(found)], self.config, generator(0, "held out", index)))
+        self.held_out_pixels = np.stack(crops)
+        return used
 
-    def _open(self, file: PictureFile) -> Image.Image | None:
-        if file in self._kept:
-            return self._kept[file]
+    def _cut_first(self, pictures: Iterable[PictureLike], choose: Callable[[Size], Region]) -> NDArray[np.uint8]:
+        """A crop of the first picture that can be read."""
+        looked = 0
+        for picture in pictures:
+            looked += 1
+            pixels = self._try(picture, lambda picture: self._cut(picture, choose))
+            if pixels is not None:
+                return pixels
+        raise RacError(f"none of the {looked} pictures to train on can be read; the first: {self._first_skipped()}")
+
+    def _cut(self, picture: PictureLike, choose: Callable[[Size], Region]) -> NDArray[np.uint8]:
+        if not self.config.draft:
+            opened = self._open(picture)
+            return cut(opened, choose(opened.size), self.config.size)
+        encoded, name = picture.read(), picture.label
+        size = upright_size(io.BytesIO(encoded), name)
+        region = choose(size)
+        # Half of what would be right is left to the resampling, which is better at it.
+        shrink = next((shrink for shrink in (8, 4, 2) if region.side >= 2 * shrink * self.config.size), 1)
+        opened = read_picture(io.BytesIO(encoded), convert=True, name=name, shrink=shrink)
+        return cut(opened, region, self.config.size, 1 if opened.size == size else shrink)
+
+    def _open(self, picture: PictureLike) -> Image.Image:
+        if isinstance(picture, Picture) and picture in self._kept:
+            return self._kept[picture]
+        opened = read_picture(io.BytesIO(picture.read()), convert=True, name=picture.label)
+        # Pictures come equally often, so keeping those that came first serves as well as any cleverer choice.
+        size = 3 * opened.width * opened.height
+        if isinstance(picture, Picture) and size <= self._room:
+            self._room -= size
+            self._kept[picture] = opened
+        return opened
+
+    def _try(self, picture: PictureLike, work: Callable[[PictureLike], T]) -> T | None:
+        """What `work` gives, or None, with a warning the first time, for a damaged picture."""
         try:
-            picture = read_picture(io.BytesIO(file.read()), convert=True, name=file.name)
+            return work(picture)
         except (ImageError, OSError) as error:
-            if file.name not in self.skipped:
-                self.skipped[file.name] = str(error)
+            if picture.label not in self.skipped:
+                self.skipped[picture.label] = str(error)
                 warnings.warn(f"skipped from training: {error}", stacklevel=2)
             return None
-        # Pictures come equally often, so keeping those that came first serves as well as any cleverer choice.
-        size = 3 * picture.width * picture.height
-        if size <= self._room:
-            self._room -= size
-            self._kept[file] = picture
-        return picture
 
     def _first_skipped(self) -> str:
         return next(iter(self.skipped.values()))
 
 
+class ImageStream(Crops):
+    """Random square crops of the pictures a `DataConfig` names; each picture once an epoch.
+
+    Damaged pictures are skipped: the next one of the epoch takes the place, a warning names the file once, and
+    `skipped` holds all of them. Raises `RacError` if there are no pictures, or none that can be read.
+    """
+
+    def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
+        super().__init__(config, rng_seed)
+        files = find_pictures(config.paths)
+        used = self._hold_out(files, min(config.held_out, max(1, len(files) // 4)))
+        if used == len(files):
+            raise RacError(
+                f"{len(files)} picture(s), {len(self.skipped)} of them damaged, are too few: one is held out and "
+                "none is left to train on; add images"
+            )
+        self.files = files[used:]
+        """The pictures to train on, damaged ones that were not met yet included."""
+
+    def __len__(self) -> int:
+        """Pictures to train on, damaged ones that were not met yet included."""
+        return len(self.files)
+
+    def crop(self, draw: int) -> NDArray[np.uint8]:
+        """Crop number `draw`, as pixels: size size 3."""
+        epoch, place = divmod(draw, len(self))
+        order = permutation(len(self), self.rng_seed, epoch)
+        pictures = (self.files[int(order[(place + offset) % len(self)])] for offset in range(len(self)))
+        values = draw_values(generator(self.rng_seed, "crop", draw))
+        return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
+
+    def whole(self, number: int) -> NDArray[np.uint8]:
+        """The centre of picture `number` (of the next one, where it is damaged), as pixels: size size 3."""
+        pictures = (self.files[(number + offset) % len(self)] for offset in range(len(self)))
+        return self._cut_first(pictures, centre_region)
+
+
 @lru_cache(maxsize=4)
-def permutation(count: int, rng_seed: int, epoch: int) -> list[int]:
+def permutation(count: int, rng_seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which epoch number `epoch` goes through `count` things."""
-    return torch.randperm(count, generator=generator(rng_seed, "epoch", epoch)).tolist()
+    return torch.randperm(count, generator=generator(rng_seed, "epoch", epoch)).numpy()
 
 
-def random_crop(picture: Image.Image, config: DataConfig, rng: torch.Generator) -> NDArray[np.uint8]:
-    """A random square region at a random scale, resampled with antialiasing to size size 3 pixels.
+class Region(NamedTuple):
+    """A square of a picture, in its pixels, and whether to mirror it."""
+
+    left: int
+    top: int
+    side: int
+    mirror: bool = False
+
+
+def draw_values(rng: torch.Generator) -> list[float]:
+    """The four numbers that choose a crop, each in [0, 1)."""
+    return torch.rand(4, generator=rng, dtype=torch.float64).tolist()
+
+
+def random_region(size: Size, config: DataConfig, values: Sequence[float]) -> Region:
+    """A square at a place and a scale that four `values` of [0, 1) choose.
 
     Its side is log-uniform between `smallest_crop` and `largest_crop`; the whole short side of a smaller picture.
     """
-    short = min(picture.size)
+    width, height = size
+    short = min(size)
     low = min(config.smallest_crop or config.size, short)
     high = max(min(config.largest_crop or short, short), low)
-    scale, across, down, mirror = torch.rand(4, generator=rng, dtype=torch.float64).tolist()
+    scale, across, down, mirror = values
     side = round(low * (high / low) ** scale)
-    left, top = int(across * (picture.width - side + 1)), int(down * (picture.height - side + 1))
-    pixels = _resample(picture, (left, top, left + side, top + side), config.size)
-    return pixels[:, ::-1] if config.flip and mirror < 0.5 else pixels
+    left, top = int(across * (width - side + 1)), int(down * (height - side + 1))
+    return Region(left, top, side, config.flip and mirror < 0.5)
+
+
+def centre_region(size: Size) -> Region:
+    """The largest square in the centre."""
+    side = min(size)
+    return Region((size[0] - side) // 2, (size[1] - side) // 2, side)
+
+
+def random_crop(picture: Image.Image, config: DataConfig, rng: torch.Generator) -> NDArray[np.uint8]:
+    """A random square region at a random scale, resampled with antialiasing to size size 3 pixels."""
+    return cut(picture, random_region(picture.size, config, draw_values(rng)), config.size)
 
 
 def centre_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
     """The largest square in the centre, resampled with antialiasing to size size 3 pixels."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return _resample(picture, (left, top, left + side, top + side), size)
+    return cut(picture, centre_region(picture.size), size)
 
 
-def _resample(picture: Image.Image, box: tuple[int, int, int, int], size: int) -> NDArray[np.uint8]:
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+def cut(picture: Image.Image, region: Region, size: int, shrink: int = 1) -> NDArray[np.uint8]:
+    """`region`, resampled with antialiasing to size size 3 pixels, of a picture that was decoded at 1 / `shrink`."""
+    left, top, side, mirror = region
+    box = (left / shrink, top / shrink, (left + side) / shrink, (top + side) / shrink)
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return pixels[:, ::-1] if mirror else pixels
 
 
 def batches(stream: Stream, size: int, first: int, last: int, workers: int = 1) -> Generator[Batch, None, None]:
-    """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none).
+    """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none)."""
+    return ahead(lambda iteration: stream.batch(iteration * size, size), range(first, last), workers)
+
+
+def ahead(work: Callable[[int], T], items: Iterable[int], workers: int) -> Generator[T, None, None]:
+    """What `work` makes of each item, in order, made ahead by `workers` threads (0: none); a few wait at a time.
 
     Threads, not processes: decoding and resampling run outside Python's lock.
     """
     if workers == 0:
-        for iteration in range(first, last):
-            yield stream.batch(iteration * size, size)
+        yield from map(work, items)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="rac-data")
-    ahead: deque[Future[Batch]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
-        for iteration in range(first, last):
-            ahead.append(pool.submit(stream.batch, iteration * size, size))
-            if len(ahead) > workers + 1:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

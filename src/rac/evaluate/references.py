@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..data.files import PictureFile, find_pictures
+from ..data.files import Picture, find_pictures
 from ..errors import RacError
 from ..images import from_pixels, read_picture, to_pixels
 from .features import Extractor, Features, extract
@@ -193,16 +193,16 @@ class References:
         return self._features[key]
 
 
-def _read(files: Sequence[PictureFile], framing: Framing, count: int | None) -> Iterator[Named]:
+def _read(files: Sequence[Picture], framing: Framing, count: int | None) -> Iterator[Named]:
     return islice(_cut_all(files, framing), count)
 
 
-def _cut_all(files: Sequence[PictureFile], framing: Framing) -> Iterator[Named]:
+def _cut_all(files: Sequence[Picture], framing: Framing) -> Iterator[Named]:
     for file in files:
         try:
             encoded = file.read()
         except OSError as error:
-            raise RacError(f"{file.path} cannot be read ({error.strerror or error}); check its permissions") from error
+            raise RacError(f"{file.label} cannot be read ({error.strerror or error}); check its permissions") from error
         images = framing.cut(read_picture(io.BytesIO(encoded), convert=True, name=file.name), file.name)
         for index, image in enumerate(images):
             yield file.name if len(images) == 1 else f"{file.name}#{index}", np.asarray(image)

@@ -229,10 +229,10 @@ class Ablation:
         return 1 / speeds[-1]
 
     def _crops(self, recipe: Recipe) -> Path:
-        """Where prepared crops are kept: in one file for all variants of equal data and teacher."""
+        """Where prepared crops are kept: in one folder for all variants of equal data and teacher."""
         teacher = recipe.teacher if isinstance(recipe, RACRecipe) else None
         made_from = json.dumps([to_json(recipe.data), recipe.train.rng_seed, teacher], sort_keys=True)
-        return self.directory / "crops" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
+        return self.directory / "crops" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
     def _asked(self) -> dict[str, Any]:
         """All that shapes the result, as JSON."""

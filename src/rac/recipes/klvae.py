@@ -39,7 +39,7 @@ class KLVAERecipe:
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
         """Train in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL. See `rac.train.fit`.
 
-        Prepared crops, if any, are kept in the file `crops`; `directory`.crops where none is named. With a frozen
+        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. With a frozen
         encoder their latents are kept as well.
 
         Raises `RacError` for a start of another shape and for a frozen encoder without a start, and `WeightsError`

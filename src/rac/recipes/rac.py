@@ -51,7 +51,7 @@ class RACRecipe:
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
         """Train in `directory`; `directory`/coder holds the result. See `rac.train.fit`.
 
-        Prepared crops, if any, are kept in the file `crops`; `directory`.crops where none is named.
+        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named.
 
         Raises `RacError` for sizes that do not fit the teacher's factor, and for a start of another shape, and
         `WeightsError` where LPIPS is wanted and its weights are not found.

@@ -1,0 +1,145 @@
+"""Tar shards: where each picture of one begins, found once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ..errors import RacError
+from ..files import make_folder, write_bytes
+from .files import Names, is_picture
+
+WORTH_KEEPING = 1_000
+"""Pictures from which on an index is kept: fewer are found again at once."""
+
+_FORMAT = 1
+
+_Index = dict[str, NDArray[Any]]
+"""names: letters of `Names`, uint8; offsets and sizes of the pictures in the file, in bytes, int64."""
+
+
+class Tar:
+    """An uncompressed tar file of pictures, in webdataset's layout or any other; other members are passed over."""
+
+    def __init__(self, path: Path, index: _Index) -> None:
+        self.path = path
+        self.names = Names(index["names"].tobytes())
+        self._offsets = index["offsets"]
+        self._sizes = index["sizes"]
+
+    @classmethod
+    def open(cls, path: Path, told: Callable[[int], None] = lambda done: None) -> Tar:
+        """Find the pictures of `path`, or read the index of an earlier time; `told` hears how many there are so far.
+
+        The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac) and made anew when the file has another size or
+        time. Raises `RacError` for a file that is no tar file, compressed, cut short, or damaged between members.
+        """
+        try:
+            stat = path.stat()
+            made_of = json.dumps([_FORMAT, stat.st_size, stat.st_mtime_ns])
+            kept = _index_file(path)
+            found = _read_index(kept, made_of)
+            if found is None:
+                found = _scan(path, told)
+                if len(found["offsets"]) >= WORTH_KEEPING:
+                    with suppress(RacError):  # an index is a convenience
+                        make_folder(kept.parent)
+                        write_bytes(kept, safetensors.numpy.save(found, {"made_of": made_of}))
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise RacError(
+                f"{path} cannot be read as a tar file ({error}); give an uncompressed, complete .tar, or a folder"
+            ) from None
+        return cls(path, found)
+
+    def label(self, index: int) -> str:
+        """See `Source`."""
+        return f"{self.names[index]} in {self.path}"
+
+    def trace(self, index: int) -> int:
+        """See `Source`."""
+        return int(self._sizes[index])
+
+    def read(self, index: int) -> bytes:
+        """See `Source`."""
+        with open(self.path, "rb") as file:
+            file.seek(int(self._offsets[index]))
+            return file.read(int(self._sizes[index]))
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+def _scan(path: Path, told: Callable[[int], None]) -> _Index:
+    found: list[_Member] = []
+    with tarfile.open(path, "r:") as tar:
+        for _, sample in itertools.groupby(_pictures(tar), key=lambda member: _key(member.name)):
+            found += _plain(list(sample))
+            if len(found) % 100 == 0:
+                told(len(found))
+        _check_end(tar, path)
+    return {
+        "names": np.frombuffer(Names.of(member.name for member in found).letters, np.uint8),
+        "offsets": np.array([member.offset for member in found], np.int64),
+        "sizes": np.array([member.size for member in found], np.int64),
+    }
+
+
+def _pictures(tar: tarfile.TarFile) -> Iterator[_Member]:
+    while (member := tar.next()) is not None:
+        if member.isfile() and not member.issparse() and is_picture(member.name):
+            yield _Member(member.name, member.offset_data, member.size)
+        tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member, half a kilobyte each
+
+
+def _key(name: str) -> str:
+    """Webdataset's: what members of one sample share, all before the first dot of the last part."""
+    pure = PurePosixPath(name)
+    return (pure.parent / pure.name.split(".")[0]).as_posix()
+
+
+def _plain(sample: list[_Member]) -> Iterable[_Member]:
+    """The pictures of a sample: of 7.jpg and 7.depth.png the first, since the second says more than its kind."""
+    plain = [member for member in sample if PurePosixPath(member.name).name.count(".") == 1]
+    return plain or sample
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """tarfile stops without a word at a header it cannot read; what follows the last member must be zeros or nothing.
+
+    A file cut exactly between two members cannot be told from one whose writer left the end mark out.
+    """
+    with open(path, "rb") as file:
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no member begins at byte {tar.offset:,}, where one should")
+
+
+def _index_file(path: Path) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("RAC_CACHE_DIR") or Path(cache) / "rac").expanduser() / "tars"
+    return folder / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.safetensors"
+
+
+def _read_index(path: Path, made_of: str) -> _Index | None:
+    try:
+        with safe_open(path, "np") as file:
+            if (file.metadata() or {}).get("made_of") != made_of:
+                return None
+            return {name: file.get_tensor(name) for name in ("names", "offsets", "sizes")}
+    except (SafetensorError, OSError):
+        return None

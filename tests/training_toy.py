@@ -24,6 +24,7 @@ class ToyStream:
 
     pause: float = 0.0
     dtype: torch.dtype = torch.float32
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def batch(self, first: int, count: int) -> Batch:
         time.sleep(self.pause)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,11 +47,20 @@ class Teacher(Protocol):
 class CachedStream:
     """Prepared crops, each once an epoch, with their latents where a teacher encoded them."""
 
-    def __init__(self, pixels: Tensor, latents: Tensor | None, held_out: Tensor, rng_seed: int) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        latents: Tensor | None,
+        held_out: Tensor,
+        rng_seed: int,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
         self._pixels: NDArray[np.uint8] = pixels.numpy()
         self._latents = latents
         self._held_out: NDArray[np.uint8] = held_out.numpy()
         self._rng_seed = rng_seed
+        self.skipped: Mapping[str, str] = skipped or {}
+        """Pictures that were damaged when the crops were prepared."""
 
     def __len__(self) -> int:
         """Prepared crops."""
@@ -131,17 +141,19 @@ def _build(
     tensors = {"pixels": torch.cat(crops), "held_out": torch.from_numpy(stream.held_out_pixels)}
     if latents:
         tensors["latents"] = torch.cat(latents).contiguous()
+    metadata = {"made_from": json.dumps(made_from), "skipped": json.dumps(stream.skipped)}
     make_folder(path.parent)
-    write_bytes(path, safetensors.torch.save(tensors, {"made_from": json.dumps(made_from)}))
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
 def _read(path: Path, made_from: dict[str, Any], rng_seed: int) -> CachedStream:
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {})["made_from"])
+            metadata = file.metadata() or {}
+        found, skipped = json.loads(metadata["made_from"]), json.loads(metadata.get("skipped", "{}"))
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
         raise RacError(f"{path} is damaged or holds no prepared crops; delete it to prepare them again") from None
     if changed := differences(made_from, found):
         raise RacError(f"{path} was prepared otherwise: {'; '.join(changed)}; delete it to prepare it again")
-    return CachedStream(tensors["pixels"], tensors.get("latents"), tensors["held_out"], rng_seed)
+    return CachedStream(tensors["pixels"], tensors.get("latents"), tensors["held_out"], rng_seed, skipped)

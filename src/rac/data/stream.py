@@ -6,11 +6,14 @@ Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on aft
 from __future__ import annotations
 
 import io
+import time
 import warnings
 from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Mapping
+from concurrent.futures import Future, wait
 from functools import lru_cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +49,11 @@ class Batch(NamedTuple):
 
 class Stream(Protocol):
     """An endless supply of training images, and a few that are never among them."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Names of the damaged pictures met so far, and what was wrong with each."""
+        ...
 
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1`; the same arguments always give the same batch, in any thread."""
@@ -175,23 +183,77 @@ def _resample(picture: Image.Image, box: tuple[int, int, int, int], size: int) -
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def batches(stream: Stream, size: int, first: int, last: int, workers: int = 1) -> Generator[Batch, None, None]:
+def batches(
+    stream: Stream,
+    size: int,
+    first: int,
+    last: int,
+    workers: int = 1,
+    *,
+    rows: slice | None = None,
+    patience: float = 600.0,
+) -> Generator[Batch, None, None]:
     """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none).
 
-    Threads, not processes: decoding and resampling run outside Python's lock.
+    Of each batch of `size`, only `rows` are read where they are given: one process's share. Threads, not processes:
+    decoding and resampling run outside Python's lock.
+
+    Raises whatever the stream raises, and `RacError` if a thread ends or none of them delivers for `patience` seconds.
     """
+    start, stop, _ = (rows or slice(size)).indices(size)
+
+    def read(iteration: int) -> Batch:
+        return stream.batch(iteration * size + start, stop - start)
+
     if workers == 0:
-        for iteration in range(first, last):
-            yield stream.batch(iteration * size, size)
+        yield from map(read, range(first, last))
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="rac-data")
+    jobs: SimpleQueue[tuple[int, Future[Batch]] | None] = SimpleQueue()
+
+    def work() -> None:
+        while (job := jobs.get()) is not None:
+            iteration, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(read(iteration))
+            except Exception as error:
+                future.set_exception(error)
+            except BaseException as error:  # such as SystemExit, which would end the run as if all were well
+                future.set_exception(RacError(f"a thread that reads images was ended by {error!r}"))
+
+    # Not a thread pool: leaving it, and leaving Python, would wait for a thread that hangs.
+    threads = [Thread(target=work, name=f"rac-data-{k}", daemon=True) for k in range(workers)]
     ahead: deque[Future[Batch]] = deque()
     try:
+        for thread in threads:
+            thread.start()
         for iteration in range(first, last):
-            ahead.append(pool.submit(stream.batch, iteration * size, size))
+            ahead.append(Future())
+            jobs.put((iteration, ahead[-1]))
             if len(ahead) > workers + 1:
-                yield ahead.popleft().result()
+                yield _awaited(ahead.popleft(), patience)
         while ahead:
-            yield ahead.popleft().result()
+            yield _awaited(ahead.popleft(), patience)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in ahead:
+            future.cancel()
+        until = time.monotonic() + _GOODBYE
+        for _ in threads:
+            jobs.put(None)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
+
+
+_GOODBYE = 2.0
+"""Seconds that reading threads have to finish what they are at."""
+
+
+def _awaited(future: Future[Batch], patience: float) -> Batch:
+    if not wait([future], timeout=patience).done:
+        raise RacError(
+            f"no images came for {patience:.0f} seconds; the disk or the network that they are on hangs, "
+            "or reading is slower than that: raise patience_minutes"
+        )
+    return future.result()

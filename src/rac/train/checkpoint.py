@@ -21,6 +21,7 @@ from ..files import explained, make_folder
 from .state import TrainState
 
 _KEPT = 2
+_COUNTS = ("iteration", "skipped", "skipped_in_a_row")
 
 
 def save(state: TrainState, folder: Path) -> Path:
@@ -35,7 +36,7 @@ def save(state: TrainState, folder: Path) -> Path:
         for name, group in tensors.items():
             data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in group.items()})
             (temporary / f"{name}.safetensors").write_bytes(data)
-        (temporary / "state.json").write_text(json.dumps({"iteration": state.iteration}))
+        (temporary / "state.json").write_text(json.dumps({name: getattr(state, name) for name in _COUNTS}))
     earlier = [path for path in listed(folder) if path.name < target.name]
     for path in set(listed(folder)) - {target, *earlier[-(_KEPT - 1) :]}:
         shutil.rmtree(path)
@@ -61,7 +62,9 @@ def restore_newest(state: TrainState, folder: Path) -> None:
 def restore(state: TrainState, path: Path) -> None:
     """Put the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
     try:
-        iteration = int(read_json(path / "state.json")["iteration"])
+        # Older checkpoints have no word of skipped iterations: there were none.
+        found = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
+        counts = {name: int(found[name]) for name in _COUNTS}
         module, ema, optimizer = (
             safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("module", "ema", "optimizer")
         )
@@ -73,7 +76,8 @@ def restore(state: TrainState, path: Path) -> None:
     state.module.load_state_dict(module)
     state.ema.load_state_dict(ema)
     state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
-    state.iteration = iteration
+    for name, count in counts.items():
+        setattr(state, name, count)
 
 
 def listed(folder: Path) -> list[Path]:

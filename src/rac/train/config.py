@@ -41,6 +41,10 @@ class TrainConfig:
     """Threads torch computes with; 0: its own choice."""
     device: str = "auto"
     checkpoint_minutes: float = 5.0
+    patience_minutes: float = 15.0
+    """Longest wait for a batch before the run ends with an error instead of hanging."""
+    on_divergence: Literal["stop", "skip"] = "stop"
+    """Where a loss or gradient is not finite: stop and keep the batch for inspection, or go on without that batch."""
     gallery_every: int = 500
     """Iterations between galleries of held-out images, with curves of the losses."""
     log_every: int = 20
@@ -51,6 +55,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("iterations", "batch", "accumulate", "gallery_every", "log_every")
         others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "threads", "checkpoint_minutes")
+        if not self.patience_minutes > 0:
+            raise RacError(f"patience_minutes {self.patience_minutes} must be above 0")
         for name in (*counts, *others):
             least = 1 if name in counts else 0
             if not getattr(self, name) >= least:
@@ -64,7 +70,18 @@ class TrainConfig:
 
 # What may change when a run is resumed: it moves no number of the run, or only by rounding (another device).
 FREE_ON_RESUME = frozenset(
-    {"workers", "threads", "device", "checkpoint_minutes", "gallery_every", "log_every", "tensorboard", "keep_mb"}
+    {
+        "workers",
+        "threads",
+        "device",
+        "checkpoint_minutes",
+        "patience_minutes",
+        "on_divergence",  # matters only where a run would have ended
+        "gallery_every",
+        "log_every",
+        "tensorboard",
+        "keep_mb",
+    }
 )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..files import explained, write_bytes
 
 _PLAIN_SECONDS = 10.0
+_NAMED = 5
+"""Damaged pictures named on the screen; log.jsonl has them all."""
 
 
 class RunLog:
@@ -32,7 +36,7 @@ class RunLog:
         write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
         self._batch, self._iterations = batch, iterations
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._count = self._finite = 0
         self._before = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
         self._began = self._since = self._printed = time.monotonic()
         self._board = _tensorboard(directory, start) if tensorboard else None
@@ -50,28 +54,48 @@ class RunLog:
         if self._board:
             self._board.close()
 
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """The time spent in here is not the training's: galleries, checkpoints."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - began
+            self._began, self._since = self._began + spent, self._since + spent
+
     def count(self, values: dict[str, float]) -> None:
-        """Take in the values of one iteration."""
+        """Take in the values of one iteration; those of a skipped one, which are not all finite, only by its time."""
         self._count += 1
+        if not all(map(math.isfinite, values.values())):
+            return
+        self._finite += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def write(self, iteration: int, learning_rate: float) -> None:
-        """Write the means since the last time, and show them."""
+    def write(self, iteration: int, learning_rate: float, skipped: int = 0) -> None:
+        """Write the means since the last time, and show them; `skipped` iterations of the run changed no weight."""
         now = time.monotonic()
-        means = {name: total / self._count for name, total in self._sums.items()}
+        means = {name: total / self._finite for name, total in self._sums.items()}
         speed = self._count * self._batch / max(now - self._since, 1e-9)
         seconds = self._before + now - self._began
         so_far = {"iteration": iteration, "images": iteration * self._batch, "seconds": seconds}
-        self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, "train": means})
-        self._show(iteration, speed, means)
-        self._sums, self._count, self._since = {}, 0, now
+        counted = {"skipped": skipped} if skipped else {}
+        self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, **counted, "train": means})
+        self._show(iteration, speed, {**means, **counted})
+        self._sums, self._count, self._finite, self._since = {}, 0, 0, now
 
     def held_out(self, iteration: int, metrics: dict[str, float]) -> None:
         """Write figures of the held-out images."""
         self._append({"iteration": iteration, "held_out": metrics})
         self.say(f"iteration {iteration}, held out: {_listing(metrics)}")
-        self._since = time.monotonic()  # the gallery's time is not the training's
+
+    def damaged(self, iteration: int, pictures: Mapping[str, str]) -> None:
+        """Write which pictures could not be read, and why, if there are any."""
+        if pictures:
+            self._append({"iteration": iteration, "damaged": dict(pictures)})
+            more = f" and {len(pictures) - _NAMED} more, see log.jsonl" if len(pictures) > _NAMED else ""
+            self.say(f"skipped {len(pictures)} damaged picture(s): {', '.join(list(pictures)[:_NAMED])}{more}")
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""

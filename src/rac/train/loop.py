@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,14 +19,15 @@ from torch import nn
 
 from .. import runtime
 from ..config import differences, read_json, to_json
-from ..data import Stream, batches
+from ..data import Batch, Stream, batches
 from ..errors import RacError
-from ..files import make_folder, write_bytes
+from ..files import explained, make_folder, write_bytes
 from ..images import write_image
+from ..storage import write_tensors
 from . import checkpoint
 from .config import FREE_ON_RESUME, TrainConfig, learning_rate
 from .log import RunLog
-from .state import TrainState, train_step
+from .state import DivergedError, TrainState, train_step
 from .task import Task
 
 
@@ -59,11 +61,13 @@ def fit(
 
     With `resume` the run in `directory` goes on from its newest checkpoint; on the CPU it ends with the same weights,
     bit for bit, as if it had not been broken. `stop_at` ends the run after that many iterations, to be resumed later.
-    Ctrl-C and SIGTERM finish the iteration, save, and raise `KeyboardInterrupt`; a second one raises at once.
+    Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back,
+    does the same and raises `SystemExit` with the code 0. A second one raises at once.
 
     Raises:
         RacError: the directory holds a run and `resume` is not set, or the reverse; the recipe differs from the one
-            that is resumed; the loss is not finite; no image can be read; the disk is full.
+            that is resumed; the loss is not finite (the batch is then kept in diverged-<iteration>.safetensors);
+            no image can be read, or none came for `settings.patience_minutes`; the disk is full.
         WeightsError: no checkpoint of the run can be read.
     """
     _enter(directory, settings, recipe, resume)
@@ -72,25 +76,29 @@ def fit(
     checkpoint.restore_newest(state, directory / "checkpoints")
     start, last = state.iteration, min(settings.iterations, stop_at or settings.iterations)
     saved_at = time.monotonic()
-    supply = batches(stream, settings.batch, start, last, settings.workers)
+    patience = 60 * settings.patience_minutes
+    supply = batches(stream, settings.batch, start, last, settings.workers, patience=patience)
     log = RunLog(directory, start, settings.iterations, settings.batch, settings.tensorboard)
     with _asked_to_stop() as asked, closing(supply), log:
         if start == 0:
             _show(task, state, stream, directory, log)
         for batch in supply:
-            log.count(train_step(task, state, batch, settings))
+            log.count(_step(task, state, batch, settings, directory))
             k = state.iteration
             if k % settings.log_every == 0 or k == last:
-                log.write(k, learning_rate(settings, k - 1))
+                log.write(k, learning_rate(settings, k - 1), state.skipped)
             if k % settings.gallery_every == 0 or k == settings.iterations:
                 _show(task, state, stream, directory, log)
-            stop = asked.is_set()
+            stop = asked.number is not None
             if stop or k == last or time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
-                _save(task, state, directory)
+                with log.elsewhere():
+                    _save(task, state, directory)
                 saved_at = time.monotonic()
+            if stop or k == last:
+                log.damaged(k, stream.skipped)
             if stop and k < last:
                 log.say(f"stopped after iteration {k} of {settings.iterations}; --resume goes on from there")
-                raise KeyboardInterrupt
+                raise SystemExit(0) if asked.number == signal.SIGTERM else KeyboardInterrupt
     return Fitted(state.ema, state.iteration, log.latest_held_out)
 
 
@@ -99,7 +107,7 @@ def _enter(directory: Path, settings: TrainConfig, recipe: Any, resume: bool) ->
     path = directory / "recipe.json"
     ours = to_json(settings if recipe is None else recipe)
     if not resume:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (not directory.is_dir() or any(map(_counts, directory.iterdir()))):
             raise RacError(f"{directory} is not empty; --resume goes on with the run in it, or choose another --out")
         make_folder(directory)
     elif not path.exists():
@@ -107,6 +115,11 @@ def _enter(directory: Path, settings: TrainConfig, recipe: Any, resume: bool) ->
     elif changed := differences(_fixed(ours), _fixed(read_json(path))):
         raise RacError(f"{directory} was trained otherwise: {'; '.join(changed)}; resume it with the recipe it has")
     write_bytes(path, json.dumps(ours, indent=2).encode())
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file makes a folder used: not what a run left that was killed while it wrote its recipe."""
+    return not (path.name.startswith(".recipe.json.") and path.name.endswith(".tmp"))
 
 
 def _fixed(recipe: Any) -> Any:
@@ -120,12 +133,12 @@ def _fixed(recipe: Any) -> Any:
 def _show(task: Task, state: TrainState, stream: Stream, directory: Path, log: RunLog) -> None:
     """What the averaged module makes of the held-out images: a picture and figures; and the curves so far."""
     device = next(state.ema.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), log.elsewhere():
         picture, metrics = task.gallery(state.ema, stream.held_out().to(device))
-    write_image(picture, directory / f"gallery-{state.iteration:06d}.png")
-    log.held_out(state.iteration, metrics)
-    if state.iteration:
-        log.draw()
+        write_image(picture, directory / f"gallery-{state.iteration:06d}.png")
+        log.held_out(state.iteration, metrics)
+        if state.iteration:
+            log.draw()
 
 
 def _save(task: Task, state: TrainState, directory: Path) -> None:
@@ -135,15 +148,42 @@ def _save(task: Task, state: TrainState, directory: Path) -> None:
     checkpoint.save(state, directory / "checkpoints")
 
 
+def _step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig, directory: Path) -> dict[str, float]:
+    try:
+        return train_step(task, state, batch, settings)
+    except DivergedError as error:
+        raise RacError(f"{error}; the batch is in {_keep(batch, error, settings, directory)}") from error
+
+
+def _keep(batch: Batch, error: DivergedError, settings: TrainConfig, directory: Path) -> Path:
+    """Write a batch on which training diverged, and beside it what it gave; where the batch is."""
+    path = directory / f"diverged-{error.iteration:08d}.safetensors"
+    latents = {} if batch.latents is None else {"latents": batch.latents}
+    with explained(path):
+        write_tensors(path, {"images": batch.images, **latents})
+    # JSON knows no nan and no infinity.
+    values = {name: value if isfinite(value) else str(value) for name, value in error.values.items()}
+    about = {"iteration": error.iteration, "rng_seed": settings.rng_seed, "terms": values}
+    write_bytes(path.with_suffix(".json"), json.dumps(about, indent=2).encode())
+    return path
+
+
+@dataclass
+class _Asked:
+    """Which signal asked the run to stop, if one did."""
+
+    number: int | None = None
+
+
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that an iteration is never cut in two. The second one raises."""
-    asked = threading.Event()
+def _asked_to_stop() -> Iterator[_Asked]:
+    """Takes note of Ctrl-C and SIGTERM, so that an iteration is never cut in two. The second one raises."""
+    asked = _Asked()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
+        if asked.number is not None:
+            raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
+        asked.number = number
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield asked

@@ -16,6 +16,24 @@ from ..errors import RacError
 from .config import TrainConfig, ema_decay, learning_rate
 from .task import Task
 
+MOST_SKIPPED = 10
+"""Iterations in a row that may be skipped; a run that meets more of them is not going to recover."""
+
+
+class DivergedError(RacError):
+    """A loss or a gradient is not finite. Weights and optimiser are as they were."""
+
+    def __init__(self, iteration: int, values: dict[str, float], in_a_row: int = 0) -> None:
+        found = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        times = f", for the {in_a_row}th time in a row" if in_a_row else ""
+        super().__init__(
+            f"training diverged at iteration {iteration}{times}: {found}; earlier checkpoints are sound: resume from "
+            "them with on_divergence skip if the batch is at fault, or start anew with a lower lr, a longer warmup, "
+            "a lower clip, or without bf16"
+        )
+        self.iteration = iteration
+        self.values = values
+
 
 @dataclass
 class TrainState:
@@ -25,7 +43,11 @@ class TrainState:
     ema: nn.Module
     optimizer: torch.optim.AdamW
     iteration: int = 0
-    """Iterations done."""
+    """Iterations done, skipped ones included."""
+    skipped: int = 0
+    """Iterations whose loss or gradient was not finite, and that changed no weight."""
+    skipped_in_a_row: int = 0
+    """The same, since the last one that changed them."""
 
     @classmethod
     def start(cls, task: Task, settings: TrainConfig, device: torch.device) -> TrainState:
@@ -47,8 +69,9 @@ class TrainState:
 def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:
     """One iteration on `batch`: gradients over all its parts, clip, optimiser, average.
 
-    Returns the mean unweighted terms, their weighted sum "loss" and the norm of the gradient "gradient". Raises
-    `RacError`, and leaves the weights as they were, if the loss or the gradient is not finite.
+    Returns the mean unweighted terms, their weighted sum "loss" and the norm of the gradient "gradient". If these are
+    not all finite, weights, buffers, average and optimiser stay as they were, and with `settings.on_divergence` "skip"
+    the iteration counts as skipped. Raises `DivergedError` if it is "stop", or if `MOST_SKIPPED` would be skipped in a row.
     """
     device = next(state.module.parameters()).device
     batch = batch.to(device, runtime.memory_format(settings.channels_last))
@@ -56,6 +79,7 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
     torch.manual_seed(runtime.derived_seed(settings.rng_seed, "global", state.iteration))
     state.module.train()
     state.optimizer.zero_grad()
+    buffers = [buffer.clone() for buffer in state.module.buffers()]
     size = len(batch.images)
     totals: dict[str, Tensor] = {}
     for part in range(settings.accumulate):
@@ -78,7 +102,12 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
     totals["gradient"] = nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf")).float()
     # One transfer, and the only time the processor waits for the device.
     values = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
-    _check_finite(values, state.iteration + 1)
+    if not all(map(math.isfinite, values.values())):
+        for buffer, before in zip(state.module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        _skip(state, values, settings)
+        return values
+    state.skipped_in_a_row = 0
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(settings, state.iteration)
     state.optimizer.step()
@@ -95,10 +124,11 @@ def _average(ema: nn.Module, module: nn.Module, weight: float) -> None:
         kept.copy_(buffer)
 
 
-def _check_finite(values: dict[str, float], iteration: int) -> None:
-    if not all(map(math.isfinite, values.values())):
-        found = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        raise RacError(
-            f"training diverged at iteration {iteration}: {found}; earlier checkpoints are sound, but start anew "
-            "with a lower lr, a longer warmup, a lower clip, or without bf16"
-        )
+def _skip(state: TrainState, values: dict[str, float], settings: TrainConfig) -> None:
+    if settings.on_divergence == "stop":
+        raise DivergedError(state.iteration + 1, values)
+    if state.skipped_in_a_row + 1 >= MOST_SKIPPED:
+        raise DivergedError(state.iteration + 1, values, MOST_SKIPPED)
+    state.iteration += 1
+    state.skipped += 1
+    state.skipped_in_a_row += 1

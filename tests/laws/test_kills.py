@@ -1,0 +1,134 @@
+"""Trainings killed at random moments, resumed, killed again, end bit for bit as the one that was left alone.
+
+The slow test does three of them; as a script it does as many as it is told to, and prints what happened:
+
+    python tests/laws/test_kills.py 20
+"""
+
+from __future__ import annotations
+
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rac import write_image
+from rac.train import read_log
+
+TRAIN = shlex.split(
+    "train tiny --data.size 32 --data.held-out 2 --data.cached-crops 0 --train.iterations 24 --train.batch 4 "
+    "--train.warmup 5 --train.checkpoint-minutes 0 --train.log-every 1 --train.gallery-every 9 --train.no-tensorboard"
+)
+"""A real recipe that saves after every iteration, so that many a kill meets a save."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a training leaves to be compared."""
+
+    files: dict[str, bytes]
+    values: dict[int, dict[str, Any]]
+    """Of every iteration: its losses, and the figures of the held-out images."""
+
+    @classmethod
+    def of(cls, run: Path) -> Ended:
+        newest = max((run / "checkpoints").glob("0*"))
+        files = {path.relative_to(run).as_posix(): path for path in [*newest.iterdir(), *(run / "coder").iterdir()]}
+        values: dict[int, dict[str, Any]] = {}
+        for record in read_log(run / "log.jsonl"):
+            for kind in record.keys() & {"train", "held_out"}:
+                assert kind not in values.setdefault(record["iteration"], {}), "an iteration is told twice"
+                values[record["iteration"]][kind] = record[kind]
+        return cls({name: path.read_bytes() for name, path in files.items()}, values)
+
+
+def photographs(folder: Path) -> Path:
+    """Twelve pictures to train on; the last is damaged."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(12):
+        coarse = 2 * torch.rand(1, 3, 6, 6, generator=generator) - 1
+        write_image(torch.nn.functional.interpolate(coarse, size=(48, 56), mode="bilinear"), folder / f"{k:02d}.png")
+    (folder / "11.png").write_bytes((folder / "11.png").read_bytes()[:100])
+    return folder
+
+
+def start(run: Path, photos: Path) -> subprocess.Popen[str]:
+    """Begin the run, or go on with it, in a process of its own."""
+    resume = ["--resume"] if (run / "recipe.json").exists() else []
+    command = [sys.executable, "-m", "rac", *TRAIN, "--data.paths", str(photos), "--out", str(run), *resume]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(run: Path, photos: Path) -> None:
+    """Go on with the run to its end. Whatever was killed before, no checkpoint may be damaged."""
+    process = start(run, photos)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert "checkpoint" not in said, said
+
+
+def killed(run: Path, photos: Path, moments: list[float]) -> list[int]:
+    """Kill the run so many seconds after each of its beginnings; the iterations that its checkpoints had reached."""
+    reached = []
+    for seconds in moments:
+        process = start(run, photos)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        _, said = process.communicate()
+        assert "checkpoint" not in said, said
+        reached.append(max((int(path.name) for path in run.glob("checkpoints/0*")), default=0))
+    return reached
+
+
+def unbroken(workplace: Path) -> tuple[Path, Ended, float]:
+    """Photographs, how the training ends that is left alone, and its seconds."""
+    photos = photographs(workplace / "photos")
+    began = time.monotonic()
+    finish(workplace / "whole", photos)
+    return photos, Ended.of(workplace / "whole"), time.monotonic() - began
+
+
+def moments(rng: random.Random, seconds: float) -> list[float]:
+    """One to three moments in a run of so many seconds, its start and its end included."""
+    return [rng.uniform(0, seconds) for _ in range(rng.randint(1, 3))]
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_end_as_the_unbroken_one(tmp_path: Path) -> None:
+    photos, whole, seconds = unbroken(tmp_path)
+    assert sorted(whole.values) == list(range(25))
+    rng = random.Random(0)
+    for k in range(3):
+        killed(tmp_path / str(k), photos, moments(rng, seconds))
+        finish(tmp_path / str(k), photos)
+        assert Ended.of(tmp_path / str(k)) == whole
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    with tempfile.TemporaryDirectory() as folder:
+        photos, whole, seconds = unbroken(Path(folder))
+        print(f"unbroken: {len(whole.values) - 1} iterations in {seconds:.1f} s", flush=True)
+        rng, equal = random.Random(), 0
+        for k in range(count):
+            run, at = Path(folder, str(k)), moments(rng, seconds)
+            reached = killed(run, photos, at)
+            finish(run, photos)
+            same = Ended.of(run) == whole
+            equal += same
+            shown = ", ".join(f"{second:.1f} s (iteration {k})" for second, k in zip(at, reached, strict=True))
+            print(f"run {k}: killed after {shown}: {'equal' if same else 'NOT EQUAL'}", flush=True)
+        print(f"{equal} of {count} runs ended bit for bit as the unbroken one")
+    sys.exit(equal != count)

@@ -71,7 +71,7 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
 
     Returns the mean unweighted terms, their weighted sum "loss" and the norm of the gradient "gradient". If these are
     not all finite, weights, buffers, average and optimiser stay as they were, and with `settings.on_divergence` "skip"
-    the iteration counts as skipped. Raises `DivergedError` if it is "stop", or if `MOST_SKIPPED` would be skipped in a row.
+    the iteration counts as skipped. Raises `DivergedError` with "stop", and before `MOST_SKIPPED` in a row.
     """
     device = next(state.module.parameters()).device
     batch = batch.to(device, runtime.memory_format(settings.channels_last))

@@ -16,6 +16,7 @@ from rac.draws import Draws
 from rac.runtime import generator
 from rac.storage import write_tensors
 from rac.train import TrainConfig, fit
+from rac.train.task import Opponent
 
 
 @dataclass
@@ -50,6 +51,7 @@ class ToyTask:
     module: nn.Module = field(default_factory=one_layer)
     frozen: tuple[nn.Module, ...] = ()
     weights: dict[str, float] = field(default_factory=lambda: {"clean": 1.0, "faint": 0.5, "unused": 0.0})
+    opponent: Opponent | None = None
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         images = batch.images

@@ -102,7 +102,7 @@ def test_terms_are_the_formulas(coder: KLVAE, images: torch.Tensor) -> None:
     torch.testing.assert_close(terms["l1"], (decoded - images).abs().mean())
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
     torch.testing.assert_close(terms["kl"], kl.sum() / len(images))
-    assert terms.keys() == vars(KLVAEWeights()).keys()
+    assert terms.keys() == {"l1", "kl"}
 
 
 def test_terms_do_not_depend_on_how_the_batch_is_cut(coder: KLVAE, images: torch.Tensor) -> None:

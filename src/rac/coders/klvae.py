@@ -70,6 +70,12 @@ class KLVAE(DiffusersCoder):
         moments = self.network.encode(self._pixels(image)).latent_dist.parameters
         return DiagonalGaussianDistribution(moments.to(image.dtype))  # its exponentials overflow in half precision
 
+    def freeze_encoder(self) -> None:
+        """Let training change only what decodes: all that latents are made by keeps its values and gets no gradient."""
+        for part in (self.network.encoder, self.network.quant_conv):
+            if part is not None:
+                part.requires_grad_(False)
+
     @torch.no_grad()
     def fit_statistics(self, images: Iterable[Tensor]) -> None:
         """Set scale and shift so that the latents of `images` (batches B 3 H W) have mean 0 and variance 1 over all.

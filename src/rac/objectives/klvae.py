@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..draws import Draws
 from ..images import crop
 from ..latents import normalise
+from .judged import NO_JUDGES, Judges, judged_terms
 
 if TYPE_CHECKING:
     from ..coders.klvae import KLVAE
@@ -22,18 +23,31 @@ class KLVAEWeights:
 
     l1: float = 1.0
     kl: float = 1e-6
+    perceptual: float = 0.0
+    """LPIPS with VGG16, whose weights are looked for in RAC_WEIGHTS_DIR."""
+    adversarial: float = 0.0
+    """In units of the other terms: at 1 its gradient at the last layer is as long as theirs."""
 
 
-def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws) -> dict[str, Tensor]:
+def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, judges: Judges = NO_JUDGES) -> dict[str, Tensor]:
     """The terms for images B 3 H W in [-1, 1], each a scalar; `draws` samples the posterior.
 
-    - `l1`: mean absolute error of the decoded sample, over all pixels and channels.
     - `kl`: divergence of the posterior from N(0, 1), summed over each image's latent, averaged over the batch, as in
       the SD-VAE's code. That code sums the pixel error as well; against a mean the same weight binds 3 H W times
       harder.
+    - the others are `decoder_terms` of the sample.
     """
     posterior = coder.posterior(image)
     raw_latent = posterior.mean + posterior.std * draws.normal(posterior.mean)
-    height, width = image.shape[-2:]
-    decoded = crop(coder.decode(normalise(raw_latent, coder.spec)), (height, width))
-    return {"l1": F.l1_loss(decoded, image), "kl": posterior.kl().mean()}
+    terms = decoder_terms(coder, image, normalise(raw_latent, coder.spec), judges)
+    return {**terms, "kl": posterior.kl().mean()}
+
+
+def decoder_terms(coder: KLVAE, image: Tensor, latent: Tensor, judges: Judges = NO_JUDGES) -> dict[str, Tensor]:
+    """The terms that need no posterior, for images B 3 H W in [-1, 1] and their latents B c h w.
+
+    - `l1`: mean absolute error of the decoded latent, over all pixels and channels.
+    - those of `judged_terms`, on the same decoded image.
+    """
+    decoded = crop(coder.decode(latent), (image.shape[-2], image.shape[-1]))
+    return {"l1": F.l1_loss(decoded, image), **judged_terms(judges, decoded, image)}

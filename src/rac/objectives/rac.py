@@ -16,7 +16,11 @@ from ..flow.mean import Derivative, mean_velocity_target
 from ..flow.memory import recomputed
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
-from ..states import RGB, StateSpec, expand, image_state
+from ..states import RGB, StateSpec, expand, image_of, image_state
+from .judged import DISCRIMINATOR, NO_JUDGES, Judges, judged_terms
+
+DECODING = ("reconstruction", "pad", "path_decode", "perceptual", "adversarial")
+"""The terms on the flow from the teacher's latent."""
 
 ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip_state")
 """The terms that begin by encoding the image."""
@@ -51,6 +55,11 @@ class RACWeights:
     """MSE of the mean velocity against its identity (flow/mean.py). Needs a field built with `interval`."""
     velocity: float = 0.0
     """Ours: MSE of the velocity at a random time on the straight line against its slope. No unrolling."""
+    perceptual: float = 0.0
+    """Ours: LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`."""
+    adversarial: float = 0.0
+    """Ours: a discriminator's judgement of the same image, in units of all other terms: at 1 its gradient at the
+    field's last layer is as long as theirs."""
 
     def chosen(self) -> dict[str, float]:
         """The terms whose weight is not 0, in the order above."""
@@ -113,6 +122,8 @@ class Coding(NamedTuple):
     """Seed state -> latent: the spread's inverse, or a learned projector."""
     teacher_decode: Callable[[Tensor], Tensor] | None
     """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
+    judges: Judges = NO_JUDGES
+    """Networks that look at the decoded image; without a discriminator there is no `adversarial` term (yet)."""
 
 
 class Rollout(NamedTuple):
@@ -126,17 +137,17 @@ class Rollout(NamedTuple):
 def rac_terms(
     coding: Coding, image: Tensor, latent: Tensor, objective: RACObjective, draws: Draws
 ) -> dict[str, Tensor]:
-    """The terms of nonzero weight, unweighted, by name.
+    """The terms of nonzero weight, unweighted, by name; and `discriminator`, where one is given (`judged_terms`).
 
     `image` is B 3 H W in [-1, 1] with sides that are multiples of f, `latent` B c h w the teacher's.
-    Raises `RacError` if the `pixel` term is wanted without a teacher.
+    Raises `RacError` if the `pixel` term is wanted without a teacher, or `perceptual` without its network.
     """
     weights, channels = objective.weights, coding.states.state_channels
     seed_state, target = expand(latent, coding.states), image_state(image, channels)
     rollout = Rollout(objective, draws.integer(*objective.steps), draws)
     terms: dict[str, Tensor] = {}
 
-    if weights.reconstruction or weights.pad or weights.path_decode:
+    if any(getattr(weights, name) for name in DECODING):
         decoding = _unroll(coding, seed_state, rollout)
         terms["reconstruction"] = _image_error(decoding.end, target, objective)
         if weights.path_decode:
@@ -144,6 +155,10 @@ def rac_terms(
         if weights.pad:  # a state of three channels has none
             pad = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:]) if channels > RGB else image.new_zeros(())
             terms["pad"] = pad
+        if weights.perceptual and coding.judges.perceptual is None:
+            raise RacError("the perceptual term needs LPIPS; give it in Coding's judges, or weight 0")
+        if weights.perceptual or weights.adversarial:
+            terms |= judged_terms(coding.judges, image_of(decoding.end), image)
 
     if any(getattr(weights, name) for name in ENCODING):
         encoding = _unroll(coding, target, rollout, backwards=True)
@@ -168,7 +183,7 @@ def rac_terms(
         time, end = (times_of(draws.uniform(image), objective.times) for _ in range(2))
         end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
         terms["mean_velocity"] = mean_velocity_error(coding.field, seed_state, target, time, end, objective.derivative)
-    return {name: terms[name] for name in weights.chosen()}
+    return {name: terms[name] for name in (*weights.chosen(), DISCRIMINATOR) if name in terms}
 
 
 def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Tensor:

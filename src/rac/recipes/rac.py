@@ -18,6 +18,8 @@ from ..latents import LatentSpec
 from ..objectives.rac import RACObjective
 from ..states import Spread
 from ..train import Fitted, TrainConfig, fit
+from ..train.discriminator import DiscriminatorConfig
+from ..train.jury import Jury
 from ..train.tasks import RACTask
 
 
@@ -36,6 +38,7 @@ class RACRecipe:
     start: str | None = None
     """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
     objective: RACObjective = dataclasses.field(default_factory=RACObjective)
+    discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
@@ -44,8 +47,11 @@ class RACRecipe:
 
         Prepared crops, if any, are kept in the file `crops`; `directory`.crops where none is named.
 
-        Raises `RacError` for sizes that do not fit the teacher's factor, and for a start of another shape.
+        Raises `RacError` for sizes that do not fit the teacher's factor, and for a start of another shape, and
+        `WeightsError` where LPIPS is wanted and its weights are not found.
         """
+        weights = self.objective.weights
+        jury = Jury.called(weights.perceptual, weights.adversarial, self.discriminator, self.train.rng_seed)
         teacher = hub.load(self.teacher)
         factor = teacher.spec.factor
         if self.data.size % factor:
@@ -61,7 +67,8 @@ class RACRecipe:
         )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         coder = self._coder(teacher.spec)
-        return fit(RACTask(coder, teacher, self.objective), stream, self.train, directory, recipe=self, resume=resume)
+        task = RACTask(coder, teacher, self.objective, jury)
+        return fit(task, stream, self.train, directory, recipe=self, resume=resume)
 
     def _coder(self, spec: LatentSpec) -> RAC:
         config = RACConfig(

@@ -7,8 +7,10 @@ from dataclasses import replace
 from ..coders.klvae import KLVAEConfig
 from ..data import DataConfig
 from ..fields import LdmFieldConfig, TinyFieldConfig
+from ..objectives.klvae import KLVAEWeights
 from ..objectives.rac import NANO, PAPER, RACObjective, RACWeights
 from ..train import TrainConfig
+from ..train.discriminator import DiscriminatorConfig
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 
@@ -23,6 +25,19 @@ def klvae() -> KLVAERecipe:
     return KLVAERecipe(
         network=KLVAEConfig(latent_channels=8),
         train=replace(_ONE_CORE, iterations=9_000, batch=16, final_lr=0.02),
+    )
+
+
+def klvae_sharp() -> KLVAERecipe:
+    """A sharper decoder for the shipped teacher's own latents: L1 + LPIPS + a discriminator; needs LPIPS's weights."""
+    return KLVAERecipe(
+        network=KLVAEConfig(latent_channels=8),
+        start="klvae-f8d8",
+        train_encoder=False,
+        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
+        discriminator=DiscriminatorConfig(start=500),
+        data=DataConfig(cached_crops=10_000),
+        train=replace(_ONE_CORE, iterations=4_000, batch=8, lr=3e-4),
     )
 
 
@@ -111,7 +126,7 @@ def nano() -> RACRecipe:
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
     recipe.__name__.replace("_", "-"): (recipe.__doc__ or "", recipe())
-    for recipe in (klvae, rac, rollout, one_step, tiny, paper, nano)
+    for recipe in (klvae, klvae_sharp, rac, rollout, one_step, tiny, paper, nano)
 }
 """Name -> what it is for, and the recipe."""
 
@@ -120,6 +135,7 @@ def in_seconds(recipe: Recipe) -> Recipe:
     """The same recipe at a size that runs in seconds on a CPU, for trying it out and for tests."""
     return replace(
         recipe,
+        discriminator=replace(recipe.discriminator, width=8, start=min(recipe.discriminator.start, 1)),
         data=replace(recipe.data, size=32, held_out=2, cached_crops=min(recipe.data.cached_crops, 8)),
         train=replace(recipe.train, iterations=3, batch=2, warmup=0, gallery_every=3, log_every=1),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import read_json
 from ..errors import RacError, WeightsError
@@ -27,11 +27,9 @@ _COUNTS = ("iteration", "skipped", "skipped_in_a_row")
 def save(state: TrainState, folder: Path) -> Path:
     """Write `state` to `folder`/<iteration>/ and keep the last two such checkpoints. Raises `RacError` if refused."""
     target = folder / f"{state.iteration:08d}"
-    tensors = {
-        "module": state.module.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": _optimizer_tensors(state),
-    }
+    tensors = {"ema": state.ema.state_dict()}
+    for name, module, moments, optimizer in _trained(state):
+        tensors |= {name: module.state_dict(), moments: _optimizer_tensors(optimizer)}
     with whole_folder(target) as temporary:
         for name, group in tensors.items():
             data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in group.items()})
@@ -63,21 +61,30 @@ def restore(state: TrainState, path: Path) -> None:
     """Put the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
     try:
         # Older checkpoints have no word of skipped iterations: there were none.
-        found = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
-        counts = {name: int(found[name]) for name in _COUNTS}
-        module, ema, optimizer = (
-            safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("module", "ema", "optimizer")
-        )
-        _check_names(module, state.module.state_dict())
+        told = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
+        counts = {name: int(told[name]) for name in _COUNTS}
+        ema = safetensors.torch.load_file(path / "ema.safetensors")
         _check_names(ema, state.ema.state_dict())
-        moments = _optimizer_state(state, optimizer)
-    except (RacError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        found = []
+        for name, module, moments, optimizer in _trained(state):
+            weights, tensors = (safetensors.torch.load_file(path / f"{file}.safetensors") for file in (name, moments))
+            _check_names(weights, module.state_dict())
+            found.append((module, weights, optimizer, _optimizer_state(optimizer, tensors)))
+    except (RacError, SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise WeightsError(f"checkpoint {path} is damaged or of another recipe ({error})") from None
-    state.module.load_state_dict(module)
+    for module, weights, optimizer, kept in found:
+        module.load_state_dict(weights)
+        optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
     state.ema.load_state_dict(ema)
-    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
     for name, count in counts.items():
         setattr(state, name, count)
+
+
+def _trained(state: TrainState) -> Iterator[tuple[str, nn.Module, str, torch.optim.AdamW]]:
+    """What has weights and an optimiser, each by the name of its file."""
+    yield "module", state.module, "optimizer", state.optimizer
+    if state.contest is not None:
+        yield "opponent", state.contest.opponent.module, "opponent_optimizer", state.contest.optimizer
 
 
 def listed(folder: Path) -> list[Path]:
@@ -129,13 +136,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    moments = state.optimizer.state_dict()["state"]
+def _optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    moments = optimizer.state_dict()["state"]
     return {f"{index}.{key}": value for index, values in moments.items() for key, value in values.items()}
 
 
-def _optimizer_state(state: TrainState, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    parameters = state.optimizer.param_groups[0]["params"]
+def _optimizer_state(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    parameters = optimizer.param_groups[0]["params"]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")

@@ -36,7 +36,8 @@ class RunLog:
         write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
         self._batch, self._iterations = batch, iterations
         self._sums: dict[str, float] = {}
-        self._count = self._finite = 0
+        self._counts: dict[str, int] = {}
+        self._count = 0
         self._before = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
         self._began = self._since = self._printed = time.monotonic()
         self._board = _tensorboard(directory, start) if tensorboard else None
@@ -69,21 +70,21 @@ class RunLog:
         self._count += 1
         if not all(map(math.isfinite, values.values())):
             return
-        self._finite += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def write(self, iteration: int, learning_rate: float, skipped: int = 0) -> None:
         """Write the means since the last time, and show them; `skipped` iterations of the run changed no weight."""
         now = time.monotonic()
-        means = {name: total / self._finite for name, total in self._sums.items()}
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         speed = self._count * self._batch / max(now - self._since, 1e-9)
         seconds = self._before + now - self._began
         so_far = {"iteration": iteration, "images": iteration * self._batch, "seconds": seconds}
         counted = {"skipped": skipped} if skipped else {}
         self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, **counted, "train": means})
         self._show(iteration, speed, {**means, **counted})
-        self._sums, self._count, self._finite, self._since = {}, 0, 0, now
+        self._sums, self._counts, self._count, self._since = {}, {}, 0, now
 
     def held_out(self, iteration: int, metrics: dict[str, float]) -> None:
         """Write figures of the held-out images."""

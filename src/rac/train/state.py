@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from .. import runtime
 from ..data import Batch
 from ..draws import Draws
 from ..errors import RacError
+from ..objectives.judged import ADVERSARIAL
 from .config import TrainConfig, ema_decay, learning_rate
+from .contest import Contest
 from .task import Task
 
 MOST_SKIPPED = 10
@@ -42,6 +45,8 @@ class TrainState:
     module: nn.Module
     ema: nn.Module
     optimizer: torch.optim.AdamW
+    contest: Contest | None = None
+    """With the task's opponent, if it has one."""
     iteration: int = 0
     """Iterations done, skipped ones included."""
     skipped: int = 0
@@ -56,22 +61,28 @@ class TrainState:
             runtime.place(part, device, settings.channels_last).eval().requires_grad_(False)
         module = runtime.place(task.module, device, settings.channels_last)
         ema = copy.deepcopy(module).eval().requires_grad_(False)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            trained,
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=device.type == "cuda",
         )
-        return cls(module, ema, optimizer)
+        contest = None
+        if task.opponent is not None:
+            runtime.place(task.opponent.module, device, settings.channels_last).train()
+            contest = Contest.start(task.opponent, trained, settings)
+        return cls(module, ema, optimizer, contest)
 
 
 def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:
-    """One iteration on `batch`: gradients over all its parts, clip, optimiser, average.
+    """One iteration on `batch`: gradients over all its parts, clip, optimiser, average; the same for an opponent.
 
-    Returns the mean unweighted terms, their weighted sum "loss" and the norm of the gradient "gradient". If these are
-    not all finite, weights, buffers, average and optimiser stay as they were, and with `settings.on_divergence` "skip"
-    the iteration counts as skipped. Raises `DivergedError` with "stop", and before `MOST_SKIPPED` in a row.
+    Returns the mean unweighted terms, their weighted sum "loss" (the adversarial term apart, whose weight is "balance"
+    times its own) and the norm of the gradient "gradient". If these are not all finite, weights, buffers, average and
+    optimisers stay as they were, and with `settings.on_divergence` "skip" the iteration counts as skipped. Raises
+    `DivergedError` with "stop", and before `MOST_SKIPPED` in a row.
     """
     device = next(state.module.parameters()).device
     batch = batch.to(device, runtime.memory_format(settings.channels_last))
@@ -80,24 +91,20 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
     state.module.train()
     state.optimizer.zero_grad()
     buffers = [buffer.clone() for buffer in state.module.buffers()]
-    size = len(batch.images)
+    contest: Contest | None = None
     totals: dict[str, Tensor] = {}
-    for part in range(settings.accumulate):
-        rows = slice(size * part // settings.accumulate, size * (part + 1) // settings.accumulate)
-        share = (rows.stop - rows.start) / size
-        draws = Draws(
-            shared=runtime.generator(settings.rng_seed, "shared", state.iteration),
-            own=runtime.generator(settings.rng_seed, "own", state.iteration, device=device),
-            total=size,
-            first=rows.start,
-            count=rows.stop - rows.start,
-        )
+    for rows, share, draws in _parts(len(batch.images), state.iteration, settings, device):
         with runtime.autocast(device, settings.bf16):
             terms = task.terms(batch.rows(rows), draws, state.iteration)
             loss = torch.stack([weight * terms[name].float() for name, weight in task.weights.items() if weight]).sum()
-        (share * loss).backward()
+        contest = state.contest if ADVERSARIAL in terms else None
+        (share * loss).backward(retain_graph=contest is not None)
+        if contest:
+            contest.add_part(terms, share)
         for name, term in {**terms, "loss": loss}.items():
             totals[name] = totals.get(name, 0) + share * term.detach().float()
+    if contest:
+        totals |= contest.settle(settings.clip)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     totals["gradient"] = nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf")).float()
     # One transfer, and the only time the processor waits for the device.
@@ -105,15 +112,35 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
     if not all(map(math.isfinite, values.values())):
         for buffer, before in zip(state.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
+        if contest:
+            contest.forget()
         _skip(state, values, settings)
         return values
     state.skipped_in_a_row = 0
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(settings, state.iteration)
     state.optimizer.step()
+    if contest:
+        contest.step(settings, state.iteration)
     _average(state.ema, state.module, 1 - ema_decay(settings, state.iteration))
     state.iteration += 1
     return values
+
+
+def _parts(
+    size: int, iteration: int, settings: TrainConfig, device: torch.device
+) -> Iterator[tuple[slice, float, Draws]]:
+    """The parts of a batch of `size`: their rows, their share of it, and their draws."""
+    for part in range(settings.accumulate):
+        rows = slice(size * part // settings.accumulate, size * (part + 1) // settings.accumulate)
+        draws = Draws(
+            shared=runtime.generator(settings.rng_seed, "shared", iteration),
+            own=runtime.generator(settings.rng_seed, "own", iteration, device=device),
+            total=size,
+            first=rows.start,
+            count=rows.stop - rows.start,
+        )
+        yield rows, (rows.stop - rows.start) / size, draws
 
 
 @torch.no_grad()

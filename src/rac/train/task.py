@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,20 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..draws import Draws
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A discriminator to be trained against the task's module, and what its judgement weighs."""
+
+    module: nn.Module
+    last_layer: nn.Parameter
+    """Of the task's module: where the adversarial gradient is brought to the length of that of all other terms."""
+    weight: float
+    """Of the adversarial term, in units of the others."""
+    rate: float = 1.0
+    """Its learning rate, as a multiple of the module's."""
+    betas: tuple[float, float] = (0.5, 0.9)
 
 
 class Task(Protocol):
@@ -32,6 +47,13 @@ class Task(Protocol):
     @property
     def weights(self) -> Mapping[str, float]:
         """Weight of each term in the loss. A term that `terms` gives and this leaves out is only logged."""
+        ...
+
+    @property
+    def opponent(self) -> Opponent | None:
+        """A discriminator, if there is one. It is trained in the iterations whose `terms` hold "adversarial", the
+        module's term against it, and "discriminator", its own; neither is among `weights`. Saved in checkpoints, and
+        not averaged."""
         ...
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,11 @@ from ..evaluate.pictures import Panel, sheet, strip
 from ..evaluate.protocol import Protocol, evaluate
 from ..evaluate.references import Framing, References
 from ..images import from_pixels
-from ..objectives.klvae import KLVAEWeights, klvae_terms
+from ..objectives.judged import ADVERSARIAL
+from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
+from .jury import Jury, last_layer
+from .task import Opponent
 
 STATISTICS_BATCHES = 16
 """Training batches whose latents give a KL-VAE its scale and shift."""
@@ -34,34 +37,63 @@ HELD_OUT = Protocol("held out", Framing(), figures=("psnr",))
 
 @dataclass
 class KLVAETask:
-    """Trains a KL-VAE; its statistics are fitted, on training images, whenever it is saved."""
+    """Trains a KL-VAE; its statistics are fitted, on training images, whenever it is saved.
+
+    Without `train_encoder` only what decodes is trained, on the latents that `encode` gives (the posterior's means, no
+    noise), or on prepared ones; encoder and statistics stay as they are, bit for bit.
+    """
 
     module: KLVAE
     loss_weights: KLVAEWeights
     stream: Stream
     batch: int
-    frozen: Sequence[nn.Module] = ()
+    jury: Jury = field(default_factory=Jury)
+    train_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.train_encoder:
+            self.module.freeze_encoder()
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """See `Task`."""
+        return self.jury.frozen
 
     @property
     def weights(self) -> Mapping[str, float]:
         """See `Task`."""
-        return asdict(self.loss_weights)
+        unused = {ADVERSARIAL} if self.train_encoder else {ADVERSARIAL, "kl"}
+        return {name: weight for name, weight in asdict(self.loss_weights).items() if name not in unused}
+
+    @property
+    def opponent(self) -> Opponent | None:
+        """See `Task`."""
+        return self.jury.opponent(last_layer(self.module.network.decoder), self.loss_weights.adversarial)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         """See `Task`."""
-        return klvae_terms(self.module, batch.images, draws)
+        judges = self.jury.judges(iteration)
+        if self.train_encoder:
+            return klvae_terms(self.module, batch.images, draws, judges)
+        latents = batch.latents
+        if latents is None:
+            with torch.no_grad():
+                latents = self.module.encode(batch.images)
+        return decoder_terms(self.module, batch.images, latents, judges)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
         assert isinstance(module, KLVAE)
         judged = evaluate(module, References.of(images, "held out"), HELD_OUT, name="KL-VAE")
-        return gallery({"original": images, "KL-VAE": module.reconstruct(images)}), {"psnr": judged.figures["psnr"]}
+        decoded = module.reconstruct(images)
+        figures = {"psnr": judged.figures["psnr"], **self.jury.figures(decoded, images)}
+        return gallery({"original": images, "KL-VAE": decoded}), figures
 
     def save(self, module: nn.Module, directory: Path) -> None:
         """See `Task`."""
         assert isinstance(module, KLVAE)
-        device = next(module.parameters()).device
-        module.fit_statistics(self._training_images(device))
+        if self.train_encoder:
+            module.fit_statistics(self._training_images(next(module.parameters()).device))
         module.save(directory)
 
     def _training_images(self, device: torch.device) -> Iterator[Tensor]:
@@ -77,16 +109,22 @@ class RACTask:
     teacher: Coder
     """Never trained, though gradients flow through its decoder."""
     objective: RACObjective
+    jury: Jury = field(default_factory=Jury)
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
         """See `Task`."""
-        return (self.teacher,)
+        return (self.teacher, *self.jury.frozen)
 
     @property
     def weights(self) -> Mapping[str, float]:
         """See `Task`."""
-        return self.objective.weights.chosen()
+        return {name: weight for name, weight in self.objective.weights.chosen().items() if name != ADVERSARIAL}
+
+    @property
+    def opponent(self) -> Opponent | None:
+        """See `Task`."""
+        return self.jury.opponent(last_layer(self.module.field), self.objective.weights.adversarial)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         """See `Task`."""
@@ -95,7 +133,8 @@ class RACTask:
             with torch.no_grad():
                 latents = self.teacher.encode(batch.images)
         module = self.module
-        coding = Coding(module.field, module.states, module.contract, self.teacher.decode)
+        judges = self.jury.judges(iteration)
+        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, judges)
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -105,12 +144,13 @@ class RACTask:
         """
         assert isinstance(module, RAC)
         latents, steps = self.teacher.encode(images), module.config.steps
+        decoded = module.decode(latents)
         picture = gallery(
             {
                 "original": images,
                 "teacher": self.teacher.decode(latents),
                 "RAC, teacher's latent, 1 step": module.decode(latents, 1),
-                f"the same, {steps} steps": module.decode(latents),
+                f"the same, {steps} steps": decoded,
                 f"RAC alone, {steps} steps": module.reconstruct(images),
             }
         )
@@ -124,6 +164,7 @@ class RACTask:
             "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).figures["psnr"],
             "psnr_round_trip": own["psnr"],
             "explained_variance": own["explained variance"],
+            **self.jury.figures(decoded, images),
         }
 
     def save(self, module: nn.Module, directory: Path) -> None:

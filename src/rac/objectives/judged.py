@@ -1,0 +1,47 @@
+"""Training terms in which a network looks at the decoded image: perceptual and adversarial (arXiv 2012.09841).
+
+Pure and unweighted. The networks are handed in as functions: LPIPS with VGG16 (arXiv 1801.03924), and a discriminator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+ADVERSARIAL = "adversarial"
+"""Name of the coder's term against the discriminator."""
+DISCRIMINATOR = "discriminator"
+"""Name of the discriminator's own term; the coder gets no gradient from it."""
+
+
+class Judges(NamedTuple):
+    """Networks that look at decoded images, as functions; a term whose network is None is left out."""
+
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Decoded image, image (both B 3 H W in [-1, 1]) -> distance B."""
+    discriminator: Callable[[Tensor], Tensor] | None = None
+    """Image B 3 H W -> logits B 1 h w, high for real ones."""
+
+
+NO_JUDGES = Judges()
+
+
+def judged_terms(judges: Judges, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """The terms for a decoded image and its original, both B 3 H W in [-1, 1]; each is a scalar, a mean over images.
+
+    - `perceptual`: their perceptual distance.
+    - `adversarial`: minus the mean logit of the decoded image.
+    - `discriminator`: (mean max(0, 1 - logit of the image) + mean max(0, 1 + logit of the decoded image)) / 2, with no
+      gradient to the decoded image: 1 if it cannot tell the two apart, 0 if it always can.
+    """
+    terms: dict[str, Tensor] = {}
+    if judges.perceptual is not None:
+        terms["perceptual"] = judges.perceptual(decoded, image).mean()
+    if judges.discriminator is not None:
+        terms[ADVERSARIAL] = -judges.discriminator(decoded).float().mean()
+        real, made = judges.discriminator(image), judges.discriminator(decoded.detach())
+        terms[DISCRIMINATOR] = (F.relu(1 - real.float()).mean() + F.relu(1 + made.float()).mean()) / 2
+    return terms

@@ -1,0 +1,91 @@
+"""Training against a discriminator: the gradients of both sides, and how they are balanced (arXiv 2012.09841)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..objectives.judged import ADVERSARIAL, DISCRIMINATOR
+from .config import TrainConfig, learning_rate
+from .task import Opponent
+
+EPSILON = 1e-4
+LARGEST = 1e4
+"""Bounds of the balance, as in the authors' code."""
+
+
+@dataclass
+class Contest:
+    """An opponent in training.
+
+    The adversarial term's gradient is kept apart from that of the other terms until the whole batch has been seen, and
+    is then added to it with the weight
+
+        weight * balance,  balance = |gradient of the other terms| / (|adversarial gradient| + 1e-4), at most 1e4
+
+    (equation 7 there), both norms taken at the module's last layer. Because both are gradients of the whole batch, the
+    balance is the same however the batch is cut. The price is a second backward pass through the module.
+    """
+
+    opponent: Opponent
+    parameters: Sequence[nn.Parameter]
+    """Those of the module that is trained, its last layer among them."""
+    optimizer: torch.optim.AdamW
+    adversarial: dict[int, Tensor] = field(default_factory=dict)
+    """The adversarial term's gradient so far in this iteration, by the parameter's place; empty between iterations."""
+
+    @classmethod
+    def start(cls, opponent: Opponent, parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Contest:
+        """Before the first iteration; the opponent lies on its device already."""
+        optimizer = torch.optim.AdamW(
+            opponent.module.parameters(),
+            lr=settings.lr * opponent.rate,
+            betas=opponent.betas,
+            weight_decay=settings.weight_decay,
+            fused=parameters[0].is_cuda,
+        )
+        return cls(opponent, parameters, optimizer)
+
+    def add_part(self, terms: Mapping[str, Tensor], share: float) -> None:
+        """Take in both sides' gradients of one part of the batch, `share` of the whole."""
+        # Asked for by name, so that the opponent gets none of the module's and the module none of the opponent's.
+        found = torch.autograd.grad(share * terms[ADVERSARIAL], list(self.parameters), allow_unused=True)
+        for place, gradient in enumerate(found):
+            if gradient is not None:
+                self.adversarial[place] = self.adversarial[place] + gradient if place in self.adversarial else gradient
+        (share * terms[DISCRIMINATOR]).backward(inputs=list(self.opponent.module.parameters()))
+
+    @torch.no_grad()
+    def settle(self, clip: float) -> dict[str, Tensor]:
+        """Add the balanced adversarial gradient to the module's, and clip the opponent's own.
+
+        Gives the balance and the norm of the opponent's gradient.
+        """
+        last = next(place for place, one in enumerate(self.parameters) if one is self.opponent.last_layer)
+        others = self.opponent.last_layer.grad
+        balance = torch.zeros(()) if others is None else balanced(others, self.adversarial[last])
+        for place, gradient in self.adversarial.items():
+            parameter, scaled = self.parameters[place], self.opponent.weight * balance * gradient
+            parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
+        self.adversarial.clear()
+        norm = nn.utils.clip_grad_norm_(list(self.opponent.module.parameters()), clip or float("inf"))
+        return {"balance": balance.float(), "gradient_discriminator": norm.float()}
+
+    def step(self, settings: TrainConfig, iteration: int) -> None:
+        """Let the opponent learn from its gradient, and forget that."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.opponent.rate * learning_rate(settings, iteration)
+        self.optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the opponent's gradient."""
+        self.optimizer.zero_grad()
+
+
+def balanced(others: Tensor, adversarial: Tensor) -> Tensor:
+    """How many times as long the gradient `others` is as `adversarial`: a scalar in [0, 1e4]."""
+    return (others.norm() / (adversarial.norm() + EPSILON)).clamp(0, LARGEST)

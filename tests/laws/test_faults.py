@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 import training_toy
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_toy import SLOW, ToyStream, ToyTask, contents
+from training_toy import SLOW, PoisonedStream, ToyStream, ToyTask, contents
 
 from rac.data import Batch, DataConfig, ImageStream
 from rac.draws import Draws
@@ -36,20 +35,6 @@ def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "draw_curves", lambda records: b"")
 
 
-class PoisonedStream(ToyStream):
-    """Some batches hold a value that is not a number."""
-
-    def __init__(self, iterations: Sequence[int], with_latents: bool = False) -> None:
-        super().__init__()
-        self.iterations, self.with_latents = iterations, with_latents
-
-    def batch(self, first: int, count: int) -> Batch:
-        images = super().batch(first, count).images
-        if first // PLAIN.batch in self.iterations:
-            images[1, 0, 2, 3] = math.nan
-        return Batch(images, images.mean(1, keepdim=True) if self.with_latents else None)
-
-
 def normed() -> nn.Module:
     """A module whose buffers take up what it sees."""
     torch.manual_seed(0)
@@ -64,7 +49,7 @@ def trained(run: Path) -> dict[int, dict[str, float]]:
 
 
 def test_a_diverging_batch_is_kept_for_inspection_and_named(tmp_path: Path) -> None:
-    stream, run = PoisonedStream([3], with_latents=True), tmp_path / "run"
+    stream, run = PoisonedStream(poisoned=(3,), with_latents=True), tmp_path / "run"
     with pytest.raises(RacError, match=r"diverged at iteration 4: .*clean nan.*diverged-00000004\.safetensors"):
         fit(ToyTask(), stream, replace(PLAIN, checkpoint_minutes=0), run)
     batch, kept = stream.batch(12, 4), load_file(run / "diverged-00000004.safetensors")
@@ -78,7 +63,7 @@ def test_a_diverging_batch_is_kept_for_inspection_and_named(tmp_path: Path) -> N
 
 
 def test_a_skipped_batch_leaves_weights_buffers_average_and_optimiser_alone(tmp_path: Path) -> None:
-    run, stream = tmp_path / "run", PoisonedStream([2, 3])
+    run, stream = tmp_path / "run", PoisonedStream(poisoned=(2, 3))
     fit(ToyTask(normed()), stream, SKIPPING, run, stop_at=2)
     before = contents(run)
     fit(ToyTask(normed()), stream, SKIPPING, run, stop_at=4, resume=True)
@@ -91,8 +76,8 @@ def test_a_skipped_batch_leaves_weights_buffers_average_and_optimiser_alone(tmp_
 
 def test_skipped_batches_are_counted_in_the_log_and_are_in_no_mean(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    fit(ToyTask(), PoisonedStream([1, 4]), replace(SKIPPING, log_every=3), run, stop_at=3)
-    fit(ToyTask(), PoisonedStream([1, 4]), replace(SKIPPING, log_every=3), run, resume=True)
+    fit(ToyTask(), PoisonedStream(poisoned=(1, 4)), replace(SKIPPING, log_every=3), run, stop_at=3)
+    fit(ToyTask(), PoisonedStream(poisoned=(1, 4)), replace(SKIPPING, log_every=3), run, resume=True)
     lines = [record for record in read_log(run / "log.jsonl") if "train" in record]
     assert [record["skipped"] for record in lines] == [1, 2]
     assert all(math.isfinite(value) for record in lines for value in record["train"].values())
@@ -102,7 +87,7 @@ def test_skipped_batches_are_counted_in_the_log_and_are_in_no_mean(tmp_path: Pat
 def test_a_run_that_skips_again_and_again_stops(tmp_path: Path) -> None:
     """An interruption in between changes nothing: the ones in a row are counted over it."""
     settings = replace(SKIPPING, iterations=40)
-    stream = PoisonedStream([0, *range(2, 40)])  # the first one is not in a row with the others
+    stream = PoisonedStream(poisoned=(0, *range(2, 40)))  # the first one is not in a row with the others
     run = tmp_path / "run"
     fit(ToyTask(), stream, settings, run, stop_at=5)
     with pytest.raises(RacError, match=f"iteration {2 + MOST_SKIPPED}, for the {MOST_SKIPPED}th time in a row"):
@@ -193,7 +178,9 @@ def test_no_reading_thread_is_left_behind(tmp_path: Path) -> None:
 
 def test_sigterm_exits_with_code_0_and_a_word_on_how_to_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, training_toy.__file__, str(run)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, training_toy.__file__, str(run), "1"], stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 60
     while not list(run.glob("checkpoints/0*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)

@@ -49,7 +49,7 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_weights(tmp_path: Path) -
     fit(ToyTask(), ToyStream(), SLOW, tmp_path / "whole")
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, training_toy.__file__, str(killed)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, training_toy.__file__, str(killed), "1"], stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 60
         while len(list(killed.glob("checkpoints/0*"))) < 2 and process.poll() is None and time.monotonic() < until:

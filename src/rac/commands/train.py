@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from .. import runtime
 from ..errors import RacError
 from ..evaluate.report import Table
 from ..recipes import RECIPES, Recipe
@@ -31,7 +32,8 @@ def run(arguments: Sequence[str]) -> int:
         config=(tyro.conf.AvoidSubcommands,),
     )
     chosen.recipe.run(chosen.out, resume=chosen.resume)
-    print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
+    if runtime.is_first_process():
+        print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
     return 0
 
 

@@ -38,11 +38,13 @@ class TrainConfig:
     workers: int = 1
     """Threads that read images ahead; 0: none."""
     threads: int = 0
-    """Threads torch computes with; 0: its own choice."""
+    """Threads torch computes with, in each process; 0: its own choice, and at most an equal share of the cores."""
     device: str = "auto"
+    shard: Literal["none", "fsdp"] = "none"
+    """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
     checkpoint_minutes: float = 5.0
     patience_minutes: float = 15.0
-    """Longest wait for a batch before the run ends with an error instead of hanging."""
+    """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
     on_divergence: Literal["stop", "skip"] = "stop"
     """Where a loss or gradient is not finite: stop and keep the batch for inspection, or go on without that batch."""
     gallery_every: int = 500
@@ -74,6 +76,7 @@ FREE_ON_RESUME = frozenset(
         "workers",
         "threads",
         "device",
+        "shard",
         "checkpoint_minutes",
         "patience_minutes",
         "on_divergence",  # matters only where a run would have ended

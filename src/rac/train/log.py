@@ -25,23 +25,34 @@ _NAMED = 5
 class RunLog:
     """Collects the values of every iteration, writes their means, and shows how far the run is.
 
-    Terminals get a live bar on stderr, everything else a plain line every ten seconds.
+    Terminals get a live bar on stderr, everything else a plain line every ten seconds. A `silent` one writes and shows
+    nothing: it is for the processes beside the first.
     """
 
-    def __init__(self, directory: Path, start: int, iterations: int, batch: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        start: int,
+        iterations: int,
+        batch: int,
+        tensorboard: bool = True,
+        silent: bool = False,
+    ) -> None:
         self._path = directory / "log.jsonl"
         self._curves = directory / "losses.png"
         # Lines written after the checkpoint that is resumed from would come twice.
         self._records = [record for record in read_log(self._path) if start and record["iteration"] <= start]
-        write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+        self._silent = silent
+        if not silent:
+            write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
         self._batch, self._iterations = batch, iterations
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._count = 0
         self._before = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
         self._began = self._since = self._printed = time.monotonic()
-        self._board = _tensorboard(directory, start) if tensorboard else None
-        self._bar = _bar() if Console(stderr=True).is_terminal else None
+        self._board = _tensorboard(directory, start) if tensorboard and not silent else None
+        self._bar = _bar() if not silent and Console(stderr=True).is_terminal else None
         self._task = self._bar.add_task("", total=iterations, completed=start, values="") if self._bar else None
 
     def __enter__(self) -> RunLog:
@@ -100,6 +111,8 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
+        if self._silent:
+            return
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
@@ -112,10 +125,13 @@ class RunLog:
 
     def draw(self) -> None:
         """Draw all curves into losses.png."""
-        write_bytes(self._curves, draw_curves(self._records))
+        if not self._silent:
+            write_bytes(self._curves, draw_curves(self._records))
 
     def _append(self, record: dict[str, Any]) -> None:
         self._records.append(record)
+        if self._silent:
+            return
         with explained(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._board:

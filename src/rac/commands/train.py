@@ -14,6 +14,7 @@ from .. import runtime
 from ..errors import RacError
 from ..evaluate.report import Table
 from ..recipes import RECIPES, Recipe
+from ..train.processes import leave
 from .common import show
 
 
@@ -32,6 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         config=(tyro.conf.AvoidSubcommands,),
     )
     chosen.recipe.run(chosen.out, resume=chosen.resume)
+    leave()
     if runtime.is_first_process():
         print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
     return 0

@@ -122,18 +122,19 @@ class Processes:
                     torch.distributed.broadcast(whole, 0)
                     tensor.copy_(whole)
 
-    def leave(self) -> None:
-        """Take leave of the others, at the end of a program."""
-        if self.count > 1:
-            from accelerate import PartialState
-
-            PartialState().destroy_process_group()
-            _messages.cache_clear()
-
     def _meet(self, patience: timedelta) -> None:
         if self.count > 1:
             with answered():
                 torch.distributed.monitored_barrier(self.messages, patience)
+
+
+def leave() -> None:
+    """Take leave of the other processes, if there are any, at the end of a program."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+        _messages.cache_clear()
 
 
 @cache

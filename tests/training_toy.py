@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from rac.data import Batch
 from rac.draws import Draws
+from rac.objectives.judged import Judges, judged_terms
 from rac.runtime import generator
 from rac.storage import write_tensors
 from rac.train import TrainConfig, fit
+from rac.train.discriminator import DiscriminatorConfig, PatchDiscriminator
 from rac.train.task import Opponent
 
 
@@ -67,6 +69,34 @@ class ToyTask:
 
     def save(self, module: nn.Module, directory: Path) -> None:
         write_tensors(directory / "model.safetensors", module.state_dict())
+
+
+@dataclass
+class OpposedTask(ToyTask):
+    """The same against a discriminator, from iteration `start` on."""
+
+    start: int = 0
+    opponent: Opponent | None = None
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(1)
+        last = [parameter for parameter in self.module.parameters() if parameter.ndim > 1][-1]
+        judge = DiscriminatorConfig(width=4, layers=1).build().to(last.dtype)
+        self.opponent = Opponent(judge, last, weight=0.7, rate=2.0)
+
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        images = batch.images
+        clean = self.module(images + 0.3 * draws.normal(images))
+        judges = Judges(discriminator=self.opponent.module if iteration >= self.start else None)
+        return {
+            "clean": F.mse_loss(clean, images),
+            "faint": clean.square().mean(),
+            **judged_terms(judges, clean, images),
+        }
+
+    @property
+    def judge(self) -> PatchDiscriminator:
+        return self.opponent.module
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from training_toy import ToyStream, ToyTask, one_layer
+from torch import Tensor
+from training_toy import OpposedTask, ToyStream, ToyTask, one_layer
 
 from rac.train import TrainConfig, fit, log, read_log
 
@@ -21,17 +21,21 @@ def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "draw_curves", lambda records: b"")
 
 
-def trained(directory: Path, parts: int) -> tuple[nn.Module, list[dict]]:
-    task = ToyTask(one_layer().double())
-    fitted = fit(task, ToyStream(dtype=torch.float64), replace(WHOLE, accumulate=parts), directory)
-    return fitted.module, [record["train"] for record in read_log(directory / "log.jsonl") if "train" in record]
+def trained(kind: type[ToyTask], directory: Path, parts: int) -> tuple[list[Tensor], list[dict]]:
+    """Every weight that was trained, and what was logged."""
+    task = kind(one_layer().double())
+    fit(task, ToyStream(dtype=torch.float64), replace(WHOLE, accumulate=parts), directory)
+    opponent = [] if task.opponent is None else task.opponent.module.parameters()
+    weights = [*task.module.parameters(), *opponent]
+    return weights, [record["train"] for record in read_log(directory / "log.jsonl") if "train" in record]
 
 
+@pytest.mark.parametrize("kind", [ToyTask, OpposedTask])
 @pytest.mark.parametrize("parts", [2, 4, 6])  # equal parts, unequal parts, single images
-def test_accumulation_equals_one_batch(tmp_path: Path, parts: int) -> None:
-    whole, whole_log = trained(tmp_path / "whole", 1)
-    split, split_log = trained(tmp_path / "split", parts)
-    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+def test_accumulation_equals_one_batch(tmp_path: Path, parts: int, kind: type[ToyTask]) -> None:
+    whole, whole_log = trained(kind, tmp_path / "whole", 1)
+    split, split_log = trained(kind, tmp_path / "split", parts)
+    for a, b in zip(whole, split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     for a, b in zip(whole_log, split_log, strict=True):
         assert a == pytest.approx(b, rel=1e-5)

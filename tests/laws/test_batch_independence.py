@@ -11,7 +11,9 @@ from rac.draws import Draws
 from rac.fields import LdmFieldConfig, TinyFieldConfig
 from rac.flow import RK4, Euler, FixedPoint, Heun, Midpoint, ReversibleHeun, TimeGrid, integrate
 from rac.latents import LatentSpec
+from rac.objectives.judged import Judges
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
+from rac.train.discriminator import DiscriminatorConfig
 
 SOLVERS = [Euler(), Midpoint(), Heun(), RK4(), ReversibleHeun(), FixedPoint()]
 CONFIGS = {
@@ -127,7 +129,9 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(random_grid, make_rac,
         contraction="projector",
     )
     teacher = torch.nn.Sequential(torch.nn.Upsample(scale_factor=4), torch.nn.Conv2d(4, 3, 1)).double()
-    coding = Coding(coder.field, coder.states, coder.contract, teacher)
+    discriminator = DiscriminatorConfig(width=4, layers=1).build().double()
+    judges = Judges(lambda one, other: (one - other).abs().amax(dim=(1, 2, 3)), discriminator)
+    coding = Coding(coder.field, coder.states, coder.contract, teacher, judges)
     batch = images(5, 8, 8).double()
     latent = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -140,7 +144,7 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(random_grid, make_rac,
         return list(torch.autograd.grad(loss, list(coder.parameters())))
 
     whole, left, right = terms(0, 5), terms(0, 2), terms(2, 5)
-    assert len(whole) == len(RACWeights.__dataclass_fields__)
+    assert whole.keys() == {*RACWeights.__dataclass_fields__, "discriminator"}
     for name, value in whole.items():
         torch.testing.assert_close((2 * left[name] + 3 * right[name]) / 5, value, rtol=1e-9, atol=1e-9)
     parts = zip(gradients(sum(left.values())), gradients(sum(right.values())), strict=True)

@@ -17,7 +17,7 @@ import torch
 import training_toy
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_toy import SLOW, PoisonedStream, ToyStream, ToyTask, contents
+from training_toy import SLOW, OpposedTask, PoisonedStream, ToyStream, ToyTask, contents
 
 from rac.data import Batch, DataConfig, ImageStream
 from rac.draws import Draws
@@ -62,15 +62,18 @@ def test_a_diverging_batch_is_kept_for_inspection_and_named(tmp_path: Path) -> N
     assert sorted(trained(run)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_skipped_batch_leaves_weights_buffers_average_and_optimiser_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [ToyTask, OpposedTask])
+def test_a_skipped_batch_leaves_weights_buffers_average_and_optimisers_alone(
+    tmp_path: Path, kind: type[ToyTask]
+) -> None:
     run, stream = tmp_path / "run", PoisonedStream(poisoned=(2, 3))
-    fit(ToyTask(normed()), stream, SKIPPING, run, stop_at=2)
+    fit(kind(normed()), stream, SKIPPING, run, stop_at=2)
     before = contents(run)
-    fit(ToyTask(normed()), stream, SKIPPING, run, stop_at=4, resume=True)
+    fit(kind(normed()), stream, SKIPPING, run, stop_at=4, resume=True)
     after = contents(run)
     changed = {name for name in before if after[name.replace("00000002", "00000004")] != before[name]}
     assert not changed
-    fit(ToyTask(normed()), stream, SKIPPING, run, resume=True)
+    fit(kind(normed()), stream, SKIPPING, run, resume=True)
     assert all(bytes_ != before.get(name.replace("00000006", "00000002")) for name, bytes_ in contents(run).items())
 
 

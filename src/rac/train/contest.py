@@ -76,8 +76,8 @@ class Contest:
         Gives the balance and the norm of the opponent's gradient.
         """
         last = next(place for place, one in enumerate(self.parameters) if one is self.opponent.last_layer)
-        others = self.opponent.last_layer.grad
-        balance = torch.zeros(()) if others is None else balanced(others, self.adversarial[last])
+        others, adversarial = self.opponent.last_layer.grad, self.adversarial[last]
+        balance = whole(adversarial.new_zeros(())) if others is None else balanced(others, adversarial)
         for place, gradient in self.adversarial.items():
             parameter, scaled = self.parameters[place], self.opponent.weight * balance * gradient
             parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)

@@ -15,6 +15,7 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
+from ..errors import RacError
 from ..evaluate.pictures import Panel, sheet, strip
 from ..evaluate.protocol import Protocol, evaluate
 from ..evaluate.references import Framing, References
@@ -53,6 +54,7 @@ class KLVAETask:
     def __post_init__(self) -> None:
         if not self.train_encoder:
             self.module.freeze_encoder()
+        _check_weights(self.weights)
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
@@ -110,6 +112,9 @@ class RACTask:
     """Never trained, though gradients flow through its decoder."""
     objective: RACObjective
     jury: Jury = field(default_factory=Jury)
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
@@ -171,6 +176,14 @@ class RACTask:
         """See `Task`."""
         assert isinstance(module, RAC)
         module.save(directory)
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    if not any(weights.values()):
+        raise RacError(
+            "no term but the adversarial one has a weight, so there is nothing to balance it against; give another, "
+            "such as l1 or reconstruction"
+        )
 
 
 def gallery(columns: Mapping[str, Tensor]) -> Tensor:

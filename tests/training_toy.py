@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ class ToyStream:
 
     pause: float = 0.0
     dtype: torch.dtype = torch.float32
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def batch(self, first: int, count: int) -> Batch:
         time.sleep(self.pause)
@@ -109,5 +111,24 @@ SLOW = TrainConfig(
 )
 """Long enough to be killed in the middle: a checkpoint about every tenth of a second."""
 
+
+@dataclass
+class PoisonedStream(ToyStream):
+    """The last image of some batches holds a value that is not a number."""
+
+    poisoned: tuple[int, ...] = ()
+    size: int = 4
+    with_latents: bool = False
+
+    def batch(self, first: int, count: int) -> Batch:
+        images = super().batch(first, count).images
+        last = (first // self.size + 1) * self.size - 1
+        if first // self.size in self.poisoned and last < first + count:
+            images[last - first, 0, 2, 3] = math.nan
+        return Batch(images, images.mean(1, keepdim=True) if self.with_latents else None)
+
+
 if __name__ == "__main__":
-    fit(ToyTask(), ToyStream(pause=0.03), SLOW, Path(sys.argv[1]))
+    # The run's folder, how many minutes it waits for others, and iterations at which an image is not finite.
+    stream = PoisonedStream(pause=0.03, poisoned=tuple(map(int, sys.argv[3:])))
+    fit(ToyTask(), stream, replace(SLOW, patience_minutes=float(sys.argv[2])), Path(sys.argv[1]))

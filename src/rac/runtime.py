@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -20,11 +21,14 @@ from .errors import RacError
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest one present.
 
-    Raises `RacError` for a name torch does not know and for a device this machine (or this torch) lacks.
+    Where several processes were started on this machine, each takes the CUDA device of its own number. Raises
+    `RacError` for a name torch does not know and for a device this machine (or this torch) lacks.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        name = "cuda" if cuda else "mps" if mps and processes_here() == 1 else "cpu"
+    if name == "cuda" and processes_here() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -70,11 +74,32 @@ def place(module: nn.Module, device: torch.device, channels_last: bool = False) 
 
 
 def set_threads(count: int) -> None:
-    """Let torch compute with `count` threads; 0 leaves its choice. Raises `RacError` below 0."""
+    """Let torch compute with `count` threads in this process; 0 leaves its choice. Raises `RacError` below 0.
+
+    Its choice is all cores, so where several processes were started on this machine, 0 is at most an equal share.
+    """
     if count < 0:
         raise RacError(f"threads {count} must be 0 (torch chooses) or more")
+    if count == 0 and processes_here() > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(torch.get_num_threads(), max(1, cores // processes_here()))
     if count:
         torch.set_num_threads(count)
+
+
+def processes() -> int:
+    """How many processes torchrun, or accelerate, started together, on all machines; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """How many of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or the first of those that were started together: the one that talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def derived_seed(rng_seed: int, *stream: int | str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import rac
 
 README = Path(__file__).parents[2] / "README.md"
+PROCESSES = README.parent / "docs" / "processes.md"
 QUICK = {
     "train": "--train.iterations 2 --train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
     "cache": "--data.size 32 --data.held-out 2",
@@ -22,8 +25,8 @@ QUICK = {
 """What makes a verb quick without changing what it does."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
 @pytest.fixture
@@ -58,6 +61,23 @@ def test_command_lines(workplace: Path, run) -> None:  # type: ignore[no-untyped
         assert ran.code == 0, f"{line}: {ran.err}"
     for path in ("reconstructed/results.csv", "latents/photo.safetensors", "decoded/photo.png", "runs/tiny/coder"):
         assert (workplace / path).exists(), path
+
+
+@pytest.mark.slow
+def test_command_lines_of_several_processes(workplace: Path) -> None:
+    pytest.importorskip("accelerate")
+    lines = [line for block in blocks("sh", PROCESSES) for line in block.splitlines()]
+    assert lines
+    for line in lines:
+        launcher, *arguments = shlex.split(line)
+        assert launcher == "torchrun"
+        quick = shlex.split(f"{QUICK['train']} --data.paths photos --data.cached-crops 8 --train.device cpu")
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, *quick]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.count("The coder is in") == 1
+        assert ran.stderr.count("iteration 2, held out") == 1
+        assert (workplace / "runs" / "two" / "coder" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)

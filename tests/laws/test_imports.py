@@ -49,7 +49,7 @@ MAY_IMPORT = {
 MAY_IMPORT["__init__"] = {"errors", "flow", "states", "latents", "images", "hub"}
 
 SLOW = {
-    "datasets", "diffusers", "huggingface_hub", "matplotlib", "scipy", "skimage", "tensorboard",
+    "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "scipy", "skimage", "tensorboard",
     "torchmetrics", "torchvision", "transformers", "tqdm",
 }  # fmt: skip
 """Never imported by a module on its way in; only by the function that needs it."""

@@ -26,7 +26,7 @@ from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..recipes import Recipe
 from ..recipes.ablation import Ablation, Equal, Training, file_name
-from ..runtime import pick_device
+from ..runtime import pick_device, processes
 from ..storage import weights_hash
 from .ablation_pages import Showing, Strips, introduction, markdown_report, sections, summary, training_table
 from .common import counting, show, tell
@@ -76,6 +76,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def ablate(name: str, recipe: Recipe, options: Options) -> int:
     """Train, judge, report; the exit code: 1 if some of the variants could not be trained. Raises `RacError`."""
+    if processes() > 1:
+        raise RacError("rac ablate works on one process; start it without torchrun or accelerate launch")
     vary = tuple(_dotted(choice) for choice in options.vary)
     ablation = Ablation(recipe, vary, options.budget, options.out, options.equal)
     # Before hours of training, all that can be wrong with what comes after.

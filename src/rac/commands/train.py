@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from .. import runtime
 from ..errors import RacError
 from ..evaluate.report import Table
 from ..recipes import RECIPES, Recipe
+from ..train.processes import leave
 from .common import show
 
 
@@ -31,7 +33,9 @@ def run(arguments: Sequence[str]) -> int:
         config=(tyro.conf.AvoidSubcommands,),
     )
     chosen.recipe.run(chosen.out, resume=chosen.resume)
-    print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
+    leave()
+    if runtime.is_first_process():
+        print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
     return 0
 
 

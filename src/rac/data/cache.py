@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -148,6 +148,11 @@ class CachedStream:
     def __len__(self) -> int:
         """Prepared crops."""
         return self.plan["count"]
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Damaged pictures met when crops are cut again; those met while preparing were named then."""
+        return {} if self._source is None else self._source.skipped
 
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1`."""

@@ -6,11 +6,14 @@ Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on aft
 from __future__ import annotations
 
 import io
+import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import lru_cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -51,6 +54,11 @@ class Batch(NamedTuple):
 
 class Stream(Protocol):
     """An endless supply of training images, and a few that are never among them."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Names of the damaged pictures met so far, and what was wrong with each."""
+        ...
 
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1`; the same arguments always give the same batch, in any thread."""
@@ -264,27 +272,83 @@ def cut(picture: Image.Image, region: Region, size: int, shrink: int = 1) -> NDA
     return pixels[:, ::-1] if mirror else pixels
 
 
-def batches(stream: Stream, size: int, first: int, last: int, workers: int = 1) -> Generator[Batch, None, None]:
-    """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none)."""
-    return ahead(lambda iteration: stream.batch(iteration * size, size), range(first, last), workers)
+def batches(
+    stream: Stream,
+    size: int,
+    first: int,
+    last: int,
+    workers: int = 1,
+    *,
+    rows: slice | None = None,
+    patience: float = 600.0,
+) -> Generator[Batch, None, None]:
+    """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none).
+
+    Of each batch of `size`, only `rows` are read where they are given: one process's share. Raises as `ahead`.
+    """
+    start, stop, _ = (rows or slice(size)).indices(size)
+    return ahead(
+        lambda iteration: stream.batch(iteration * size + start, stop - start), range(first, last), workers, patience
+    )
 
 
-def ahead(work: Callable[[int], T], items: Iterable[int], workers: int) -> Generator[T, None, None]:
+def ahead(
+    work: Callable[[int], T], items: Iterable[int], workers: int, patience: float = 600.0
+) -> Generator[T, None, None]:
     """What `work` makes of each item, in order, made ahead by `workers` threads (0: none); a few wait at a time.
 
-    Threads, not processes: decoding and resampling run outside Python's lock.
+    Threads, not processes: decoding and resampling run outside Python's lock. Raises whatever `work` raises, and
+    `RacError` if a thread ends or none of them delivers for `patience` seconds.
     """
     if workers == 0:
         yield from map(work, items)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="rac-data")
+    jobs: SimpleQueue[tuple[int, Future[T]] | None] = SimpleQueue()
+
+    def serve() -> None:
+        while (job := jobs.get()) is not None:
+            item, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work(item))
+            except Exception as error:
+                future.set_exception(error)
+            except BaseException as error:  # such as SystemExit, which would end the run as if all were well
+                future.set_exception(RacError(f"a thread that reads images was ended by {error!r}"))
+
+    # Not a thread pool: leaving it, and leaving Python, would wait for a thread that hangs.
+    threads = [Thread(target=serve, name=f"rac-data-{k}", daemon=True) for k in range(workers)]
     waiting: deque[Future[T]] = deque()
     try:
+        for thread in threads:
+            thread.start()
         for item in items:
-            waiting.append(pool.submit(work, item))
+            waiting.append(Future())
+            jobs.put((item, waiting[-1]))
             if len(waiting) > workers + 1:
-                yield waiting.popleft().result()
+                yield _awaited(waiting.popleft(), patience)
         while waiting:
-            yield waiting.popleft().result()
+            yield _awaited(waiting.popleft(), patience)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        until = time.monotonic() + _GOODBYE
+        for _ in threads:
+            jobs.put(None)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
+
+
+_GOODBYE = 2.0
+"""Seconds that reading threads have to finish what they are at."""
+
+
+def _awaited(future: Future[T], patience: float) -> T:
+    if not wait([future], timeout=patience).done:
+        raise RacError(
+            f"no images came for {patience:.0f} seconds; the disk or the network that they are on hangs, "
+            "or reading is slower than that: raise patience_minutes"
+        )
+    return future.result()

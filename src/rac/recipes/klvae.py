@@ -17,6 +17,7 @@ from ..objectives.klvae import KLVAEWeights
 from ..train import Fitted, TrainConfig, fit
 from ..train.discriminator import DiscriminatorConfig
 from ..train.jury import Jury
+from ..train.processes import Processes
 from ..train.tasks import KLVAETask
 
 
@@ -50,17 +51,18 @@ class KLVAERecipe:
         coder = self._coder()
         device = runtime.pick_device(self.train.device)
         cache = crops or directory.parent / f"{directory.name}.crops"
-        if self.train_encoder:
-            stream = open_stream(self.data, self.train.rng_seed, cache=cache)
-        else:
-            stream = open_stream(
-                self.data,
-                self.train.rng_seed,
-                cache=cache,
-                teacher=coder.to(device),
-                teacher_name=self.start,
-                device=device,
-            )
+        with Processes.join(self.train.device, 60 * self.train.patience_minutes).in_turn():
+            if self.train_encoder:
+                stream = open_stream(self.data, self.train.rng_seed, cache=cache)
+            else:
+                stream = open_stream(
+                    self.data,
+                    self.train.rng_seed,
+                    cache=cache,
+                    teacher=coder.to(device),
+                    teacher_name=self.start,
+                    device=device,
+                )
         task = KLVAETask(coder, self.weights, stream, self.train.batch, jury, self.train_encoder)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)
 

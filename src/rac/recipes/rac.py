@@ -21,6 +21,7 @@ from ..states import Spread
 from ..train import Fitted, TrainConfig, fit
 from ..train.discriminator import DiscriminatorConfig
 from ..train.jury import Jury
+from ..train.processes import Processes
 from ..train.tasks import RACTask
 
 
@@ -63,14 +64,15 @@ class RACRecipe:
         if self.data.size % factor:
             raise RacError(f"size {self.data.size} must be a multiple of the teacher's factor {factor}")
         device = runtime.pick_device(self.train.device)
-        stream = open_stream(
-            self.data,
-            self.train.rng_seed,
-            cache=crops or directory.parent / f"{directory.name}.crops",
-            teacher=teacher.to(device),
-            teacher_name=self.teacher,
-            device=device,
-        )
+        with Processes.join(self.train.device, 60 * self.train.patience_minutes).in_turn():
+            stream = open_stream(
+                self.data,
+                self.train.rng_seed,
+                cache=crops or directory.parent / f"{directory.name}.crops",
+                teacher=teacher.to(device),
+                teacher_name=self.teacher,
+                device=device,
+            )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         coder = self._coder(teacher)
         task = RACTask(coder, teacher, self.objective, jury)

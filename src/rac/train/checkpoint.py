@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,26 +18,43 @@ from torch import Tensor, nn
 from ..config import read_json
 from ..errors import RacError, WeightsError
 from ..files import explained, make_folder
+from .processes import alike, is_sharded, whole
 from .state import TrainState
 
 _KEPT = 2
+_COUNTS = ("iteration", "skipped", "skipped_in_a_row")
 
 
 def save(state: TrainState, folder: Path) -> Path:
-    """Write `state` to `folder`/<iteration>/ and keep the last two such checkpoints. Raises `RacError` if refused."""
+    """Write `state` to `folder`/<iteration>/ and keep the last two such checkpoints. Raises `RacError` if refused.
+
+    To be called by all processes together: the first one writes, and what it writes does not tell how many there were.
+    """
     target = folder / f"{state.iteration:08d}"
     tensors = {"ema": state.ema.state_dict()}
     for name, module, moments, optimizer in _trained(state):
         tensors |= {name: module.state_dict(), moments: _optimizer_tensors(optimizer)}
+    files = {name: _whole(group, state.processes.first) for name, group in tensors.items()}
+    if not state.processes.first:
+        return target
     with whole_folder(target) as temporary:
-        for name, group in tensors.items():
-            data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in group.items()})
-            (temporary / f"{name}.safetensors").write_bytes(data)
-        (temporary / "state.json").write_text(json.dumps({"iteration": state.iteration}))
+        for name, group in files.items():
+            (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(group))
+        (temporary / "state.json").write_text(json.dumps({name: getattr(state, name) for name in _COUNTS}))
     earlier = [path for path in listed(folder) if path.name < target.name]
     for path in set(listed(folder)) - {target, *earlier[-(_KEPT - 1) :]}:
         shutil.rmtree(path)
     return target
+
+
+def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors as files hold them; an empty dict unless they are to be kept."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu().contiguous()
+    return found
 
 
 def restore_newest(state: TrainState, folder: Path) -> None:
@@ -59,7 +76,9 @@ def restore_newest(state: TrainState, folder: Path) -> None:
 def restore(state: TrainState, path: Path) -> None:
     """Put the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
     try:
-        iteration = int(read_json(path / "state.json")["iteration"])
+        # Older checkpoints have no word of skipped iterations: there were none.
+        told = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
+        counts = {name: int(told[name]) for name in _COUNTS}
         ema = safetensors.torch.load_file(path / "ema.safetensors")
         _check_names(ema, state.ema.state_dict())
         found = []
@@ -70,10 +89,11 @@ def restore(state: TrainState, path: Path) -> None:
     except (RacError, SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise WeightsError(f"checkpoint {path} is damaged or of another recipe ({error})") from None
     for module, weights, optimizer, kept in found:
-        module.load_state_dict(weights)
+        module.load_state_dict(_laid_out(weights, module))
         optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
-    state.ema.load_state_dict(ema)
-    state.iteration = iteration
+    state.ema.load_state_dict(_laid_out(ema, state.ema))
+    for name, count in counts.items():
+        setattr(state, name, count)
 
 
 def _trained(state: TrainState) -> Iterator[tuple[str, nn.Module, str, torch.optim.AdamW]]:
@@ -146,9 +166,19 @@ def _optimizer_state(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -
         if value.ndim and value.shape != parameter.shape:
             raise ValueError(f"optimizer.{name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
         # Laid out like the parameter: another layout could take another path through the arithmetic.
-        kept = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+        if value.shape != parameter.shape:
+            kept = value
+        elif is_sharded(parameter):
+            kept = alike(value, parameter)
+        else:
+            kept = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         moments.setdefault(int(index), {})[key] = kept.detach()
     return moments
+
+
+def _laid_out(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Whole tensors as `module` has its own: spread over the processes, or not."""
+    return {name: alike(tensors[name], own) for name, own in module.state_dict().items()}
 
 
 def _check_names(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

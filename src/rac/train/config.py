@@ -38,9 +38,15 @@ class TrainConfig:
     workers: int = 1
     """Threads that read images ahead; 0: none."""
     threads: int = 0
-    """Threads torch computes with; 0: its own choice."""
+    """Threads torch computes with, in each process; 0: its own choice, and at most an equal share of the cores."""
     device: str = "auto"
+    shard: Literal["none", "fsdp"] = "none"
+    """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
     checkpoint_minutes: float = 5.0
+    patience_minutes: float = 15.0
+    """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
+    on_divergence: Literal["stop", "skip"] = "stop"
+    """Where a loss or gradient is not finite: stop and keep the batch for inspection, or go on without that batch."""
     gallery_every: int = 500
     """Iterations between galleries of held-out images, with curves of the losses."""
     log_every: int = 20
@@ -51,6 +57,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("iterations", "batch", "accumulate", "gallery_every", "log_every")
         others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "threads", "checkpoint_minutes")
+        if not self.patience_minutes > 0:
+            raise RacError(f"patience_minutes {self.patience_minutes} must be above 0")
         for name in (*counts, *others):
             least = 1 if name in counts else 0
             if not getattr(self, name) >= least:
@@ -64,7 +72,19 @@ class TrainConfig:
 
 # What may change when a run is resumed: it moves no number of the run, or only by rounding (another device).
 FREE_ON_RESUME = frozenset(
-    {"workers", "threads", "device", "checkpoint_minutes", "gallery_every", "log_every", "tensorboard", "keep_mb"}
+    {
+        "workers",
+        "threads",
+        "device",
+        "shard",
+        "checkpoint_minutes",
+        "patience_minutes",
+        "on_divergence",  # matters only where a run would have ended
+        "gallery_every",
+        "log_every",
+        "tensorboard",
+        "keep_mb",
+    }
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..objectives.judged import ADVERSARIAL, DISCRIMINATOR
 from .config import TrainConfig, learning_rate
+from .processes import whole
 from .task import Opponent
 
 EPSILON = 1e-4
@@ -49,14 +51,23 @@ class Contest:
         )
         return cls(opponent, parameters, optimizer)
 
-    def add_part(self, terms: Mapping[str, Tensor], share: float) -> None:
-        """Take in both sides' gradients of one part of the batch, `share` of the whole."""
-        # Asked for by name, so that the opponent gets none of the module's and the module none of the opponent's.
-        found = torch.autograd.grad(share * terms[ADVERSARIAL], list(self.parameters), allow_unused=True)
-        for place, gradient in enumerate(found):
-            if gradient is not None:
-                self.adversarial[place] = self.adversarial[place] + gradient if place in self.adversarial else gradient
-        (share * terms[DISCRIMINATOR]).backward(inputs=list(self.opponent.module.parameters()))
+    def add_part(self, terms: Mapping[str, Tensor], share: float, scale: float = 1) -> None:
+        """Take in both sides' gradients of one part of the batch, `share` of the whole; the module's times `scale`."""
+        theirs = list(self.opponent.module.parameters())
+        # Not torch.autograd.grad, which does not know sharded weights. The opponent gets none of the module's
+        # gradient and the module none of the opponent's.
+        with _set_aside(theirs), _set_aside(self.parameters):
+            (scale * share * terms[ADVERSARIAL]).backward()
+            for place, parameter in enumerate(self.parameters):
+                if parameter.grad is not None:
+                    before = self.adversarial.get(place)
+                    self.adversarial[place] = parameter.grad if before is None else before + parameter.grad
+        (share * terms[DISCRIMINATOR]).backward(inputs=theirs)
+
+    def gradients(self) -> list[Tensor]:
+        """Those of both sides so far."""
+        theirs = (parameter.grad for parameter in self.opponent.module.parameters())
+        return [*self.adversarial.values(), *(gradient for gradient in theirs if gradient is not None)]
 
     @torch.no_grad()
     def settle(self, clip: float) -> dict[str, Tensor]:
@@ -66,7 +77,7 @@ class Contest:
         """
         last = next(place for place, one in enumerate(self.parameters) if one is self.opponent.last_layer)
         others, adversarial = self.opponent.last_layer.grad, self.adversarial[last]
-        balance = adversarial.new_zeros(()) if others is None else balanced(others, adversarial)
+        balance = whole(adversarial.new_zeros(())) if others is None else balanced(others, adversarial)
         for place, gradient in self.adversarial.items():
             parameter, scaled = self.parameters[place], self.opponent.weight * balance * gradient
             parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
@@ -75,13 +86,30 @@ class Contest:
         return {"balance": balance.float(), "gradient_discriminator": norm.float()}
 
     def step(self, settings: TrainConfig, iteration: int) -> None:
-        """Let the opponent learn from its gradient, and forget it."""
+        """Let the opponent learn from its gradient, and forget that."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.opponent.rate * learning_rate(settings, iteration)
         self.optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the opponent's gradient."""
         self.optimizer.zero_grad()
+
+
+@contextmanager
+def _set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep the gradients so far out of the block, and whatever gradients the block leaves out of them."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 def balanced(others: Tensor, adversarial: Tensor) -> Tensor:
     """How many times as long the gradient `others` is as `adversarial`: a scalar in [0, 1e4]."""
-    return (others.norm() / (adversarial.norm() + EPSILON)).clamp(0, LARGEST)
+    return (whole(others.norm()) / (whole(adversarial.norm()) + EPSILON)).clamp(0, LARGEST)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +18,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..files import explained, write_bytes
 
 _PLAIN_SECONDS = 10.0
+_NAMED = 5
+"""Damaged pictures named on the screen; log.jsonl has them all."""
 
 
 class RunLog:
     """Collects the values of every iteration, writes their means, and shows how far the run is.
 
-    Terminals get a live bar on stderr, everything else a plain line every ten seconds.
+    Terminals get a live bar on stderr, everything else a plain line every ten seconds. A `silent` one writes and shows
+    nothing: it is for the processes beside the first.
     """
 
-    def __init__(self, directory: Path, start: int, iterations: int, batch: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        start: int,
+        iterations: int,
+        batch: int,
+        tensorboard: bool = True,
+        silent: bool = False,
+    ) -> None:
         self._path = directory / "log.jsonl"
         self._curves = directory / "losses.png"
         # Lines written after the checkpoint that is resumed from would come twice.
         self._records = [record for record in read_log(self._path) if start and record["iteration"] <= start]
-        write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+        self._silent = silent
+        if not silent:
+            write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
         self._batch, self._iterations = batch, iterations
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._count = 0
         self._before = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
         self._began = self._since = self._printed = time.monotonic()
-        self._board = _tensorboard(directory, start) if tensorboard else None
-        self._bar = _bar() if Console(stderr=True).is_terminal else None
+        self._board = _tensorboard(directory, start) if tensorboard and not silent else None
+        self._bar = _bar() if not silent and Console(stderr=True).is_terminal else None
         self._task = self._bar.add_task("", total=iterations, completed=start, values="") if self._bar else None
 
     def __enter__(self) -> RunLog:
@@ -51,32 +66,53 @@ class RunLog:
         if self._board:
             self._board.close()
 
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """The time spent in here is not the training's: galleries, checkpoints."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - began
+            self._began, self._since = self._began + spent, self._since + spent
+
     def count(self, values: dict[str, float]) -> None:
-        """Take in the values of one iteration."""
+        """Take in the values of one iteration; those of a skipped one, which are not all finite, only by its time."""
         self._count += 1
+        if not all(map(math.isfinite, values.values())):
+            return
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def write(self, iteration: int, learning_rate: float) -> None:
-        """Write the means since the last time, and show them."""
+    def write(self, iteration: int, learning_rate: float, skipped: int = 0) -> None:
+        """Write the means since the last time, and show them; `skipped` iterations of the run changed no weight."""
         now = time.monotonic()
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         speed = self._count * self._batch / max(now - self._since, 1e-9)
         seconds = self._before + now - self._began
         so_far = {"iteration": iteration, "images": iteration * self._batch, "seconds": seconds}
-        self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, "train": means})
-        self._show(iteration, speed, means)
+        counted = {"skipped": skipped} if skipped else {}
+        self._append({**so_far, "images_per_second": speed, "learning_rate": learning_rate, **counted, "train": means})
+        self._show(iteration, speed, {**means, **counted})
         self._sums, self._counts, self._count, self._since = {}, {}, 0, now
 
     def held_out(self, iteration: int, metrics: dict[str, float]) -> None:
         """Write figures of the held-out images."""
         self._append({"iteration": iteration, "held_out": metrics})
         self.say(f"iteration {iteration}, held out: {_listing(metrics)}")
-        self._since = time.monotonic()  # the gallery's time is not the training's
+
+    def damaged(self, iteration: int, pictures: Mapping[str, str]) -> None:
+        """Write which pictures could not be read, and why, if there are any."""
+        if pictures:
+            self._append({"iteration": iteration, "damaged": dict(pictures)})
+            more = f" and {len(pictures) - _NAMED} more, see log.jsonl" if len(pictures) > _NAMED else ""
+            self.say(f"skipped {len(pictures)} damaged picture(s): {', '.join(list(pictures)[:_NAMED])}{more}")
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
+        if self._silent:
+            return
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
@@ -89,10 +125,13 @@ class RunLog:
 
     def draw(self) -> None:
         """Draw all curves into losses.png."""
-        write_bytes(self._curves, draw_curves(self._records))
+        if not self._silent:
+            write_bytes(self._curves, draw_curves(self._records))
 
     def _append(self, record: dict[str, Any]) -> None:
         self._records.append(record)
+        if self._silent:
+            return
         with explained(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._board:

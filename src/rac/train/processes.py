@@ -1,0 +1,236 @@
+"""One training on several processes: who reads what, what is summed, and who writes.
+
+Every process ("rank") works off rows of its own of each iteration's batch, with the random numbers that those rows have
+on one process (`rac.draws`). Its loss is weighed by its share of the batch, so the sum of all gradients is the gradient
+of the whole batch, and a run on two processes equals the run on one up to the order of additions.
+
+Gradients are summed once an iteration, after the last backward pass, in a few large buffers, rather than by torch's
+DistributedDataParallel: that wrapper expects one forward call for each backward pass, while an objective here calls the
+field many times, recomputes it within the backward pass, reaches past `forward` to an encoder or a decoder, and takes a
+second backward pass for an adversarial term. Nothing of that concerns a sum at the end. The price is that communication
+does not overlap with the backward pass.
+
+`shard="fsdp"` spreads weights, gradients and moments over the processes with torch's `fully_shard` (FSDP2), block by
+block: each block gathers its weights when it is called, whoever calls it, so it does not mind any of the above either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import runtime
+from ..errors import RacError
+
+_BUFFER = 2**25
+"""Bytes of gradients that are summed in one message, or a single larger tensor."""
+_PREPARING = timedelta(days=2)
+"""How long the others wait while the first process prepares data; that it lives they notice anyway."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together; `join` finds out."""
+
+    rank: int = 0
+    count: int = 1
+    messages: Any = None
+    """The group, of CPU tensors, in which processes agree; None on a single one."""
+
+    @classmethod
+    def join(cls, device: str = "auto", patience: float = 900.0) -> Processes:
+        """The processes that `torchrun` or `accelerate launch` started, or this one alone.
+
+        No process waits longer than `patience` seconds for another one. Raises `RacError` without accelerate.
+        """
+        count = runtime.processes()
+        if count == 1:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            raise RacError(
+                f"training on {count} processes needs accelerate: pip install 'rectified-auto-coder[distributed]'"
+            ) from None
+        longest = timedelta(seconds=patience)
+        with answered():
+            state = PartialState(cpu=runtime.pick_device(device).type == "cpu", timeout=longest)
+            return cls(state.process_index, state.num_processes, _messages(longest))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def rows(self, size: int) -> slice:
+        """This process's share of a batch of `size`."""
+        return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process runs the block, however long that takes, before the others do."""
+        if not self.first:
+            self._meet(_PREPARING)
+        yield
+        if self.first:
+            self._meet(_PREPARING)
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any process gave, number by number."""
+        if self.count == 1:
+            return list(numbers)
+        largest = torch.tensor(numbers)
+        with answered():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.messages)
+        return largest.tolist()
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each process gave, on all of them."""
+        if self.count == 1:
+            return [thing]
+        found: list[Any] = [None] * self.count
+        with answered():
+            torch.distributed.all_gather_object(found, thing, group=self.messages)
+        return found
+
+    @torch.no_grad()
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes. Sharded ones are left alone: theirs are summed already."""
+        if self.count == 1:
+            return
+        for buffer in _buffers(tensor for tensor in tensors if not is_sharded(tensor)):
+            flat = torch.cat([tensor.flatten() for tensor in buffer])
+            with answered():
+                torch.distributed.all_reduce(flat)
+            for tensor, piece in zip(buffer, flat.split([tensor.numel() for tensor in buffer]), strict=True):
+                tensor.copy_(piece.view(tensor.shape))
+
+    @torch.no_grad()
+    def spread(self, module: nn.Module) -> None:
+        """Give the first process's weights and buffers to all: equal seeds make them equal only on equal machines."""
+        if self.count > 1:
+            with answered():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    whole = tensor.contiguous()
+                    torch.distributed.broadcast(whole, 0)
+                    tensor.copy_(whole)
+
+    def _meet(self, patience: timedelta) -> None:
+        if self.count > 1:
+            with answered():
+                torch.distributed.monitored_barrier(self.messages, patience)
+
+
+def leave() -> None:
+    """Take leave of the other processes, if there are any, at the end of a program."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+        _messages.cache_clear()
+
+
+@cache
+def _messages(longest: timedelta) -> Any:
+    """Beside the group of the device, so that no message waits for a device."""
+    return torch.distributed.new_group(backend="gloo", timeout=longest)
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Turn what torch says when another process is gone, or does not answer, into one `RacError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise RacError(
+            "another process of this training has ended or does not answer, so this one ends too "
+            f"({str(error).splitlines()[0]}); its own message is above or in its own output; the last checkpoint is "
+            "whole: --resume goes on from there, on any number of processes"
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower() or "Rank " in str(error)
+
+
+def _buffers(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type, each run of about `_BUFFER` bytes."""
+    buffer: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if buffer and (buffer[0].dtype != tensor.dtype or size + tensor.nbytes > _BUFFER):
+            yield buffer
+            buffer, size = [], 0
+        buffer.append(tensor)
+        size += tensor.nbytes
+    if buffer:
+        yield buffer
+
+
+# Sharded weights
+
+
+def shard(module: nn.Module) -> None:
+    """Spread the weights of `module` over the processes, in place, block by block."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(module.parameters()).device
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in list(blocks(module)):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
+def blocks(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
+    """The parts of `module` that hold its weights, each weight in one of them, and that are always called as a whole.
+
+    Those are the items of lists and sequences of modules, and whatever else has weights of its own.
+    """
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+    if listed and not is_list:
+        if any(True for _ in module.parameters()):
+            yield module
+        return
+    for child in module.children():
+        yield from blocks(child, is_list)
+    if any(True for _ in module.parameters(recurse=False)):
+        yield module
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over the processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process; to be called by all of them together."""
+    spread: Any = tensor
+    return spread.full_tensor() if is_sharded(tensor) else tensor
+
+
+def alike(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, or this process's piece of it where `like` is sharded. Nothing is sent."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    mesh = spread.device_mesh
+    pieces, place = tensor.to(like.device).chunk(mesh.size(), dim=0), mesh.get_local_rank()
+    piece = pieces[place] if place < len(pieces) else tensor[:0].to(like.device)
+    return DTensor.from_local(
+        piece.clone(), mesh, spread.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

@@ -99,7 +99,7 @@ def processes_here() -> int:
 
 def is_first_process() -> bool:
     """Whether this process is the only one, or the first of those that were started together: the one that talks."""
-    return os.environ.get("RANK", "0") == "0"
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def derived_seed(rng_seed: int, *stream: int | str) -> int:

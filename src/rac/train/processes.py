@@ -159,6 +159,8 @@ def answered() -> Iterator[None]:
 
 
 def _is_loss(error: RuntimeError) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower() or "Rank " in str(error)
 
 

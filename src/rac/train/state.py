@@ -39,7 +39,7 @@ class TrainState:
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
+            fused=device.type in ("cpu", "cuda"),
         )
         return cls(module, ema, optimizer)
 
@@ -89,8 +89,8 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
 
 @torch.no_grad()
 def _average(ema: nn.Module, module: nn.Module, weight: float) -> None:
-    for average, parameter in zip(ema.parameters(), module.parameters(), strict=True):
-        average.lerp_(parameter, weight)
+    # One call for all: small networks have many parameters, and none of them is large.
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), weight)
     for kept, buffer in zip(ema.buffers(), module.buffers(), strict=True):
         kept.copy_(buffer)
 

@@ -61,6 +61,8 @@ class RACRecipe:
         )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         coder = self._coder(teacher.spec)
+        if self.train.compile:
+            coder.field.compile()  # in place; the averaged copy and what is saved stay plain
         return fit(RACTask(coder, teacher, self.objective), stream, self.train, directory, recipe=self, resume=resume)
 
     def _coder(self, spec: LatentSpec) -> RAC:

@@ -39,6 +39,8 @@ class TrainConfig:
     """Threads that read images ahead; 0: none."""
     threads: int = 0
     """Threads torch computes with; 0: its own choice; -1: what is fastest here, measured at the start."""
+    compile: bool = False
+    """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
     device: str = "auto"
     checkpoint_minutes: float = 5.0
     gallery_every: int = 500

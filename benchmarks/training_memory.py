@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from rac.coders.rac import RAC, RACConfig
 from rac.coders.teacher import TinyCoder
 from rac.draws import Draws
 from rac.flow import TimeGrid
-from rac.objectives.rac import Coding, RACObjective, rac_terms
+from rac.objectives.rac import Coding, Memory, RACObjective, RACWeights, rac_terms
 from rac.recipes import RECIPES
 from rac.states import expand, image_state
 
@@ -148,12 +148,19 @@ def naive_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
     )
 
 
-def our_loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
-    """`rac_terms` with the nano preset, weighted and added up."""
-    coding = Coding(field, setting.coder.states, setting.coder.contract, setting.teacher.decode)
-    weights = setting.objective.weights.chosen()
-    terms = rac_terms(coding, setting.image, setting.latent, setting.objective, setting.draws())
-    return sum((weight * terms[name] for name, weight in weights.items()), setting.image.new_zeros(()))
+def our_loss(memory: Memory, weights: RACWeights | None = None) -> Callable[..., Tensor]:
+    """`rac_terms` with the nano preset, or other weights, weighted and added up."""
+
+    def loss(setting: Setting, field: Callable[..., Tensor]) -> Tensor:
+        # Walking back takes no noise; its flows are those of another solver, so its loss is another as well.
+        noise = 0.0 if memory == "reverse" else NANO.objective.step_noise
+        objective = replace(setting.objective, memory=memory, step_noise=noise)
+        objective = objective if weights is None else replace(objective, weights=weights)
+        coding = Coding(field, setting.coder.states, setting.coder.contract, setting.teacher.decode)
+        terms = rac_terms(coding, setting.image, setting.latent, objective, setting.draws())
+        return sum((weight * terms[name] for name, weight in objective.weights.chosen().items()), torch.zeros(()))
+
+    return loss
 
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -178,16 +185,30 @@ def one_evaluation(setting: Setting) -> int:
     return kept
 
 
+class Watched(nn.Module):
+    """The field, which tells that it is asked."""
+
+    def __init__(self, field: nn.Module, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self.field, self._tell = field, tell
+
+    def forward(self, *args: Tensor) -> Tensor:
+        self._tell()
+        return self.field(*args)
+
+
 def measure(setting: Setting, loss_of: Callable[..., Tensor], evaluation: int) -> Measured:
     """One step of training, optimiser apart. Counting adds a few microseconds per saved tensor to its time."""
     saved, in_backward = SavedBytes(setting.coder, setting.teacher), False
 
-    def field(*args: Tensor) -> Tensor:
-        # An evaluation inside the backward pass is a recomputation: its activations come on top of what still waits.
+    def asked() -> None:
+        # A checkpointed evaluation is made again in the backward pass, unseen by the hooks: its activations come on top
+        # of what still waits. Of a flow that is walked back the hooks may see them; when the field is asked, those of
+        # the evaluation before are gone, so that nothing counts twice.
         if in_backward:
             saved.besides(evaluation)
-        return setting.coder.field(*args)
 
+    field = Watched(setting.coder.field, asked)
     start = time.perf_counter()
     with saved.watch():
         loss = loss_of(setting, field)
@@ -200,6 +221,11 @@ def measure(setting: Setting, loss_of: Callable[..., Tensor], evaluation: int) -
     slope = float(sum(parameter.grad.abs().sum() for parameter in setting.coder.parameters()))
     setting.coder.zero_grad()
     return Measured(value, saved.peak, seconds, slope)
+
+
+def bytes_of(setting: Setting, loss_of: Callable[..., Tensor], evaluation: int) -> int:
+    """The peak of the bytes that one step saves."""
+    return measure(setting, loss_of, evaluation).peak
 
 
 def nano(size: int, batch: int) -> dict[str, Any]:
@@ -226,27 +252,30 @@ def main() -> None:
 
     parts = nano(options.size, options.batch)
     evaluation = one_evaluation(Setting(**parts, steps=1))
-    measure(Setting(**parts, steps=1), our_loss, evaluation)  # the first convolutions of a process are slow
+    ways = {"naive": naive_loss, **{memory: our_loss(memory) for memory in get_args(Memory)}}
+    ends = RACWeights(reconstruction=1.0, latent=1.0, round_trip=1.0)
+    ways["no path"] = our_loss("reverse", ends)
+    measure(Setting(**parts, steps=1), ways["recompute"], evaluation)  # the first convolutions of a process are slow
     print(f"nano preset, {options.size} x {options.size}, batch {options.batch}, float32, CPU")
     print(f"one evaluation of the field keeps {evaluation / MIB:.1f} MiB; a step of training makes 4 K\n")
-    print(f"{'K':>3} {'naive MiB':>10} {'ours MiB':>10} {'ratio':>7} {'naive s':>9} {'ours s':>9} {'ratio':>7}")
-    found: dict[int, tuple[Measured, Measured]] = {}
+    print("MiB, and seconds, by what waits for the backward pass; no path: reverse, without the path terms\n")
+    print(f"{'K':>3} " + " ".join(f"{name:>15}" for name in ways) + f" {'recompute/naive':>16}")
+    found: dict[int, dict[str, Measured]] = {}
     for steps in options.steps:
         setting = Setting(**parts, steps=steps)
-        naive, ours = measure(setting, naive_loss, evaluation), measure(setting, our_loss, evaluation)
-        for one, two in ((naive.loss, ours.loss), (naive.slope, ours.slope)):
-            assert abs(one - two) < 1e-4 * abs(one), f"not the same step: {one} and {two}"
-        found[steps] = naive, ours
-        print(
-            f"{steps:>3} {naive.peak / MIB:>10.1f} {ours.peak / MIB:>10.1f} {ours.peak / naive.peak:>7.3f} "
-            f"{naive.seconds:>9.2f} {ours.seconds:>9.2f} {ours.seconds / naive.seconds:>7.2f}",
-            flush=True,
-        )
+        found[steps] = here = {name: measure(setting, loss_of, evaluation) for name, loss_of in ways.items()}
+        for ours in ("store", "recompute"):
+            for one, two in ((here["naive"].loss, here[ours].loss), (here["naive"].slope, here[ours].slope)):
+                assert abs(one - two) < 1e-4 * abs(one), f"not the same step: {one} and {two}"
+        cells = [f"{one.peak / MIB:>8.1f} {one.seconds:>5.2f}s" for one in here.values()]
+        ratio = here["recompute"].peak / here["naive"].peak
+        print(f"{steps:>3} " + " ".join(f"{cell:>15}" for cell in cells) + f" {ratio:>16.3f}", flush=True)
     print()
     if 4 in found:
-        report("bytes at K = 4, ours to naive", found[4][1].peak / found[4][0].peak, 0.25)
+        report("bytes at K = 4, recompute to naive", found[4]["recompute"].peak / found[4]["naive"].peak, 0.25)
     if 1 in found and 16 in found:
-        report("our bytes, K = 16 to K = 1", found[16][1].peak / found[1][1].peak, 1.5)
+        for name in ("recompute", "reverse", "no path"):
+            report(f"bytes at K = 16 to K = 1, {name}", found[16][name].peak / found[1][name].peak, 1.5)
 
 
 def report(what: str, ratio: float, aim: float) -> None:

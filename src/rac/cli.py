@@ -25,6 +25,7 @@ VERBS = {
     "compare": "several coders side by side: quality, cost, speed, and pictures of where they differ",
     "ablate": "variants of a recipe, trained alike and judged alike: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
     "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
+    "bench": "images per second to train, encode and decode, what the time goes into, and the share of this machine",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
 }
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            return _fail("error: out of memory; take smaller images (--size), fewer of them, or another device", 2)
+            return _fail("error: out of memory; take tiles (--tile), smaller images (--size) or another device", 2)
 
 
 def _dispatch(arguments: list[str]) -> int:

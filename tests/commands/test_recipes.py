@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import rac
 from rac.coders.klvae import KLVAEConfig
@@ -15,6 +17,7 @@ from rac.coders.teacher import TinyCoder
 from rac.errors import RacError, WeightsError
 from rac.evaluate.lpips import FILES
 from rac.evaluate.weight_files import find_weights
+from rac.fields import ConvField
 from rac.recipes import RECIPES, RACRecipe
 from rac.recipes.shelf import in_seconds
 
@@ -72,3 +75,27 @@ def test_a_start_of_another_shape_is_refused(tmp_path: Path) -> None:
     other = replace(first, state_channels=9, start=str(tmp_path / "first" / "coder"))
     with pytest.raises(RacError, match="another field"):
         other.run(tmp_path / "second")
+
+
+def one_iteration(compiled: bool) -> RACRecipe:
+    recipe = in_seconds(RECIPES["tiny"][1])
+    assert isinstance(recipe, RACRecipe)
+    train = replace(recipe.train, iterations=1, gallery_every=1, bf16=False, compile=compiled)
+    return replace(recipe, objective=replace(recipe.objective, steps=(1, 1)), train=train)
+
+
+def test_the_field_is_compiled_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: asked.append(module))
+    for compiled in (False, True):
+        one_iteration(compiled).run(tmp_path / str(compiled))
+        assert [type(module) for module in asked] == [ConvField] * compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_field_trains_as_the_plain_one(tmp_path: Path) -> None:
+    one, two = (one_iteration(compiled).run(tmp_path / str(compiled)).module for compiled in (False, True))
+    assert list(one.state_dict()) == list(two.state_dict())
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=0, atol=2e-3)  # Adam's step is lr, or minus it

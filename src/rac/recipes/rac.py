@@ -75,6 +75,8 @@ class RACRecipe:
             )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         coder = self._coder(teacher)
+        if self.train.compile:
+            coder.field.compile()  # in place; the averaged copy and what is saved stay plain
         task = RACTask(coder, teacher, self.objective, jury)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)
 

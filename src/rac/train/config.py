@@ -38,7 +38,10 @@ class TrainConfig:
     workers: int = 1
     """Threads that read images ahead; 0: none."""
     threads: int = 0
-    """Threads torch computes with, in each process; 0: its own choice, and at most an equal share of the cores."""
+    """Threads torch computes with, in each process; 0: its own choice, at most an equal share of the cores; -1: what
+    is fastest here, measured at the start."""
+    compile: bool = False
+    """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
     device: str = "auto"
     shard: Literal["none", "fsdp"] = "none"
     """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
@@ -56,13 +59,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("iterations", "batch", "accumulate", "gallery_every", "log_every")
-        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "threads", "checkpoint_minutes")
+        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "checkpoint_minutes")
         if not self.patience_minutes > 0:
             raise RacError(f"patience_minutes {self.patience_minutes} must be above 0")
         for name in (*counts, *others):
             least = 1 if name in counts else 0
             if not getattr(self, name) >= least:
                 raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
+        if self.threads < -1:
+            raise RacError(f"threads {self.threads} must be -1 (measured), 0 (torch chooses) or more")
         if self.accumulate > self.batch:
             raise RacError(f"a batch of {self.batch} cannot be split into {self.accumulate} parts; lower accumulate")
         for name, fraction in (("ema", self.ema), ("betas", self.betas[0]), ("betas", self.betas[1])):

@@ -1,0 +1,239 @@
+"""`rac bench`: how fast coders are on this machine, and what the time goes into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from .. import hub, runtime
+from ..coders.klvae import KLVAE
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..data import DataConfig, open_stream
+from ..errors import RacError
+from ..evaluate.report import Table
+from ..flow.grid import check_steps
+from ..objectives.klvae import KLVAEWeights
+from ..recipes import RECIPES, RACRecipe
+from ..train import TrainConfig
+from ..train.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
+from ..train.tasks import KLVAETask, RACTask
+from .common import load_teacher, show, tell, watched
+
+Precision = Literal["fp32", "bf16"]
+Job = Literal["encode", "decode", "train"]
+
+COLUMNS = ("coder", "job", "precision", "images/s", "GFLOP/s", "of best", "what the time goes into")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the result."""
+
+    coder: str
+    job: Job
+    precision: Precision
+    speed: Speed
+    share: float
+    """Of the best convolution's rate in this precision."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Measure images per second to encode, decode and train, with what a training step's time goes into.
+
+    GFLOP/s count two operations for each multiply-accumulate, and their share is of the best rate that plain
+    convolutions reach in the same run. bf16 is autocast with the channels-last layout. Times are medians; on a machine
+    that does other things as well, look at ratios of one run only.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Shipped coders (see `rac models`), directories, names on the hub. None: all that ship."""
+    jobs: tuple[Job, ...] = ("encode", "decode", "train")
+    """What to measure. Coders that are not trained here are not trained."""
+    size: int = 64
+    """Side of the square images."""
+    batch: int = 16
+    """Images at a time."""
+    steps: int | None = None
+    """Steps to encode and decode. None: the coder's own number."""
+    recipe: str = "rac"
+    """The recipe whose objective a RAC is trained by."""
+    data: tuple[Path, ...] = ()
+    """Training images: folders, tar files, single images. None: scikit-image's photographs."""
+    precision: tuple[Precision, ...] = ("fp32", "bf16")
+    """How to compute."""
+    threads: int = 0
+    """Threads torch computes with. 0: those that decode fastest, measured first."""
+    seconds: float = 2.0
+    """Least time for each measurement."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    format: Literal["table", "markdown", "csv", "json"] = "table"
+    """How to print."""
+
+    def run(self) -> int:
+        """Measure and print; the exit code. Raises `RacError`."""
+        self._check()
+        device = runtime.pick_device(self.device)
+        names = self.models or tuple(hub.available())
+        before = torch.get_num_threads()
+        try:
+            by_threads = self._threads(hub.load(names[0]), device)
+            best, found = self._measure(names, device)
+            self._print(found, best, device, by_threads)
+        finally:
+            torch.set_num_threads(before)
+        return 0
+
+    def _check(self) -> None:
+        for name in ("size", "batch"):
+            if getattr(self, name) < 1:
+                raise RacError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.seconds < 0 or not self.jobs or not self.precision:
+            raise RacError("--seconds must not be negative, and --jobs and --precision need at least one name each")
+        if self.steps is not None:
+            check_steps(self.steps)
+        self._objective()
+
+    def _objective(self) -> RACRecipe:
+        recipe = RECIPES.get(self.recipe, ("", None))[1]
+        if not isinstance(recipe, RACRecipe):
+            fit = ", ".join(name for name, (_, one) in RECIPES.items() if isinstance(one, RACRecipe))
+            raise RacError(f"no recipe {self.recipe!r} for a RAC; try {fit}")
+        return recipe
+
+    def _threads(self, coder: Coder, device: torch.device) -> dict[int, float]:
+        if self.threads or device.type != "cpu":
+            runtime.set_threads(self.threads)
+            return {}
+        latents = coder.encode(self._images(coder), self._steps(coder))
+        seconds = runtime.seconds_by_threads(partial(coder.decode, latents, self._steps(coder)), rounds=3)
+        torch.set_num_threads(min(seconds, key=seconds.__getitem__))
+        return seconds
+
+    def _measure(self, names: Sequence[str], device: torch.device) -> tuple[dict[Precision, float], list[Measured]]:
+        settings = {one: Setting(device, one == "bf16", self.seconds) for one in self.precision}
+        found = []
+        plan = [("best convolution", one) for one in settings] + [(name, one) for name in names for one in settings]
+        best: dict[Precision, float] = {}
+        with closing(watched(plan, " ".join)) as shown:
+            for name, precision in shown:
+                if precision not in best:
+                    best[precision] = best_convolution(settings[precision])
+                    continue
+                for job, speed in self._speeds(name, settings[precision]):
+                    found.append(Measured(name, job, precision, speed, speed.gflops / best[precision]))
+        return best, found
+
+    def _speeds(self, name: str, setting: Setting) -> Iterator[tuple[Job, Speed]]:
+        coder = hub.load(name)
+        if "encode" in self.jobs or "decode" in self.jobs:
+            coding = coding_speeds(coder, self._images(coder), setting, self._steps(coder))
+            yield from ((job, coding[job]) for job in ("encode", "decode") if job in self.jobs)
+        if "train" in self.jobs and (speed := self._training(name, coder, setting)):
+            yield "train", speed
+
+    def _training(self, name: str, coder: Coder, setting: Setting) -> Speed | None:
+        stream = open_stream(DataConfig(paths=self.data, size=self.size))
+        settings = TrainConfig(batch=self.batch, device=str(setting.device))
+        coder.requires_grad_(True)
+        if isinstance(coder, KLVAE):
+            task = KLVAETask(coder, KLVAEWeights(), stream, self.batch)
+            return training_speed(task, stream, settings, setting, None)
+        if not isinstance(coder, RAC):
+            tell(f"{name} is a {type(coder).__name__}, which is not trained here")
+            return None
+        teacher = load_teacher(coder, str(setting.device))
+        if teacher is None:
+            tell(f"{name} names no teacher that can be loaded, so its training is not measured")
+            return None
+        return training_speed(RACTask(coder, teacher, self._objective().objective), stream, settings, setting, teacher)
+
+    def _images(self, coder: Coder) -> torch.Tensor:
+        factor = coder.spec.factor
+        if self.size % factor:
+            raise RacError(f"--size {self.size} must be a multiple of the coder's factor {factor}")
+        return 2 * torch.rand(self.batch, 3, self.size, self.size, generator=runtime.generator(0, "bench")) - 1
+
+    def _steps(self, coder: Coder) -> int | None:
+        return self.steps if isinstance(coder, RAC) else None
+
+    def _print(
+        self,
+        found: list[Measured],
+        best: dict[Precision, float],
+        device: torch.device,
+        by_threads: dict[int, float],
+    ) -> None:
+        if self.format == "json":
+            print(json.dumps(self._as_dict(found, best, device, by_threads), indent=2))
+            return
+        table = Table(COLUMNS, tuple(map(_row, found)))
+        if self.format != "table":
+            print(table.to_csv() if self.format == "csv" else table.to_markdown(), end="")
+            return
+        threads = f", {_threads(torch.get_num_threads())}" if device.type == "cpu" else ""
+        show(table, f"{self.size} x {self.size}, batch {self.batch}, {device}{threads}")
+        for precision, gflops in best.items():
+            print(f"best convolution in {precision}: {gflops:.4g} GFLOP/s")
+        for count, seconds in by_threads.items():
+            print(f"{names_of(self)} decodes a batch in {1000 * seconds:.4g} ms with {_threads(count)}")
+
+    def _as_dict(
+        self,
+        found: list[Measured],
+        best: dict[Precision, float],
+        device: torch.device,
+        by_threads: dict[int, float],
+    ) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "batch": self.batch,
+            "steps": self.steps,
+            "recipe": self.recipe,
+            "device": str(device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "seconds_by_threads": by_threads,
+            "best_convolution_gflops": best,
+            "speeds": [
+                {
+                    "coder": one.coder,
+                    "job": one.job,
+                    "precision": one.precision,
+                    "images_per_second": one.speed.images_per_second,
+                    "gflops": one.speed.gflops,
+                    "share": one.share,
+                    "seconds": one.speed.seconds,
+                    "flops": one.speed.flops,
+                    "parts": dict(one.speed.parts),
+                }
+                for one in found
+            ],
+        }
+
+
+def names_of(command: Command) -> str:
+    """The coder whose decoding chose the number of threads."""
+    return (command.models or tuple(hub.available()))[0]
+
+
+def _row(one: Measured) -> tuple[str, ...]:
+    speed = one.speed
+    whole = sum(speed.parts.values())
+    parts = ", ".join(f"{name} {100 * seconds / whole:.0f} %" for name, seconds in speed.parts.items())
+    figures = (f"{speed.images_per_second:.4g}", f"{speed.gflops:.3g}", f"{100 * one.share:.0f} %")
+    return one.coder, one.job, one.precision, *figures, parts
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

@@ -1,0 +1,202 @@
+"""How fast coders encode, decode and train on this machine, and how much of it they use.
+
+Rates are medians over rounds. The share is of the best rate that a plain convolution reached in the same run and
+precision, so that it says more about the coder than about the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import runtime
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..data import Batch, Stream
+from ..draws import Draws
+from ..evaluate.cost import MacCounter
+from .config import TrainConfig
+from .state import TrainState, train_step
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what, and for how long."""
+
+    device: torch.device
+    bf16: bool = False
+    """bfloat16 autocast and channels-last layout; otherwise plain float32."""
+    seconds: float = 2.0
+    """Least time for each measurement."""
+    rounds: int = 3
+    """Least number of rounds, after one for warming up."""
+
+    def now(self) -> float:
+        """The time, once the device has done what it was asked."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One job of one coder."""
+
+    images: int
+    """In a round."""
+    seconds: float
+    """Of a round, the median."""
+    flops: int
+    """Floating point operations of a round: two for each multiply-accumulate of convolutions and matrix products."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a round by what they went into, the medians."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Rate."""
+        return self.images / self.seconds
+
+    @property
+    def gflops(self) -> float:
+        """Achieved GFLOP/s."""
+        return self.flops / self.seconds / 1e9
+
+
+def timed(work: Callable[[], object], setting: Setting) -> list[float]:
+    """Seconds of each round of `work`, the first one left out."""
+    work()
+    taken: list[float] = []
+    start = setting.now()
+    while len(taken) < setting.rounds or setting.now() - start < setting.seconds:
+        before = setting.now()
+        work()
+        taken.append(setting.now() - before)
+    return taken
+
+
+@torch.no_grad()
+def best_convolution(setting: Setting) -> float:
+    """GFLOP/s of the fastest of a few plain 3 x 3 convolutions, of the widths and sizes coders have."""
+    best, share = 0.0, replace(setting, seconds=setting.seconds / 4)
+    dtype, layout = torch.bfloat16 if setting.bf16 else torch.float32, runtime.memory_format(setting.bf16)
+    for channels, side in ((64, 64), (128, 64), (256, 32), (512, 16)):
+        x, weight = torch.ones(4, channels, side, side), torch.ones(channels, channels, 3, 3)
+        x, weight = (each.to(setting.device, dtype, memory_format=layout) for each in (x, weight))
+        flops = 2 * 9 * x.numel() * channels
+        seconds = min(timed(partial(F.conv2d, x, weight, padding=1), share))
+        best = max(best, flops / seconds / 1e9)
+    return best
+
+
+@torch.no_grad()
+def coding_speeds(coder: Coder, images: Tensor, setting: Setting, steps: int | None = None) -> dict[str, Speed]:
+    """ "encode" and "decode" of `coder` on images B 3 H W; `steps` are for a coder with a flow."""
+    runtime.place(coder, setting.device, setting.bf16)
+    images = images.to(setting.device, memory_format=runtime.memory_format(setting.bf16))
+    latents = coder.encode(images, steps)
+    jobs: dict[str, Callable[[], Tensor]] = {
+        "encode": lambda: coder.encode(images, steps),
+        "decode": lambda: coder.decode(latents, steps),
+    }
+    found = {}
+    for name, job in jobs.items():
+        with runtime.autocast(setting.device, setting.bf16):
+            with MacCounter() as counter:
+                job()
+            found[name] = Speed(len(images), median(timed(job, setting)), 2 * counter.macs)
+    return found
+
+
+def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: Setting, teacher: Coder | None) -> Speed:
+    """One iteration of `task` at a time, on batches of `stream`, and what its time goes into.
+
+    The parts are "data"; "teacher", its encoding of each batch; "field", forward (for other coders "forward" alone);
+    "terms", the rest of the loss; "backward", with recomputation and clipping; "optimiser", with the average.
+    """
+    settings = replace(settings, bf16=setting.bf16, channels_last=setting.bf16)
+    state = TrainState.start(task, settings, setting.device)
+    clock = _Clock(task, state, setting)
+    rounds: list[dict[str, float]] = []
+
+    def step() -> None:
+        with clock.part("data"):
+            batch = stream.batch(state.iteration * settings.batch, settings.batch)
+            batch = batch.to(setting.device, runtime.memory_format(setting.bf16))
+        if teacher is not None:
+            with clock.part("teacher"), torch.no_grad(), runtime.autocast(setting.device, setting.bf16):
+                batch = Batch(batch.images, teacher.encode(batch.images).float())
+        train_step(clock, state, batch, settings)
+        rounds.append(clock.taken())
+
+    with MacCounter() as counter:
+        step()
+    rounds.clear()
+    taken = timed(step, setting)
+    parts = {name: median([one[name] for one in rounds[1:]]) for name in rounds[-1]}
+    return Speed(settings.batch, median(taken), 2 * counter.macs, parts)
+
+
+class _Clock:
+    """A task whose parts are timed."""
+
+    def __init__(self, task: Task, state: TrainState, setting: Setting) -> None:
+        self._task, self._now = task, setting.now
+        self.module, self.frozen, self.weights, self.opponent = task.module, task.frozen, task.weights, task.opponent
+        self.gallery, self.save = task.gallery, task.save
+        self._seconds: dict[str, float] = {}
+        self._inside = False
+        self._begun = self._stepping = self._asked = 0.0
+        if isinstance(task.module, RAC):
+            task.module.field.register_forward_pre_hook(self._before)
+            task.module.field.register_forward_hook(self._after)
+        state.optimizer.register_step_pre_hook(self._before_step)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._add(name, self._now() - start)
+
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        """See `Task`."""
+        self._inside, start = True, self._now()
+        terms = self._task.terms(batch, draws, iteration)
+        self._inside, self._begun = False, self._now()
+        self._add("terms", self._begun - start)
+        return terms
+
+    def taken(self) -> dict[str, float]:
+        """The parts of the step that just ended, in their order."""
+        self._add("optimiser", self._now() - self._stepping)
+        seconds, self._seconds = self._seconds, {}
+        asked = seconds.get("field")
+        if asked is None:
+            seconds["forward"] = seconds.pop("terms")
+        else:
+            seconds["terms"] -= asked
+        order = ("data", "teacher", "field", "forward", "terms", "backward", "optimiser")
+        return {name: seconds[name] for name in order if name in seconds}
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _before(self, *_: Any) -> None:
+        self._asked = self._now()
+
+    def _after(self, *_: Any) -> None:
+        if self._inside:  # what is recomputed belongs to the backward pass
+            self._add("field", self._now() - self._asked)
+
+    def _before_step(self, *_: Any) -> None:
+        self._stepping = self._now()
+        self._add("backward", self._stepping - self._begun)

@@ -1,0 +1,35 @@
+"""Every benchmark runs, at a size that says nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMALL = {
+    "training_memory.py": ["--size", "8", "--steps", "1", "4"],
+    "training_step.py": ["--size", "8", "--batch", "1", "--steps", "1", "--rounds", "1"],
+    "decode_peers.py": ["--size", "8", "--rounds", "1"],
+}
+
+
+def test_all_are_here() -> None:
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == SMALL.keys()
+    told = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert all(f"python benchmarks/{name}" in told for name in SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_it_runs(name: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / name), *SMALL[name], "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "GMACs" in done.stdout or "MiB" in done.stdout
+    if name != "training_memory.py":
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["threads"] == 1

@@ -139,10 +139,10 @@ class Coding(NamedTuple):
     """Seed state -> latent: the spread's inverse, or a learned projector."""
     teacher_decode: Callable[[Tensor], Tensor] | None
     """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
-    seed_noise: float = 0.0
-    """Deviation of the noise in the sites of the seed state that the latent leaves free."""
     judges: Judges = NO_JUDGES
     """Networks that look at the decoded image; without a discriminator there is no `adversarial` term (yet)."""
+    seed_noise: float = 0.0
+    """Deviation of the noise in the sites of the seed state that the latent leaves free."""
 
 
 class Rollout(NamedTuple):

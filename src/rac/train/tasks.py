@@ -139,9 +139,8 @@ class RACTask:
                 latents = self.teacher.encode(batch.images)
         module = self.module
         judges = self.jury.judges(iteration)
-        coding = Coding(
-            module.field, module.states, module.contract, self.teacher.decode, module.config.seed_noise, judges
-        )
+        seed_noise = module.config.seed_noise
+        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, judges, seed_noise)
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:

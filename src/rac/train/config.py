@@ -40,6 +40,9 @@ class TrainConfig:
     threads: int = 0
     """Threads torch computes with; 0: its own choice."""
     device: str = "auto"
+    minutes: float = 0.0
+    """Stop, saved, once this call has lasted so long, and leave the rest to a resume; 0: no limit. The iteration then
+    running, and the saving, come on top."""
     checkpoint_minutes: float = 5.0
     gallery_every: int = 500
     """Iterations between galleries of held-out images, with curves of the losses."""
@@ -50,7 +53,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("iterations", "batch", "accumulate", "gallery_every", "log_every")
-        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "threads", "checkpoint_minutes")
+        others = (
+            "lr",
+            "weight_decay",
+            "clip",
+            "warmup",
+            "final_lr",
+            "workers",
+            "threads",
+            "minutes",
+            "checkpoint_minutes",
+        )
         for name in (*counts, *others):
             least = 1 if name in counts else 0
             if not getattr(self, name) >= least:
@@ -64,7 +77,17 @@ class TrainConfig:
 
 # What may change when a run is resumed: it moves no number of the run, or only by rounding (another device).
 FREE_ON_RESUME = frozenset(
-    {"workers", "threads", "device", "checkpoint_minutes", "gallery_every", "log_every", "tensorboard", "keep_mb"}
+    {
+        "workers",
+        "threads",
+        "device",
+        "minutes",
+        "checkpoint_minutes",
+        "gallery_every",
+        "log_every",
+        "tensorboard",
+        "keep_mb",
+    }
 )
 
 

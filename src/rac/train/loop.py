@@ -59,6 +59,7 @@ def fit(
 
     With `resume` the run in `directory` goes on from its newest checkpoint; on the CPU it ends with the same weights,
     bit for bit, as if it had not been broken. `stop_at` ends the run after that many iterations, to be resumed later.
+    After `settings.minutes` the call returns what it has, saved, with `iteration` short of the whole.
     Ctrl-C and SIGTERM finish the iteration, save, and raise `KeyboardInterrupt`; a second one raises at once.
 
     Raises:
@@ -66,9 +67,12 @@ def fit(
             that is resumed; the loss is not finite; no image can be read; the disk is full.
         WeightsError: no checkpoint of the run can be read.
     """
+    began = time.monotonic()
     _enter(directory, settings, recipe, resume)
     runtime.set_threads(settings.threads)
-    state = TrainState.start(task, settings, runtime.pick_device(settings.device))
+    device = runtime.pick_device(settings.device)
+    runtime.choose_kernels(device)
+    state = TrainState.start(task, settings, device)
     checkpoint.restore_newest(state, directory / "checkpoints")
     start, last = state.iteration, min(settings.iterations, stop_at or settings.iterations)
     saved_at = time.monotonic()
@@ -85,12 +89,16 @@ def fit(
             if k % settings.gallery_every == 0 or k == settings.iterations:
                 _show(task, state, stream, directory, log)
             stop = asked.is_set()
-            if stop or k == last or time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
+            time_is_up = 0 < 60 * settings.minutes <= time.monotonic() - began
+            if stop or time_is_up or k == last or time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
                 _save(task, state, directory)
                 saved_at = time.monotonic()
             if stop and k < last:
                 log.say(f"stopped after iteration {k} of {settings.iterations}; --resume goes on from there")
                 raise KeyboardInterrupt
+            if time_is_up and k < last:
+                log.say(f"time is up after iteration {k} of {settings.iterations}; --resume goes on from there")
+                break
     return Fitted(state.ema, state.iteration, log.latest_held_out)
 
 

@@ -1,4 +1,4 @@
-"""The GPU gives what the CPU gives: coding, training, bf16, checkpoints across devices; and how much memory it takes."""
+"""The GPU gives what the CPU gives: coding, training, bf16, checkpoints across devices. And what memory it takes."""
 
 from __future__ import annotations
 

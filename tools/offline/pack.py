@@ -43,6 +43,8 @@ MIB = 2**20
 UNNEEDED = {"hf-xet"}
 """Requirements of requirements that only download."""
 SCALE = ".scale"
+HEADER = 64
+"""Bytes that a picture's entry in the archive takes, at most, besides its own."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def pack(options: argparse.Namespace) -> None:
     shutil.copy(HERE / "run.py", options.out)
     room = int(options.limit_mib * MIB) - size_of(options.out) - 64 * 1024
     print(f"program {program.stat().st_size / MIB:.1f} MiB, room for pictures {room / MIB:.1f} MiB")
-    count = pack_pictures(options.out / "pictures.tar", options, room)
+    count = pack_pictures(options.out / "pictures.tar.xz", options, room)
     manifest = {
         "python": target.python,
         "packages": wanted,
@@ -122,7 +124,7 @@ def pack(options: argparse.Namespace) -> None:
         "rac": rac.__version__,
     }
     (options.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    pictures = (options.out / "pictures.tar").stat().st_size
+    pictures = (options.out / "pictures.tar.xz").stat().st_size
     print(f"{count} pictures of side {options.side}, {pictures / MIB:.1f} MiB, {pictures / count:.0f} bytes each")
     print(f"{options.out}: {size_of(options.out) / MIB:.1f} of {options.limit_mib:g} MiB")
 
@@ -217,10 +219,11 @@ def pack_pictures(path: Path, options: argparse.Namespace, room: int) -> int:
     files = find_pictures(tuple(options.data))
     if options.pictures:
         files = files[: options.pictures]
-    count, used = 0, 20 * 512  # the end of a tar file
-    with tarfile.open(path, "w") as tar:
+    count, used = 0, 512
+    # Pictures do not shrink any more, but a tar file's headers and padding do: they are an eighth of it.
+    with tarfile.open(path, "w:xz", preset=0) as tar:
         for file, data in encoded(files, options.side, options.quality):
-            used += 512 + -(-len(data) // 512) * 512
+            used += len(data) + HEADER
             if used > room:
                 break
             info = tarfile.TarInfo(f"{count:06d}.webp")

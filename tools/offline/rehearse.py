@@ -53,7 +53,7 @@ def rehearse(options: argparse.Namespace, folder: Path) -> None:
 
     complete("check")
     # Interrupted, then out of time, then done.
-    teacher = run("teacher", "--tiny", "--minutes", "5", "--iterations", "30")
+    teacher = run("teacher", "--tiny", "--minutes", "5", "--iterations", "8")
     log = folder / "work" / "runs" / "teacher" / "log.jsonl"
     wait_for(lambda: log.exists() and '"train"' in log.read_text(), teacher)
     teacher.send_signal(signal.SIGINT)

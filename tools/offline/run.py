@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import lzma
 import os
 import shutil
 import sys
@@ -82,6 +83,8 @@ def unpack(work: Path) -> None:
         coming = work / f"program.{os.getpid()}.tmp"
         with tarfile.open(PACK / "program.tar.xz") as tar:
             tar.extractall(coming, filter="data")
+        with lzma.open(PACK / "pictures.tar.xz") as packed, open(coming / "pictures.tar", "wb") as whole:
+            shutil.copyfileobj(packed, whole)
         coming.rename(program)
     sys.path[:0] = [str(program / "src"), str(program / "site")]
     for name in HIDDEN:
@@ -176,7 +179,7 @@ def chosen(options: argparse.Namespace) -> Any:
             raise RacError(f"{folder} is no coder's folder; run the stage {earlier} first, or give --{what}")
         if folder is not None:
             found[what] = str(folder.resolve())
-    data = replace(recipe.data, paths=(PACK / "pictures.tar",))
+    data = replace(recipe.data, paths=(options.work / "program" / "pictures.tar",))
     return replace(recipe, data=data, train=replace(recipe.train, tensorboard=False), **found)
 
 
@@ -206,7 +209,7 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
     seconds = min(20.0, 6.0 * options.minutes)
     trial = replace(
         recipe,
-        data=replace(recipe.data, held_out=1),
+        data=replace(recipe.data, held_out=2),
         discriminator=replace(recipe.discriminator, start=0),
         train=replace(
             recipe.train,

@@ -26,6 +26,7 @@ _ONE_GPU = TrainConfig(
     bf16=True,
     channels_last=True,
     workers=12,
+    threads=1,  # of each worker, which would otherwise all want every core
     checkpoint_minutes=4.0,
     gallery_every=1_000,
     log_every=50,

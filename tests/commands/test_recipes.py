@@ -33,7 +33,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
     rac.save(TinyCoder(AutoencoderTiny(**small)), folder / "nano")
     rac.save(TAESD(TAESDConfig(latent_channels=32, pooled=True)), folder / "rac-taef2")
-    return {name: str(folder / name) for name in ("paper", "nano", "rac-taef2")}
+    rac.save(KLVAEConfig(latent_channels=4).build(), folder / "rac-128")
+    kept = {name: str(folder / name) for name in ("paper", "nano", "rac-taef2", "rac-128")}
+    return {**kept, "rac-128-rollout": kept["rac-128"]}
 
 
 @pytest.mark.slow

@@ -20,6 +20,20 @@ Recipe = KLVAERecipe | RACRecipe
 _ONE_CORE = TrainConfig(lr=1e-3, warmup=100, schedule="cosine", final_lr=0.05, bf16=True, channels_last=True, threads=1)
 """What the recipes for small machines have in common."""
 
+_ONE_GPU = TrainConfig(
+    warmup=100,
+    schedule="cosine",
+    final_lr=0.02,
+    bf16=True,
+    channels_last=True,
+    workers=12,
+    threads=1,  # of each worker, which would otherwise all want every core
+    checkpoint_minutes=4.0,
+    gallery_every=1_000,
+    log_every=50,
+)
+"""What the recipes for one large GPU have in common; their iterations are guesses, `tools/offline` plans them anew."""
+
 
 def klvae() -> KLVAERecipe:
     """The shipped teacher: f8, 8 channels, L1 + KL, on 64-pixel crops; about 40 minutes on one core."""
@@ -165,6 +179,48 @@ def rac_taef2() -> RACRecipe:
     )
 
 
+def klvae_128() -> KLVAERecipe:
+    """An f8 teacher on 128-pixel crops, in one stage: L1 + KL + LPIPS, then a discriminator; minutes on a large GPU."""
+    return KLVAERecipe(
+        network=KLVAEConfig(widths=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_groups=8),
+        weights=KLVAEWeights(l1=1.0, kl=1e-6, perceptual=1.0, adversarial=0.2),
+        discriminator=DiscriminatorConfig(width=64, norm_groups=8, start=1_800),
+        data=DataConfig(size=128, held_out=32, keep_mb=2_048),
+        train=replace(_ONE_GPU, iterations=3_000, batch=128, lr=8e-4),
+    )
+
+
+def rac_128() -> RACRecipe:
+    """First stage of a coder of that teacher's latents: velocity matching at the ends of the flow, on new crops."""
+    return RACRecipe(
+        teacher="klvae-128",
+        field=LocalFieldConfig(widths=(192, 96, 48), blocks=(3, 2, 2), down=(32, 64), down_blocks=(0, 1)),
+        state_channels=4,
+        spread="beside",
+        objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3),
+        data=DataConfig(size=128, held_out=32, keep_mb=2_048),
+        train=replace(_ONE_GPU, iterations=5_000, batch=256, lr=1e-3),
+    )
+
+
+def rac_128_rollout() -> RACRecipe:
+    """Second stage: the end point through 1 to 4 unrolled steps, with LPIPS. Give the first stage as --start."""
+    first = rac_128()
+    return replace(
+        first,
+        objective=RACObjective(
+            weights=RACWeights(velocity=0.5, latent_velocity=0.1, reconstruction=1.0, latent=0.1, perceptual=0.05),
+            steps=(1, 4),
+            random_grid=False,
+            step_noise=0.02,
+            times="ends",
+            latent_noise=0.3,
+            memory="store",
+        ),
+        train=replace(first.train, iterations=2_000, batch=128, lr=4e-4, warmup=20),
+    )
+
+
 def tiny() -> RACRecipe:
     """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
     return RACRecipe(
@@ -223,6 +279,9 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         rac_64,
         rac_64_rollout,
         rac_taef2,
+        klvae_128,
+        rac_128,
+        rac_128_rollout,
         tiny,
         paper,
         nano,

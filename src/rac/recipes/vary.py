@@ -53,6 +53,14 @@ def read_axis(choice: str, recipe: Recipe) -> Axis:
     return Axis(name, values)
 
 
+def read_setting(choice: str, recipe: Recipe) -> tuple[str, Any]:
+    """Read such as "train.lr=1e-3": a field's dotted name and its value. Raises `RacError` as `read_axis` does."""
+    name, equals, text = choice.partition("=")
+    if not equals:
+        raise RacError(f"{choice!r} sets nothing; write a field and its value, such as train.lr=1e-3")
+    return name, _parsed(text, _kind(name, recipe), name)
+
+
 def variants(recipe: Recipe, axes: Sequence[Axis]) -> list[Variant]:
     """Every combination of the axes' values; the last axis changes fastest.
 

@@ -45,6 +45,9 @@ class TrainConfig:
     device: str = "auto"
     shard: Literal["none", "fsdp"] = "none"
     """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
+    minutes: float = 0.0
+    """Stop, saved, once this call has lasted so long, and leave the rest to a resume; 0: no limit. The iteration then
+    running, and the saving, come on top."""
     checkpoint_minutes: float = 5.0
     patience_minutes: float = 15.0
     """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
@@ -59,7 +62,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("iterations", "batch", "accumulate", "gallery_every", "log_every")
-        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "checkpoint_minutes")
+        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "minutes", "checkpoint_minutes")
         if not self.patience_minutes > 0:
             raise RacError(f"patience_minutes {self.patience_minutes} must be above 0")
         for name in (*counts, *others):
@@ -82,6 +85,7 @@ FREE_ON_RESUME = frozenset(
         "threads",
         "device",
         "shard",
+        "minutes",
         "checkpoint_minutes",
         "patience_minutes",
         "on_divergence",  # matters only where a run would have ended

@@ -68,7 +68,8 @@ def fit(
     bit for bit, as if it had not been broken. `stop_at` ends the run after that many iterations, to be resumed later.
     Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back,
     does the same and raises `SystemExit` with the code 0. A second one raises at once, unless there are several
-    processes, whose launcher hands signals on.
+    processes, whose launcher hands signals on. After `settings.minutes` the call returns what it has, saved, with
+    `iteration` short of the whole.
 
     Raises:
         RacError: the directory holds a run and `resume` is not set, or the reverse; the recipe differs from the one
@@ -77,6 +78,7 @@ def fit(
             not answer for so long; the disk is full.
         WeightsError: no checkpoint of the run can be read.
     """
+    began = time.monotonic()
     patience = 60 * settings.patience_minutes
     processes = Processes.join(settings.device, patience)
     _check_parts(settings, processes)
@@ -84,7 +86,9 @@ def fit(
         if processes.first:
             _enter(directory, settings, recipe, resume)
     runtime.set_threads(settings.threads)
-    state = TrainState.start(task, settings, runtime.pick_device(settings.device), processes)
+    device = runtime.pick_device(settings.device)
+    runtime.choose_kernels(device)
+    state = TrainState.start(task, settings, device, processes)
     checkpoint.restore_newest(state, directory / "checkpoints")
     _check_start(state, directory)
     start, last = state.iteration, min(settings.iterations, stop_at or settings.iterations)
@@ -104,16 +108,20 @@ def fit(
                 _show(task, state, stream, directory, log)
             # The clocks of processes differ, and a signal may reach only some of them.
             due = time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes
-            number, due_anywhere = processes.agree([asked.number, due])
-            if number or k == last or due_anywhere:
+            late = 0 < 60 * settings.minutes <= time.monotonic() - began
+            number, due_anywhere, time_is_up = processes.agree([asked.number, due, late])
+            if number or k == last or due_anywhere or time_is_up:
                 with log.elsewhere():
                     _save(task, state, directory)
                 saved_at = time.monotonic()
-            if number or k == last:
+            if number or k == last or time_is_up:
                 log.damaged(k, {name: why for found in processes.gather(stream.skipped) for name, why in found.items()})
             if number and k < last:
                 log.say(f"stopped after iteration {k} of {settings.iterations}; --resume goes on from there")
                 raise SystemExit(0) if number == signal.SIGTERM else KeyboardInterrupt
+            if time_is_up and k < last:
+                log.say(f"time is up after iteration {k} of {settings.iterations}; --resume goes on from there")
+                break
     return Fitted(state.averaged(), state.iteration, log.latest_held_out)
 
 

@@ -1,0 +1,125 @@
+"""Packing a training for a machine without internet: its parts. `tools/offline/rehearse.py` goes through the whole."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from rac.errors import RacError
+from rac.recipes import RECIPES
+
+TOOLS = Path(__file__).parents[2] / "tools" / "offline"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"offline_{name}", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+pack, run = load("pack"), load("run")
+
+
+def test_eight_bits_come_back_to_half_a_level_on_the_other_side(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Channels of very different sizes, one of them zero, which one scale for all would lose.
+    weight = torch.randn(3, 5, 3, 3) * torch.tensor([1e-3, 1.0, 0.0]).view(3, 1, 1, 1)
+    tensors = {
+        "conv0.weight": weight.half(),
+        "conv0.bias": torch.randn(3).half(),
+        "lin0.weight": torch.rand(1, 3, 1, 1),
+    }
+    narrow = pack.narrowed(tensors)
+    assert narrow["conv0.weight"].dtype == torch.int8
+    save_file(narrow, tmp_path / "lpips_vgg16_int8.safetensors")
+    run.widen(tmp_path)
+    there, here = load_file(tmp_path / run.LPIPS_FILE), pack.widened(narrow)
+    assert there.keys() == here.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(there[name], here[name])
+        assert there[name].dtype == tensor.dtype
+        if name != "conv0.weight":
+            assert torch.equal(there[name], tensor)
+    level = weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+    error = (there["conv0.weight"].float() - weight).abs()
+    assert (error <= 0.51 * level + 1e-3 * weight.abs()).all()
+    assert error.max() > 0
+
+
+def test_what_the_target_has_and_only_that_is_left_out() -> None:
+    bare = pack.closure(pack.Target())
+    assert {"diffusers", "tyro", "safetensors", "matplotlib", "contourpy"} <= bare.keys()
+    assert not bare.keys() & {"torch", "numpy", "sympy", "pytest", "scikit-image"}  # torch's own, and extras
+    less = pack.closure(pack.Target(there=frozenset({"torch", "numpy", "matplotlib"})))
+    # What it alone needs goes with it, what others need as well stays.
+    assert "contourpy" not in less
+    assert {"pillow", "packaging"} <= less.keys()
+
+
+def test_a_wheel_that_unzipping_does_not_install_is_refused(tmp_path: Path) -> None:
+    for name, inside in (("plain", "plain/__init__.py"), ("odd", "odd-1.data/purelib/odd.py")):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as file:
+            file.writestr(inside, "x = 1")
+    pack.unzip(tmp_path / "plain.whl", tmp_path / "site")
+    assert (tmp_path / "site" / "plain" / "__init__.py").read_text() == "x = 1"
+    with pytest.raises(RacError, match=r"odd-1\.data"):
+        pack.unzip(tmp_path / "odd.whl", tmp_path / "site")
+
+
+def test_pictures_are_brought_to_their_side_and_fill_the_room(tmp_path: Path) -> None:
+    noise = torch.Generator().manual_seed(0)
+    (tmp_path / "photos").mkdir()
+    for index in range(6):
+        pixels = torch.randint(0, 256, (60, 90, 3), generator=noise, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    (tmp_path / "photos" / "damaged.png").write_bytes(b"no picture")
+    options = argparse.Namespace(data=[tmp_path / "photos"], side=40, quality=85, pictures=0)
+    whole = pack.pack_pictures(tmp_path / "whole.tar.xz", options, 10**6)
+    assert whole == 6
+    room = 8 * 1024
+    count = pack.pack_pictures(tmp_path / "some.tar.xz", options, room)
+    assert 0 < count < 6
+    assert (tmp_path / "some.tar.xz").stat().st_size <= room
+    with tarfile.open(tmp_path / "some.tar.xz") as tar:
+        assert len(tar.getnames()) == count
+        assert Image.open(tar.extractfile("000000.webp")).size == (60, 40)
+    with pytest.raises(RacError, match="no picture fits"):
+        pack.pack_pictures(tmp_path / "none.tar.xz", options, 100)
+
+
+def test_the_speed_is_that_of_the_later_half() -> None:
+    # Two slow iterations, in which kernels are chosen, then two images a second.
+    seconds = [10.0, 20.0, 21.0, 22.0, 23.0]
+    lines = [{"images": 2 * k, "seconds": s, "images_per_second": 0.2} for k, s in enumerate(seconds, 1)]
+    assert run.settled_speed(lines) == 2.0
+    assert run.settled_speed(lines[:1]) == 0.2
+
+
+@pytest.mark.parametrize("stage", run.STAGES)
+@pytest.mark.parametrize("iterations", [1, 300, 20_000])
+def test_a_stage_of_another_length_keeps_its_shape(stage: str, iterations: int) -> None:
+    recipe = RECIPES[run.STAGES[stage].recipe][1]
+    other = run.lasting(recipe, iterations)
+    assert other.train.iterations == iterations
+    assert other.train.warmup <= iterations / 10
+    share = recipe.discriminator.start / recipe.train.iterations
+    assert abs(other.discriminator.start / iterations - share) <= 0.5 / iterations
+    assert other.data == recipe.data
+    assert other.train.batch == recipe.train.batch
+
+
+def test_what_is_kept_back_is_less_than_the_time() -> None:
+    assert run.reserve(9) == 30
+    assert all(0 < run.reserve(minutes) < 60 * minutes for minutes in (0.1, 1, 3, 9))

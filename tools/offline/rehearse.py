@@ -61,7 +61,7 @@ def rehearse(options: argparse.Namespace, folder: Path) -> None:
     complete("teacher", "--tiny", "--minutes", "0.2")
     complete("teacher", "--tiny", "--minutes", "5")
     # Planned by its speed.
-    complete("velocity", "--tiny", "--minutes", "1")
+    complete("velocity", "--tiny", "--minutes", "3")
     complete("rollout", "--tiny", "--minutes", "5", "--iterations", "3")
     for stage in ("teacher", "velocity", "rollout"):
         names = {file.name for file in (folder / "results" / stage).iterdir()}

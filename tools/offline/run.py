@@ -29,6 +29,8 @@ LPIPS_FILE = "lpips_vgg16_v0.1_fp16.safetensors"
 HIDDEN = ("accelerate", "peft", "torchao", "torchvision", "transformers")
 """What diffusers would import if it were there: its version need not go with the packed ones."""
 IMPORTED = "PIL attrs cattrs diffusers huggingface_hub matplotlib numpy rich safetensors torch torchmetrics tyro"
+FEWEST = 4
+"""Iterations that a plan is made by."""
 LARGEST = 16 * 2**20
 """Bytes of a file of weights, from which on a warning says so."""
 
@@ -200,13 +202,15 @@ def lasting(recipe: Any, iterations: int) -> Any:
 def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
     """The recipe at the length that fills the time until `end`, by the speed of its first seconds on this machine.
 
-    Measured with the discriminator at work throughout, so rather too slow than too fast.
+    Measured with the discriminator at work throughout, so rather too slow than too fast. Raises `RacError` where that
+    gives nothing to plan by.
     """
+    from rac.errors import RacError
     from rac.train import read_log
 
     folder = options.work / "probe"
     shutil.rmtree(folder, ignore_errors=True)
-    seconds = min(20.0, 6.0 * options.minutes)
+    seconds = min(30.0, 9.0 * options.minutes)
     trial = replace(
         recipe,
         data=replace(recipe.data, held_out=2),
@@ -222,9 +226,14 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
     )
     trial.run(folder)
     lines = [record for record in read_log(folder / "log.jsonl") if "train" in record]
-    speed = settled_speed(lines)
     shutil.rmtree(folder)
     left = end - reserve(options.minutes) - time.monotonic()
+    if len(lines) < FEWEST or left <= 0:
+        raise RacError(
+            f"{len(lines)} iterations in the first {seconds:.0f} seconds, and {left:.0f} seconds left: too little to "
+            "plan by; give more --minutes, or --iterations"
+        )
+    speed = settled_speed(lines)
     batch = recipe.train.batch
     iterations = max(1, int(0.95 * speed * left / batch))
     pictures = json.loads((PACK / "manifest.json").read_text())["pictures"]
@@ -237,10 +246,8 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
 
 
 def settled_speed(lines: list[dict[str, Any]]) -> float:
-    """Images a second over the later half of a log's lines, when kernels are chosen and the supply is steady."""
+    """Images a second over the later half of a log's lines, two at least: kernels are chosen by then, the supply steady."""
     first, last = lines[(len(lines) - 1) // 2], lines[-1]
-    if first is last:
-        return last["images_per_second"]
     return (last["images"] - first["images"]) / max(last["seconds"] - first["seconds"], 1e-6)
 
 

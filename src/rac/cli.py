@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            return _fail("error: out of memory; take smaller images (--size), fewer of them, or another device", 2)
+            return _fail("error: out of memory; take tiles (--tile), smaller images (--size) or another device", 2)
 
 
 def _dispatch(arguments: list[str]) -> int:

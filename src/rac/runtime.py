@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -69,12 +72,56 @@ def place(module: nn.Module, device: torch.device, channels_last: bool = False) 
     return module
 
 
+MEASURED = -1
+"""The number of threads that asks for a measurement."""
+
+
 def set_threads(count: int) -> None:
-    """Let torch compute with `count` threads; 0 leaves its choice. Raises `RacError` below 0."""
-    if count < 0:
-        raise RacError(f"threads {count} must be 0 (torch chooses) or more")
+    """Let torch compute with `count` threads; 0 leaves its choice, -1 takes what convolutions are fastest with.
+
+    Raises `RacError` below -1.
+    """
+    if count < MEASURED:
+        raise RacError(f"threads {count} must be -1 (measured), 0 (torch chooses) or more")
+    if count == MEASURED:
+        seconds = seconds_by_threads(_convolve)
+        count = min(seconds, key=seconds.__getitem__)
     if count:
         torch.set_num_threads(count)
+
+
+def seconds_by_threads(work: Callable[[], object], rounds: int = 5) -> dict[int, float]:
+    """Median seconds that `work` takes with 1, 2, 4, ... threads, up to one for each processor this process may use.
+
+    More threads are not always faster: where others compute too, all wait for the one that waits. The counts take
+    turns, so that a busy moment hits them alike. The number of threads is afterwards what it was.
+    """
+    cores, before = _cores(), torch.get_num_threads()
+    counts = sorted({*(1 << k for k in range(cores.bit_length())), cores})
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    try:
+        for turn in range(rounds + 1):
+            for count in counts:
+                torch.set_num_threads(count)
+                start = time.perf_counter()
+                work()
+                if turn:  # the first is for warming up
+                    seconds[count].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return {count: median(taken) for count, taken in seconds.items()}
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _convolve() -> None:
+    """What networks here do most: a convolution and its derivative."""
+    image, weight = torch.ones(4, 64, 32, 32), torch.ones(64, 64, 3, 3, requires_grad=True)
+    with torch.enable_grad():
+        torch.autograd.grad(nn.functional.conv2d(image, weight, padding=1).sum(), weight)
 
 
 def derived_seed(rng_seed: int, *stream: int | str) -> int:

@@ -17,6 +17,7 @@ from rac.objectives.rac import (
     NANO,
     PAPER,
     Coding,
+    Memory,
     RACObjective,
     RACWeights,
     path_error,
@@ -310,12 +311,12 @@ def test_frozen_parts_get_no_gradient_and_pass_it_on(make_rac, image):
 def test_recomputing_changes_neither_terms_nor_gradients(make_rac, image):
     coder, _, coding = nano_like(make_rac)
 
-    def run(recompute: bool) -> tuple[dict, tuple]:
-        objective = RACObjective(UNROLLED, recompute=recompute)
+    def run(memory: Memory) -> tuple[dict, tuple]:
+        objective = RACObjective(UNROLLED, memory=memory)
         terms = rac_terms(coding, image, latents(), objective, draws())
         return terms, torch.autograd.grad(sum(terms.values()), list(coder.parameters()))
 
-    (plain, gradients), (again, others) = run(False), run(True)
+    (plain, gradients), (again, others) = run("store"), run("recompute")
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name
     for one, two in zip(gradients, others, strict=True):
@@ -347,11 +348,11 @@ def test_a_recomputed_field_stores_its_input_alone(make_rac):
 def test_the_objective_recomputes_where_it_is_asked_to(make_rac, image):
     coder, _, coding = nano_like(make_rac)
 
-    def kept(recompute: bool) -> int:
-        objective = RACObjective(UNROLLED, recompute=recompute)
+    def kept(memory: Memory) -> int:
+        objective = RACObjective(UNROLLED, memory=memory)
         return stored(lambda: rac_terms(coding, image, latents(), objective, draws()), coder)
 
-    assert kept(True) < kept(False) / 2
+    assert kept("recompute") < kept("store") / 2
 
 
 def test_gradients_flow_through_all_steps(image):

@@ -6,6 +6,7 @@ from torch import nn
 
 from rac import runtime
 from rac.errors import RacError
+from rac.train import TrainConfig
 
 
 def test_auto_finds_a_device_and_cpu_is_always_there() -> None:
@@ -49,5 +50,32 @@ def test_threads() -> None:
     before = torch.get_num_threads()
     runtime.set_threads(0)
     assert torch.get_num_threads() == before
-    with pytest.raises(RacError, match="threads -1"):
-        runtime.set_threads(-1)
+    with pytest.raises(RacError, match="threads -2"):
+        runtime.set_threads(-2)
+    with pytest.raises(RacError, match="threads -2"):
+        TrainConfig(threads=-2)
+
+
+@pytest.mark.parametrize(("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_threads_are_measured_by_turns(cores: int, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, used = torch.get_num_threads(), []
+    monkeypatch.setattr(runtime, "_cores", lambda: cores)
+    seconds = runtime.seconds_by_threads(lambda: used.append(torch.get_num_threads()), rounds=3)
+    assert used == 4 * counts
+    assert list(seconds) == counts
+    assert torch.get_num_threads() == before
+
+    def failing() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        runtime.seconds_by_threads(failing)
+    assert torch.get_num_threads() == before
+
+
+def test_the_fastest_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(runtime, "seconds_by_threads", lambda work: work() or {1: 0.3, 2: 0.1, 4: 0.2})
+    runtime.set_threads(runtime.MEASURED)
+    assert taken == [2]

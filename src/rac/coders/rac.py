@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import to_json
 from ..errors import RacError
@@ -62,8 +62,8 @@ class RAC(Coder):
         self.spec = config.spec
         self.teacher = config.teacher
         self.states = config.states()
-        self.field = config.field.build(config.state_channels, config.spec.factor)
-        self.projector = (
+        self.field: nn.Module = config.field.build(config.state_channels, config.spec.factor)
+        self.projector: nn.Module | None = (
             Projector(config.state_channels, config.spec.channels, config.spec.factor)
             if config.contraction == "projector"
             else None

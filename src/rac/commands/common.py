@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -16,6 +17,7 @@ from rich.table import Table as RichTable
 from .. import hub
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
+from ..coders.tiling import TILE, exact, tiled
 from ..errors import RacError
 from ..evaluate.report import Table
 from ..runtime import pick_device
@@ -23,10 +25,14 @@ from ..runtime import pick_device
 DEFAULT_CODER = "rac-f8d8"
 """The shipped coder that a verb takes if none is named."""
 
+LARGE = 2048 * 2048
+"""Pixels of an image above which coders work in tiles where nothing else is asked."""
+
 WIDTH = 240
 """Of tables where the output is no terminal: wide enough for all of ours."""
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Coder)
 
 
 def load_coder(name: str, device: str) -> Coder:
@@ -34,6 +40,28 @@ def load_coder(name: str, device: str) -> Coder:
     coder = hub.load(name)
     coder.to(pick_device(device))
     return coder
+
+
+def in_tiles(coder: C, tile: int | None, size: tuple[int, int]) -> C:
+    """`coder` for an image of height and width `size`: in tiles of `tile` pixels, or whole for 0.
+
+    None chooses: tiles for large images. A RAC stays one. Raises `RacError` for a tile that does not fit the coder.
+    """
+    if tile == 0 or (tile is None and size[0] * size[1] <= LARGE):
+        return coder
+    factor = coder.spec.factor
+    return _in_tiles(coder, tile or -(-TILE // factor) * factor)
+
+
+@lru_cache(maxsize=8)
+def _in_tiles(coder: C, tile: int) -> C:
+    pieces = tiled(coder, tile)
+    if not exact(pieces):
+        tell(
+            f"a {type(coder).__name__} looks at the whole image, so its tiles of {tile} pixels are blended and differ "
+            "a little from it; --tile 0 works on the whole, --tile with a larger number differs less"
+        )
+    return cast(C, pieces)
 
 
 def need_rac(coder: Coder, name: str) -> RAC:

@@ -18,7 +18,7 @@ from ..files import make_folder
 from ..flow.grid import check_steps
 from ..images import crop, write_image
 from ..runtime import pick_device
-from .common import for_each, load_coder
+from .common import for_each, in_tiles, load_coder
 from .latent_files import LatentFile
 
 
@@ -36,6 +36,9 @@ class Command:
     """Steps of the flow. None: as many as it was encoded with."""
     solver: SolverName | None = None
     """How each step is taken. None: as it was encoded."""
+    tile: int | None = None
+    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
+    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -52,7 +55,7 @@ class Command:
             name = self.model or held.coder
             if name not in coders:
                 coders[name] = load_coder(name, self.device)
-            image = self._decode(coders[name], held, name)
+            image = self._decode(in_tiles(coders[name], self.tile, held.size), held, name)
             out = self.out / f"{file.stem}.png"
             write_image(crop(image, held.size), out)
             print(f"{out}: {held.size[1]} x {held.size[0]} pixels")

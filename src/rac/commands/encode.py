@@ -19,7 +19,7 @@ from ..flow import FixedPoint
 from ..flow.grid import check_steps
 from ..images import image_files, read_image
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, for_each, load_coder, need_rac, stems
+from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac, stems
 from .latent_files import LatentFile
 
 
@@ -47,6 +47,9 @@ class Command:
     """Scale and crop images to squares of this side. None: as they are."""
     convert: bool = False
     """Take grey, palette, CMYK, 16-bit and transparent pictures too, converted to RGB."""
+    tile: int | None = None
+    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
+    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -67,7 +70,8 @@ class Command:
 
         def work(file: Path) -> None:
             image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
-            encoded, out = self._encode(coder, image, file), self.out / f"{names[file]}.safetensors"
+            fitting = in_tiles(coder, self.tile, (image.shape[-2], image.shape[-1]))
+            encoded, out = self._encode(fitting, image, file), self.out / f"{names[file]}.safetensors"
             encoded.write(out)
             channels, height, width = encoded.latent.shape[1:]
             print(f"{out}: {channels} channels of {width} x {height}")
@@ -79,9 +83,10 @@ class Command:
         size = (image.shape[-2], image.shape[-1])
         if not isinstance(coder, RAC):
             return LatentFile(coder.encode(image), coder.spec, size, self.model)
-        solver = FixedPoint(SOLVERS[self.solver]) if self.exact else SOLVERS[self.solver]
-        back = coder.encode_trajectory(image, self.steps, solver)
-        if self.exact:
+        if not self.exact:
+            latent = coder.encode(image, self.steps, SOLVERS[self.solver])
+        else:
+            back = coder.encode_trajectory(image, self.steps, FixedPoint(SOLVERS[self.solver]))
             print(f"{file.name}: largest residual {max(back.residuals):.2g} in {back.evaluations} evaluations")
-        steps = len(back.times) - 1
-        return LatentFile(coder.contract(back.end), coder.spec, size, self.model, steps, self.solver)
+            latent = coder.contract(back.end)
+        return LatentFile(latent, coder.spec, size, self.model, self.steps or coder.config.steps, self.solver)

@@ -24,7 +24,7 @@ from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import image_files, read_image, write_picture
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, for_each, load_coder, load_teacher, show, stems
+from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
 
 COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
 
@@ -54,6 +54,9 @@ class Command:
     """Scale and crop images to squares of this side. None: as they are."""
     convert: bool = False
     """Take grey, palette, CMYK, 16-bit and transparent pictures too, converted to RGB."""
+    tile: int | None = None
+    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
+    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -72,11 +75,13 @@ class Command:
 
         def work(file: Path) -> None:
             image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
-            made = self._reconstruct(coder, teacher, image)
+            size = (image.shape[-2], image.shape[-1])
+            fitting = in_tiles(coder, self.tile, size)
+            made = self._reconstruct(fitting, teacher and in_tiles(teacher, self.tile, size), image)
             title = f"{file.name} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
             write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")
-            if isinstance(coder, RAC):
-                states = self._states(coder, image, title)
+            if isinstance(fitting, RAC):
+                states = self._states(fitting, image, title)
                 write_picture(states, self.out / f"{names[file]}-trajectory.png")
             results[file.name] = made
 

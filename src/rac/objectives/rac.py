@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..draws import Draws
 from ..errors import RacError
 from ..flow import Euler, Field, TimeGrid, Trajectory, integrate, straight
 from ..flow.mean import Derivative, mean_velocity_target
-from ..flow.memory import recomputed
+from ..flow.memory import recomputed, retraced
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
@@ -24,6 +24,8 @@ DECODING = ("reconstruction", "pad", "path_decode", "perceptual", "adversarial")
 
 ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip_state")
 """The terms that begin by encoding the image."""
+
+Memory = Literal["store", "recompute", "reverse"]
 
 INSTANTANEOUS = 0.75
 """Share of images whose mean-velocity interval is empty (MeanFlow, arXiv 2505.13447, table 1a)."""
@@ -106,13 +108,22 @@ class RACObjective:
     """Where on the line the `velocity` and `mean_velocity` terms look."""
     derivative: Derivative = "jvp"
     """Of the mean velocity: exact, or by central difference, for fields without forward-mode derivatives (`ldm`)."""
-    recompute: bool = True
-    """Recompute activations in the backward pass, step by step, instead of storing them."""
+    memory: Memory = "recompute"
+    """What waits for the backward pass: all activations ("store"); the states, from which they are computed again step
+    by step ("recompute"); or the end states alone, from which the others are retraced ("reverse"). The last unrolls by
+    `ReversibleHeun`, one evaluation more per flow, and knows no step noise: it could not be taken off again."""
 
     def __post_init__(self) -> None:
         low, high = self.steps
         if not 1 <= low <= high:
             raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
+        if self.memory not in get_args(Memory):
+            raise RacError(f"memory {self.memory!r} is unknown; expected {', '.join(get_args(Memory))}")
+        if self.memory == "reverse" and self.step_noise:
+            raise RacError(
+                f'memory "reverse" cannot take step_noise {self.step_noise} off the states again; set step_noise 0, or '
+                'memory "recompute"'
+            )
         if not self.weights.chosen():
             raise RacError(
                 "every weight of the objective is 0, so nothing would be trained; give one, such as velocity 1"
@@ -166,7 +177,7 @@ def rac_terms(
     terms: dict[str, Tensor] = {}
 
     if any(getattr(weights, name) for name in DECODING):
-        decoding = _unroll(coding, seed_state, rollout)
+        decoding = _unroll(coding, seed_state, rollout, path=weights.path_decode)
         terms["reconstruction"] = _image_error(decoding.end, target, objective)
         if weights.path_decode:
             terms["path_decode"] = path_error(decoding, seed_state, target)
@@ -179,7 +190,7 @@ def rac_terms(
             terms |= judged_terms(coding.judges, image_of(decoding.end), image)
 
     if any(getattr(weights, name) for name in ENCODING):
-        encoding = _unroll(coding, target, rollout, backwards=True)
+        encoding = _unroll(coding, target, rollout, backwards=True, path=weights.path_encode)
         aim = expand(latent, coding.states)
         if weights.path_encode:
             terms["path_encode"] = path_error(encoding, aim, target)
@@ -235,7 +246,7 @@ class TrainingStep:
     """Euler's step as training takes it, a solver: noise on the state first, and nothing stored but the state."""
 
     step_noise: float
-    recompute: bool
+    memory: Memory
     draws: Draws
 
     order = 1
@@ -251,21 +262,24 @@ class TrainingStep:
                 state = state + self.step_noise * deviation * self.draws.normal(state, rng_seed)
             return Euler().step(field, state, t0, t1).state
 
-        return Step(recomputed(advance)(state) if self.recompute else advance(state))
+        return Step(advance(state) if self.memory == "store" else recomputed(advance)(state))
 
 
-def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = False) -> Trajectory:
-    """One flow as training unrolls it, on a grid of its own."""
+def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = False, path: float = 0.0) -> Trajectory:
+    """One flow as training unrolls it, on a grid of its own. Its states are kept if their path has a weight."""
     objective, draws = rollout.objective, rollout.draws
     grid = TimeGrid.random(rollout.steps, draws.shared) if objective.random_grid else TimeGrid.uniform(rollout.steps)
-    solver = TrainingStep(objective.step_noise, objective.recompute, draws)
-    return integrate(coding.field, state, grid.reversed() if backwards else grid, solver, keep="nodes")
+    grid = grid.reversed() if backwards else grid
+    keep: Literal["end", "nodes"] = "nodes" if path else "end"
+    if objective.memory == "reverse":
+        return retraced(cast(nn.Module, coding.field), state, grid, keep=keep)
+    return integrate(coding.field, state, grid, TrainingStep(objective.step_noise, objective.memory, draws), keep=keep)
 
 
 def _teacher_decode(coding: Coding, objective: RACObjective) -> Callable[[Tensor], Tensor]:
     if coding.teacher_decode is None:
         raise RacError("the pixel term needs the teacher's decoder; give a teacher, or weight 0")
-    return recomputed(coding.teacher_decode) if objective.recompute else coding.teacher_decode
+    return coding.teacher_decode if objective.memory == "store" else recomputed(coding.teacher_decode)
 
 
 def _image_error(state: Tensor, target: Tensor, objective: RACObjective) -> Tensor:

@@ -62,7 +62,7 @@ def rollout() -> RACRecipe:
         objective=RACObjective(
             weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=0.2, round_trip=1.0),
             steps=(1, 4),
-            recompute=False,
+            memory="store",
         ),
         data=replace(first.data, cached_crops=10_000),
         train=replace(first.train, iterations=1_000, batch=16, lr=3e-4, warmup=20, final_lr=0.02),
@@ -75,7 +75,7 @@ def one_step() -> RACRecipe:
     return replace(
         first,
         steps=1,
-        objective=RACObjective(weights=RACWeights(reconstruction=1.0), steps=(1, 1), step_noise=0.0, recompute=False),
+        objective=RACObjective(weights=RACWeights(reconstruction=1.0), steps=(1, 1), step_noise=0.0, memory="store"),
     )
 
 
@@ -126,7 +126,7 @@ def rac_64_rollout() -> RACRecipe:
             step_noise=0.02,
             times="ends",
             latent_noise=0.3,
-            recompute=False,
+            memory="store",
         ),
         data=replace(first.data, cached_crops=20_000),
         train=replace(first.train, iterations=1_500, batch=16, lr=4e-4, warmup=20, final_lr=0.02),
@@ -158,7 +158,7 @@ def tiny() -> RACRecipe:
         objective=RACObjective(
             weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=1.0, round_trip=1.0),
             steps=(1, 2),
-            recompute=False,
+            memory="store",
         ),
         data=DataConfig(cached_crops=2_000),
         train=replace(_ONE_CORE, iterations=1_000, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),

@@ -38,7 +38,7 @@ class TrainConfig:
     workers: int = 1
     """Threads that read images ahead; 0: none."""
     threads: int = 0
-    """Threads torch computes with; 0: its own choice."""
+    """Threads torch computes with; 0: its own choice; -1: what is fastest here, measured at the start."""
     device: str = "auto"
     checkpoint_minutes: float = 5.0
     gallery_every: int = 500
@@ -50,11 +50,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("iterations", "batch", "accumulate", "gallery_every", "log_every")
-        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "threads", "checkpoint_minutes")
+        others = ("lr", "weight_decay", "clip", "warmup", "final_lr", "workers", "checkpoint_minutes")
         for name in (*counts, *others):
             least = 1 if name in counts else 0
             if not getattr(self, name) >= least:
                 raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
+        if self.threads < -1:
+            raise RacError(f"threads {self.threads} must be -1 (measured), 0 (torch chooses) or more")
         if self.accumulate > self.batch:
             raise RacError(f"a batch of {self.batch} cannot be split into {self.accumulate} parts; lower accumulate")
         for name, fraction in (("ema", self.ema), ("betas", self.betas[0]), ("betas", self.betas[1])):

@@ -45,7 +45,7 @@ class TrainState:
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
+            fused=device.type in ("cpu", "cuda"),
         )
         contest = None
         if task.opponent is not None:
@@ -114,8 +114,8 @@ def _parts(
 
 @torch.no_grad()
 def _average(ema: nn.Module, module: nn.Module, weight: float) -> None:
-    for average, parameter in zip(ema.parameters(), module.parameters(), strict=True):
-        average.lerp_(parameter, weight)
+    # One call for all: small networks have many parameters, and none of them is large.
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), weight)
     for kept, buffer in zip(ema.buffers(), module.buffers(), strict=True):
         kept.copy_(buffer)
 

@@ -1,0 +1,213 @@
+"""Networks on pieces of what they are given, so that large images fit: tile by tile, or one image at a time.
+
+Lengths are in blocks: f x f pixels of an image or a state, one site of a latent. A tile always begins at a block's
+edge, and where the image ends the tile ends too, so the zeros that convolutions pad with lie where they do without
+tiles.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RacError
+
+M = TypeVar("M", bound=nn.Module)
+
+Function = Callable[..., Tensor]
+"""What works on a tensor B C H W, perhaps told more, such as the time."""
+
+
+# ----------------------------------------------------------------------------------------------- how far it looks
+
+RADII = (8, 32, 128)
+"""Blocks tried on each side; a network that looks beyond the last one is not called local."""
+
+
+def reach(module: M, function: Callable[[M, Tensor], Tensor], channels: int, block: int) -> int | None:
+    """How many blocks beyond a block its output depends on, or None where that has no bound or hangs on the place.
+
+    `function(module, x)` calls the module on x, 1 `channels` H W, whose sides are multiples of `block`. A copy of the
+    module is asked, in float64 and with even weights, so that nothing hides behind a weight of zero: a NaN in one
+    block spreads to all that depends on it. The answer is then held against a piece cut out of a longer input, which
+    a network that knows its place (relative position) or strides beyond a block does not pass.
+    """
+    if any(isinstance(part, _OVER_ALL) for part in module.modules()):
+        return None  # the NaN would say so too, at some cost for large networks
+    even = _with_even_weights(module)
+
+    def asked(x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return function(even, x)
+
+    found = [_spread(asked, channels, block, down) for down in (True, False)]
+    if None in found:
+        return None
+    blocks = max(size for size in found if size is not None)
+    return blocks if all(_holds(asked, channels, block, blocks, down) for down in (True, False)) else None
+
+
+_OVER_ALL = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+"""Layers that make every site of their output depend on every site of their input."""
+
+
+def _with_even_weights(module: M) -> M:
+    even = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    with torch.no_grad():
+        for parameter in even.parameters():
+            parameter.fill_(1 / max(1, parameter[0].numel()) if parameter.ndim else 1.0)
+    return even
+
+
+def _strip(channels: int, block: int, length: int, down: bool) -> Tensor:
+    """One block wide, `length` blocks long: enough to look along one side."""
+    sides = (length * block, block) if down else (block, length * block)
+    return torch.rand(1, channels, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def _along(x: Tensor, first: int, count: int, down: bool) -> Tensor:
+    return x.narrow(-2 if down else -1, first, count)
+
+
+def _spread(function: Callable[[Tensor], Tensor], channels: int, block: int, down: bool) -> int | None:
+    for radius in RADII:
+        length = 2 * radius + 1
+        x = _strip(channels, block, length, down)
+        _along(x, radius * block, block, down).fill_(torch.nan)
+        lost = function(x).isnan().any(dim=1).any(dim=-1 if down else -2).flatten()
+        blocks = lost.view(length, -1).any(dim=1).nonzero().flatten() - radius
+        farthest = int(blocks.abs().max()) if len(blocks) else 0
+        if farthest < radius:
+            return farthest
+    return None
+
+
+def _holds(function: Callable[[Tensor], Tensor], channels: int, block: int, blocks: int, down: bool) -> bool:
+    length = 3 * blocks + 4
+    x = _strip(channels, block, length, down)
+    whole = function(x)
+    per_block = whole.shape[-2 if down else -1] // length
+    for first in (blocks + 1, blocks + 2):
+        low, count = (first - blocks) * block, (2 * blocks + 1) * block
+        piece = _along(function(_along(x, low, count, down)), blocks * per_block, per_block, down)
+        if (piece - _along(whole, first * per_block, per_block, down)).abs().max() > 1e-11 * whole.abs().max():
+            return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------- tile by tile
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an image is cut. Raises `RacError` for tiles of no block, and where blended tiles would overlap by halves."""
+
+    tile: int
+    """Blocks on each side of a tile, at most: the tiles of a row are as even as they can be."""
+    margin: int
+    """Blocks that are worked on beyond the tile, on each side that is not the image's."""
+    exact: bool
+    """Cut the margins off, which is exact where they cover the network's reach; otherwise blend them linearly."""
+
+    def __post_init__(self) -> None:
+        if self.tile < 1 or self.margin < 0:
+            raise RacError(f"a tile of {self.tile} blocks with margins of {self.margin} is none; give at least 1 and 0")
+        # The tiles of a row may be half as long as `tile`, and each may blend with one neighbour at a time.
+        if not self.exact and 4 * self.margin > self.tile:
+            raise RacError(
+                f"tiles of {self.tile} blocks are too small to blend over {2 * self.margin}; "
+                "give larger tiles, or half of them at most as overlap"
+            )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tile's place on one side of the image: its own part, and the wider part that is worked on."""
+
+    low: int
+    first: int
+    last: int
+    high: int
+
+    def weights(self, per_block: int, like: Tensor) -> Tensor:
+        """For each pixel worked on: 1 inside, falling linearly to 0 over the overlap with a neighbour."""
+        weights = like.new_ones((self.high - self.low) * per_block)
+        for margin, ahead in ((self.first - self.low, True), (self.high - self.last, False)):
+            length = 2 * margin * per_block
+            if length:
+                ramp = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length
+                (weights[:length] if ahead else weights[-length:]).copy_(ramp if ahead else ramp.flip(0))
+        return weights
+
+
+def in_tiles(function: Function, tiling: Tiling, block_in: int, block_out: int) -> Function:
+    """The same function of an image, worked off in tiles and put together.
+
+    `block_in` and `block_out` are the pixels of a block's side in what it takes and in what it gives. Further
+    arguments, such as the time, go to each tile as they are. At each moment, what is whole is the input and the output.
+    """
+
+    def tiled(whole: Tensor, *others: Tensor) -> Tensor:
+        height, width = (side // block_in for side in whole.shape[-2:])
+        out: Tensor | None = None
+        for down in _parts(height, tiling):
+            for across in _parts(width, tiling):
+                rows = slice(down.low * block_in, down.high * block_in)
+                columns = slice(across.low * block_in, across.high * block_in)
+                made = function(whole[..., rows, columns], *others)
+                if out is None:
+                    out = made.new_zeros(*made.shape[:2], height * block_out, width * block_out)
+                _put(out, made, down, across, block_out, tiling.exact)
+        assert out is not None
+        return out
+
+    return tiled
+
+
+def _put(out: Tensor, made: Tensor, down: _Part, across: _Part, block: int, exact: bool) -> None:
+    """Write a tile's own part, or add all of it by its weights."""
+    if exact:
+        rows, columns = (slice(part.first * block, part.last * block) for part in (down, across))
+        own = [slice((part.first - part.low) * block, (part.last - part.low) * block) for part in (down, across)]
+        out[..., rows, columns] = made[..., own[0], own[1]]
+    else:
+        rows, columns = (slice(part.low * block, part.high * block) for part in (down, across))
+        out[..., rows, columns] += made * down.weights(block, made).unsqueeze(1) * across.weights(block, made)
+
+
+def _parts(length: int, tiling: Tiling) -> Iterator[_Part]:
+    count = -(-length // tiling.tile)
+    edges = [length * k // count for k in range(count + 1)]
+    for first, last in pairwise(edges):
+        yield _Part(max(0, first - tiling.margin), first, last, min(length, last + tiling.margin))
+
+
+# ----------------------------------------------------------------------------------------------- image by image
+
+
+def in_slices(function: Function) -> Function:
+    """The same function of batches, worked off one image at a time. All its arguments have the batch first."""
+
+    def sliced(*batch: Tensor) -> Tensor:
+        return torch.cat([function(*one) for one in zip(*(each.split(1) for each in batch), strict=True)])
+
+    return sliced
+
+
+class Pieces(nn.Module):
+    """A network worked off in pieces: `way` makes of it a function that is, such as `in_slices`."""
+
+    def __init__(self, network: nn.Module, way: Callable[[Function], Function]) -> None:
+        super().__init__()
+        self.network = network
+        self.way = way
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """What the network itself gives, exactly or nearly, as `way` says."""
+        return self.way(self.network)(*args)

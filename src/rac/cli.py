@@ -24,6 +24,7 @@ VERBS = {
     "compare": "several coders side by side: quality, cost, speed, and pictures of where they differ",
     "ablate": "variants of a recipe, trained alike and judged alike: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
     "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
+    "export": "a coder as an ONNX file, or an exported PyTorch program, for other runtimes",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
 }

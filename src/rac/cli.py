@@ -26,6 +26,7 @@ VERBS = {
     "ablate": "variants of a recipe, trained alike and judged alike: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
     "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
     "bench": "images per second to train, encode and decode, what the time goes into, and the share of this machine",
+    "export": "a coder as an ONNX file, or an exported PyTorch program, for other runtimes",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
 }

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from .coders.protocol import Coder
-from .coders.rac import HEADER, RAC
+from .coders.rac import HEADER, RAC, is_drop_in
 from .config import read_json
 from .errors import RacError, WeightsError
 from .storage import CONFIG
@@ -24,9 +24,9 @@ def load(name_or_dir: str | Path) -> Coder:
     """A coder, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
     `name_or_dir` is one of `available()`, a directory written by `save` or by diffusers (AutoencoderKL,
-    AutoencoderTiny, AutoencoderDC), the folder of a training run, a TAESD-family .pth file, or a name on the Hugging
-    Face hub. Raises `WeightsError` for an unknown name (naming the near ones), a directory without weights, and
-    weights that do not fit.
+    AutoencoderTiny, AutoencoderDC, AutoencoderRAC), the folder of a training run, a TAESD-family .pth file, or a name
+    on the Hugging Face hub. Raises `WeightsError` for an unknown name (naming the near ones), a directory without
+    weights, and weights that do not fit.
     """
     from .coders.teacher import download, load_teacher
 
@@ -37,7 +37,7 @@ def load(name_or_dir: str | Path) -> Coder:
         path = download(name)
     if (path / "recipe.json").is_file() and (path / "coder").is_dir():
         path = path / "coder"
-    if path.is_dir() and _is_rac(path):
+    if path.is_dir() and (_is_rac(path) or is_drop_in(path)):
         return RAC.load(path)
     if path.exists():
         return load_teacher(path)

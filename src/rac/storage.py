@@ -63,18 +63,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
         os.fsync(file.fileno())
 
 
-def read_config(directory: Path, header: Mapping[str, Any], cls: type[T]) -> T:
-    """Read `header` and, under "config", a `cls` from config.json. Raises `WeightsError` naming what does not fit."""
+def read_config(directory: Path, header: Mapping[str, Any], cls: type[T], key: str = "config") -> T:
+    """Read `header` and, under `key`, a `cls` from config.json. Raises `WeightsError` naming what does not fit."""
     path = directory / CONFIG
     try:
         data = read_json(path)
-        for key, value in header.items():
-            if not isinstance(data, dict) or data.get(key) != value:
-                found = data.get(key) if isinstance(data, dict) else None
+        for name, value in header.items():
+            if not isinstance(data, dict) or data.get(name) != value:
+                found = data.get(name) if isinstance(data, dict) else None
                 raise RacError(
-                    f"{path} has {key} {found!r}, expected {value!r}; it was written by another program or version"
+                    f"{path} has {name} {found!r}, expected {value!r}; it was written by another program or version"
                 )
-        return from_json(cls, data.get("config"), str(path))
+        return from_json(cls, data.get(key), str(path))
     except WeightsError:
         raise
     except RacError as error:

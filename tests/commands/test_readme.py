@@ -52,7 +52,7 @@ def test_command_lines(workplace: Path, run) -> None:  # type: ignore[no-untyped
     lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("rac ")]
     assert len(lines) > 8
-    for line in lines:
+    for line in (line for line in lines if not line.startswith("rac export")):
         verb, *arguments = shlex.split(line)[1:]
         if verb in ("train", "ablate") and "klvae" not in arguments:
             arguments += ["--data.cached-crops", "8"]
@@ -79,6 +79,17 @@ def test_command_lines_of_several_processes(workplace: Path) -> None:
         assert ran.stdout.count("The coder is in") == 1
         assert ran.stderr.count("iteration 2, held out") == 1
         assert (workplace / "runs" / "two" / "coder" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_export_lines(workplace: Path, run) -> None:  # type: ignore[no-untyped-def]
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason=f"the extra `export` is not installed: no {module}")
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    for line in (line for line in lines if line.startswith("rac export")):
+        ran = run(*shlex.split(line)[1:], "--size", 32)
+        assert ran.code == 0, f"{line}: {ran.err}"
+    assert {path.name for path in workplace.glob("*.onnx")} == {"coder-encode.onnx", "coder-decode.onnx"}
 
 
 @pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)

@@ -201,7 +201,9 @@ def test_training_memory_with_and_without_recomputing(recompute: bool, cuda: tor
     latent = torch.zeros(8, 4, 16, 16, device=cuda)
 
     def peak(steps: int) -> int:
-        objective = RACObjective(RACWeights(reconstruction=1.0), steps=(steps, steps), memory="recompute" if recompute else "store")
+        objective = RACObjective(
+            RACWeights(reconstruction=1.0), steps=(steps, steps), memory="recompute" if recompute else "store"
+        )
         draws = Draws(generator(0, "shared"), generator(0, "own", device=cuda), 8, 0, 8)
         coding = Coding(coder.field, coder.states, coder.contract, None)
         torch.cuda.reset_peak_memory_stats()

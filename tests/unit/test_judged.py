@@ -115,7 +115,7 @@ def test_rac_is_judged_by_the_image_of_its_reconstruction(make_rac, images) -> N
         return coder.field(state, time)
 
     judges = Judges(lambda one, other: seen.append(one) or distance(one, other), JUDGE.build())
-    coding = Coding(field, coder.states, coder.contract, None, judges)
+    coding = Coding(field, coder.states, coder.contract, None, judges=judges)
     objective = RACObjective(RACWeights(reconstruction=1, perceptual=1, adversarial=1), steps=(3, 3), memory="store")
     terms = rac_terms(coding, image, latent, objective, draws(2))
     assert list(terms) == ["reconstruction", "perceptual", "adversarial", "discriminator"]

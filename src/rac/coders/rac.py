@@ -5,25 +5,29 @@ RAC: Rectified Flow Auto Coder (arXiv 2603.05925).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..config import to_json
+from ..config import read_json, to_json
 from ..errors import RacError
 from ..fields import FieldConfig, Projector
 from ..flow import Euler, FixedPoint, Solver, TimeGrid, Trajectory, integrate
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
-from ..storage import load_tensors, read_config, write_directory
+from ..storage import CONFIG, fit_tensors, load_tensors, read_config, read_tensors, write_directory
+from .adapter import WEIGHTS as DROP_IN_WEIGHTS
 from .protocol import Coder
 
 HEADER = {"format": "rac", "version": 1}
 """What the config.json of a RAC begins with."""
+
+DROP_IN = {"_class_name": "AutoencoderRAC"}
+"""What marks that of a RAC in diffusers' clothes (`rac.integrations.diffusers`)."""
 
 
 @dataclass(frozen=True)
@@ -152,16 +156,30 @@ class RAC(Coder):
 
     @classmethod
     def load(cls, directory: str | Path) -> RAC:
-        """Read what `save` wrote: float32, in evaluation mode, parameters frozen.
+        """Read what `save` wrote, or `AutoencoderRAC.save_pretrained`: float32, in evaluation mode, parameters frozen.
 
         Raises `WeightsError` for a directory that is not a RAC's, and for weights missing, cut, or of another shape.
         """
         directory = Path(directory)
-        coder = cls(read_config(directory, HEADER, RACConfig))
-        load_tensors(coder, directory)
+        if is_drop_in(directory):
+            steps = read_json(directory / CONFIG).get("num_inference_steps", RACConfig.steps)
+            coder = cls(replace(read_config(directory, DROP_IN, RACConfig, "rac"), steps=steps))
+            source = directory / DROP_IN_WEIGHTS
+            tensors, _ = read_tensors(source)
+            fit_tensors(coder, {name.removeprefix("coder."): tensor for name, tensor in tensors.items()}, str(source))
+        else:
+            coder = cls(read_config(directory, HEADER, RACConfig))
+            load_tensors(coder, directory)
         return coder.eval().requires_grad_(False)
 
 
 def decoding_solver(solver: Solver | None) -> Solver | None:
     """The solver of the way there that belongs to `solver` on the way back: what a `FixedPoint` undoes."""
     return solver.solver if isinstance(solver, FixedPoint) else solver
+
+
+def is_drop_in(directory: Path) -> bool:
+    """Whether `directory` holds a RAC in diffusers' clothes."""
+    config = directory / CONFIG
+    data = read_json(config) if config.is_file() else None
+    return isinstance(data, dict) and DROP_IN.items() <= data.items()

@@ -66,11 +66,16 @@ def constant_channel(value: Tensor, like: Tensor) -> Tensor:
 def _position(like: Tensor) -> Tensor:
     """cos(pi x), cos(pi y) over [-1, 1], scaled by 0.01: where in the whole image a block lies."""
     height, width = like.shape[2:]
-    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype).view(1, 1, height, 1)
-    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype).view(1, 1, 1, width)
+    y, x = _from_end_to_end(height, like).view(1, 1, height, 1), _from_end_to_end(width, like).view(1, 1, 1, width)
     across, down = torch.cos(torch.pi * x), torch.cos(torch.pi * y)
     shape = (like.shape[0], 1, height, width)
     return POSITION_SCALE * torch.cat([across.expand(shape), down.expand(shape)], dim=1)
+
+
+def _from_end_to_end(length: int, like: Tensor) -> Tensor:
+    """`length` even steps from -1 to 1; unlike linspace, exporters keep the length free."""
+    steps = torch.arange(length, device=like.device, dtype=like.dtype)
+    return 2 * steps / torch.sym_max(length - 1, 1) - 1
 
 
 @dataclass(frozen=True)

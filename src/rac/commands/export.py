@@ -1,0 +1,145 @@
+"""`rac export`: a coder's halves as single files for other runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from ..coders.protocol import Coder
+from ..data.files import find_pictures
+from ..errors import RacError
+from ..evaluate.report import Table
+from ..files import make_folder
+from ..images import read_image
+from ..integrations.export import (
+    SUFFIX,
+    Check,
+    Format,
+    Latents,
+    Part,
+    check,
+    export,
+    names,
+    need,
+    part_of,
+)
+from .common import load_coder, show, tell
+
+TOLERANCE = 1e-4
+"""How far a file may be from PyTorch on the pictures it is checked on, for values up to 1; further for larger ones."""
+
+SHAPES = ((1, 1.0, 1.0), (2, 0.5, 1.0), (1, 0.75, 0.5))
+"""Of the pictures that a file is checked on: batch, height and width, in parts of `size`."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write a coder as an ONNX file or as an exported PyTorch program, and check the file against PyTorch.
+
+    Steps are fixed in the file; batch and sides stay free, the sides of images as multiples of the coder's factor (a
+    program takes up to 63 images, with sides of at least twice the factor). The file describes itself: a JSON, under
+    `rac` in the metadata of an ONNX file or as the extra file rac.json of a program, says part, steps, factor,
+    channels, whether latents are raw, their statistics and the range of images.
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = "rac-f8d8"
+    """A shipped coder (see `rac models`), a directory, or a name on the hub: a RAC or a diffusers autoencoder."""
+    out: Path | None = None
+    """The file. None: the coder's name and the format's suffix. With two parts, -encode and -decode are put before the
+    suffix."""
+    format: Format = "onnx"
+    part: Literal["encode", "decode", "both"] = "both"
+    steps: int | None = None
+    """Evaluations of the field. None: the coder's own number."""
+    latents: Latents = "normalised"
+    """raw: as the teacher's own network makes and takes them, so that the file takes the place of its VAE. normalised:
+    as `rac` gives them."""
+    size: int = 64
+    """Largest side of the three pictures that the file is checked on; a multiple of 4 times the factor."""
+
+    def run(self) -> int:
+        """Write the files and check them; the exit code. Raises `RacError`."""
+        if self.format == "onnx":
+            need("onnx", "onnxscript")
+        coder = load_coder(self.model, "cpu")
+        unit = 4 * coder.spec.factor
+        if self.size < unit or self.size % unit:
+            raise RacError(f"--size {self.size} must be a multiple of {unit}, four times the coder's factor")
+        parts: list[Part] = ["encode", "decode"] if self.part == "both" else [self.part]
+        modules = [part_of(coder, part, self.steps, self.latents) for part in parts]
+        images = _images(self.size)
+        for part, module in zip(parts, modules, strict=True):
+            path = self._path(part)
+            make_folder(path.parent)
+            description = export(module, path, self.format, self.model)
+            print(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
+            if self.format == "onnx" and find_spec("onnxruntime") is None:
+                tell("not checked: onnxruntime is missing (pip install 'rectified-auto-coder[export]')")
+                continue
+            _judge(path, module, _inputs(coder, part, images, self.steps, self.latents), images)
+        return 0
+
+    def _path(self, part: Part) -> Path:
+        out = self.out or Path(Path(self.model).name + SUFFIX[self.format])
+        if out.suffix != SUFFIX[self.format]:
+            raise RacError(f"--out {out} must end in {SUFFIX[self.format]}, the suffix of --format {self.format}")
+        return out if self.part != "both" else out.with_name(f"{out.stem}-{part}{out.suffix}")
+
+
+def _images(size: int) -> list[Tensor]:
+    """Photographs of scikit-image in three shapes; where it is missing, smooth waves."""
+    images = []
+    if find_spec("skimage") is not None:
+        pictures = [picture.path for picture in find_pictures(())]
+    else:
+        pictures = []
+        tell("scikit-image is missing, so the file is checked on waves (pip install 'rectified-auto-coder[photos]')")
+    for number, (batch, height, width) in enumerate(SHAPES):
+        sides = int(size * height), int(size * width)
+        if pictures:
+            chosen = [pictures[(number + k) % len(pictures)] for k in range(batch)]
+            images.append(torch.cat([read_image(path, sides, convert=True) for path in chosen]))
+        else:
+            down, across = (torch.linspace(0, 6 + number, side) for side in sides)
+            images.append(torch.sin(down[:, None] + across * torch.arange(1, 4)[:, None, None]).repeat(batch, 1, 1, 1))
+    return images
+
+
+def _inputs(
+    coder: Coder, part: Part, images: Sequence[Tensor], steps: int | None, latents: Latents
+) -> Sequence[Tensor]:
+    """What the part is asked on: the images, or the latents that the coder itself makes of them."""
+    if part == "encode":
+        return images
+    encode = part_of(coder, "encode", steps, latents)
+    with torch.no_grad():
+        return [encode(image) for image in images]
+
+
+def _judge(path: Path, module: nn.Module, inputs: Sequence[Tensor], images: Sequence[Tensor]) -> None:
+    """Print how far the file is from PyTorch, and the times of both. Raises `RacError` where it is too far."""
+    found = check(module, path, inputs)
+    runtime = "ONNX Runtime" if path.suffix == SUFFIX["onnx"] else "exported"
+    show(_table(found, images, runtime))
+    with torch.no_grad():
+        largest_value = max(float(module(x).abs().max()) for x in inputs)
+    allowed = TOLERANCE * max(1.0, largest_value)
+    worst = max(found.largest)
+    print(f"largest difference {worst:.1e}\n")
+    if not worst <= allowed:
+        raise RacError(f"{path} differs from PyTorch by {worst:.1e}, more than {allowed:.1e}; do not use it")
+
+
+def _table(found: Check, images: Sequence[Tensor], runtime: str) -> Table:
+    rows = []
+    for image, largest, theirs, ours in zip(images, found.largest, found.theirs, found.ours, strict=True):
+        batch, _, height, width = image.shape
+        rows.append((f"{batch} x {height} x {width}", f"{largest:.1e}", f"{1000 * theirs:.1f}", f"{1000 * ours:.1f}"))
+    return Table(("pictures", "largest difference", f"{runtime} ms", "PyTorch ms"), tuple(rows))

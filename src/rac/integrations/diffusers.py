@@ -1,0 +1,333 @@
+"""A RAC in diffusers' clothes: `vae=AutoencoderRAC...` in any pipeline that takes an AutoencoderKL.
+
+Outside it is its teacher, raw latents in and out under the teacher's own scaling factor, shift and statistics; inside
+they are normalised as the RAC wants them. A directory that it saves is a diffusers model, and `rac.load` takes it too.
+
+A saved pipeline names this module beside the class. diffusers (0.42) does not import what a pipeline names, so import
+`rac.integrations.diffusers` before `from_pretrained`, or hand the coder over as `vae=`; no `trust_remote_code` is
+needed, since no code is saved. From the hub itself diffusers takes pipelines only if all their classes are its own or
+ship as code: fetch one with `huggingface_hub.snapshot_download` and load the folder. A lone `AutoencoderRAC` loads from
+anywhere. That pipelines log "expected types for vae" is a remark on the class, nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from .. import hub
+from ..coders.protocol import Coder
+from ..coders.rac import RAC, RACConfig
+from ..coders.tiling import TILE, RACInPieces, sliced, tiled
+from ..config import from_json, to_json
+from ..errors import RacError
+from ..fields.tiling import Function, Pieces
+from ..files import write_bytes
+from ..flow.grid import check_steps
+from ..latents import LatentSpec, denormalise, normalise
+
+
+@dataclass
+class AutoencoderRACOutput(BaseOutput):
+    """What `AutoencoderRAC.encode` returns."""
+
+    latent_dist: DiagonalGaussianDistribution
+    """A distribution without spread: `mode()`, `mean` and every `sample()` are the raw latent."""
+
+    @property
+    def latents(self) -> Tensor:
+        """The raw latent, B c h w."""
+        return self.latent_dist.mean
+
+
+class AutoencoderRAC(ModelMixin, ConfigMixin):
+    """A RAC where pipelines expect an autoencoder.
+
+    Make one with `from_rac`, or read a saved one with `from_pretrained`. `config` has what pipelines ask for, as the
+    teacher has it: `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`, `latent_channels`,
+    `block_out_channels` (2^(its length - 1) is the factor) and `force_upcast`, which is False: in half precision the
+    field works in it, while the states stay float32.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        rac: Mapping[str, Any],
+        num_inference_steps: int = 4,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 4,
+        block_out_channels: Sequence[int] = (4, 16, 64, 256),
+        scaling_factor: float = 1.0,
+        shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.coder = RAC(from_json(RACConfig, dict(rac), "the rac of the configuration"))
+        self._tiles: list[RAC] = []  # in a list, so that its weights are not counted twice
+        self._slices = False
+
+    @classmethod
+    def from_rac(cls, coder: Coder | str | Path) -> AutoencoderRAC:
+        """Dress up a RAC, or one that `rac.load` finds by name or directory. The weights are copied, and frozen.
+
+        Raises `RacError` for another kind of coder, and for a factor that is no power of two.
+        """
+        if not isinstance(coder, Coder):
+            coder = hub.load(coder)
+        while isinstance(coder, RACInPieces):
+            coder = coder.original
+        if not isinstance(coder, RAC):
+            raise RacError(
+                f"expected a RAC, such as rac-f8d8, not a {type(coder).__name__}; "
+                "diffusers has classes of its own for other autoencoders"
+            )
+        dressed = cls(rac=to_json(coder.config), num_inference_steps=coder.config.steps, **_as_diffusers(coder))
+        dressed.coder.load_state_dict(coder.state_dict())
+        return dressed.to(next(coder.parameters()).device).eval().requires_grad_(False)
+
+    # ------------------------------------------------------------------------------------- there and back
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps each way where a call names none; set it to change them. Saved with the model."""
+        return self.config.num_inference_steps
+
+    @num_inference_steps.setter
+    def num_inference_steps(self, steps: int) -> None:
+        self.register_to_config(num_inference_steps=check_steps(steps))
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What one must know of the teacher's latents."""
+        return self.coder.spec
+
+    @apply_forward_hook
+    def encode(
+        self, x: Tensor, return_dict: bool = True, num_inference_steps: int | None = None
+    ) -> AutoencoderRACOutput | tuple[DiagonalGaussianDistribution]:
+        """Image B 3 H W in [-1, 1] -> the teacher's raw latent, as a distribution without spread."""
+        latent = self._at_work().encode(x.float(), self._steps(num_inference_steps))
+        raw_latent = denormalise(latent, self.spec).to(x.dtype)
+        # A log variance of -30 is diffusers' smallest; `deterministic` then makes the deviation zero.
+        moments = torch.cat([raw_latent, torch.full_like(raw_latent, -30.0)], dim=1)
+        distribution = DiagonalGaussianDistribution(moments, deterministic=True)
+        return AutoencoderRACOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """The teacher's raw latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped.
+
+        `generator` is there because pipelines hand one over; nothing is drawn.
+        """
+        latent = normalise(z.float(), self.spec)
+        image = self._at_work().decode(latent, self._steps(num_inference_steps)).to(z.dtype)
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Image -> image by way of the latent. The posterior has no spread, so sampling it changes nothing."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+
+    def _steps(self, asked: int | None) -> int:
+        return self.num_inference_steps if asked is None else asked
+
+    def _at_work(self) -> RAC:
+        """The coder, in tiles and slices where wished, networks in their own precision and states in float32."""
+        coder: Coder = self._tiles[0] if self._tiles else self.coder
+        if self._slices:
+            coder = sliced(coder)
+        assert isinstance(coder, RAC)
+        if self.dtype == torch.float32:
+            return coder
+        way = _in_precision(self.dtype)
+        projector = None if coder.projector is None else Pieces(coder.projector, way)
+        return RACInPieces(coder, Pieces(coder.field, way), projector)
+
+    # ------------------------------------------------------------------------------------- memory
+
+    def enable_tiling(self, tile: int = TILE, overlap: int | None = None) -> None:
+        """Work in tiles of at most `tile` x `tile` pixels. See `rac.coders.tiling.tiled`, also for what is exact."""
+        tiles = tiled(self.coder, tile, overlap)
+        assert isinstance(tiles, RAC)
+        self._tiles = [tiles]
+
+    def disable_tiling(self) -> None:
+        """Work on the whole image again."""
+        self._tiles = []
+
+    def enable_slicing(self) -> None:
+        """Work on one image of the batch at a time."""
+        self._slices = True
+
+    def disable_slicing(self) -> None:
+        """Work on the whole batch again."""
+        self._slices = False
+
+    # ------------------------------------------------------------------------------------- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """As every diffusers model, and a model card beside it where there is no README.md yet."""
+        hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **options,
+        )
+        card = Path(save_directory) / "README.md"
+        if is_main_process and not card.exists():
+            write_bytes(card, self.model_card().encode())
+        if push_to_hub:
+            _upload(save_directory, hub_options.pop("repo_id", Path(save_directory).name), hub_options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Upload model and card to the Hugging Face hub; the card of a repository that has one stays."""
+        options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return _upload(folder, repo_id, {**options, "subfolder": subfolder})
+
+    def model_card(self) -> str:
+        """What the model is and how it is used, as Markdown for the hub."""
+        coder, spec = self.coder, self.spec
+        parameters = sum(parameter.numel() for parameter in coder.parameters())
+        return _CARD.format(
+            teacher=coder.teacher or "an unnamed teacher",
+            factor=spec.factor,
+            channels=spec.channels,
+            parameters=f"{parameters:,}",
+            field=type(coder.config.field).__name__.removesuffix("Config"),
+            spread=coder.config.spread,
+            state_channels=coder.config.state_channels,
+            steps=self.num_inference_steps,
+            scale=f"{spec.scale:.6g}",
+            shift=f"{spec.shift:.6g}",
+        )
+
+
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
+
+_CARD = """---
+library_name: diffusers
+tags:
+- rac
+- autoencoder
+- rectified-flow
+---
+
+# A rectified flow auto coder (RAC)
+
+One velocity field that decodes latents in correctable steps and, followed backwards, encodes images
+([arXiv 2603.05925](https://arxiv.org/abs/2603.05925)). It codes the latents of **{teacher}**, so it can take that
+autoencoder's place in a pipeline.
+
+| | |
+|---|---|
+| latents | {channels} channels at 1/{factor} of the image's sides, raw as the teacher's |
+| their statistics | scaling factor {scale}, shift {shift} |
+| network | {field}, {parameters} parameters for both directions; {state_channels} state channels, spread `{spread}` |
+| steps | {steps}, each way; any number works |
+
+```python
+from rac.integrations.diffusers import AutoencoderRAC  # pip install rectified-auto-coder
+
+vae = AutoencoderRAC.from_pretrained("...")  # this repository, or a folder
+vae.num_inference_steps = {steps}
+pipeline = DiffusionPipeline.from_pretrained("...", vae=vae)
+```
+
+Data, their terms and figures: to be told by whoever trained it.
+"""
+
+
+def _as_diffusers(coder: RAC) -> dict[str, Any]:
+    """What pipelines ask of a config, of the coder's latents. `rac.coders.adapter.spec_of` is its inverse."""
+    spec = coder.spec
+    levels = spec.factor.bit_length()
+    if spec.factor != 2 ** (levels - 1):
+        raise RacError(f"diffusers' pipelines know factors that are powers of two, not {spec.factor}")
+    return {
+        "latent_channels": spec.channels,
+        # Pipelines read the factor off the length. The numbers: channels of the state, folded to each stride.
+        "block_out_channels": [coder.config.state_channels * 4**level for level in range(levels)],
+        "scaling_factor": spec.scale,
+        "shift_factor": spec.shift or None,
+        "latents_mean": None if spec.mean is None else [value / spec.scale + spec.shift for value in spec.mean],
+        "latents_std": None if spec.std is None else list(spec.std),
+    }
+
+
+def _in_precision(dtype: torch.dtype) -> Callable[[Function], Function]:
+    def way(network: Function) -> Function:
+        # The first argument is the state; times keep their precision, which matters for thirds and the like.
+        return lambda state, *others: network(state.to(dtype), *others).to(state.dtype)
+
+    return way
+
+
+def _upload(folder: str | os.PathLike[str], repo_id: str, options: Mapping[str, Any]) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.get("token"))
+    repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+    subfolder = options.get("subfolder")
+    card = f"{subfolder}/README.md" if subfolder else "README.md"
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=str(folder),
+        path_in_repo=subfolder,
+        commit_message=options.get("commit_message") or "Upload AutoencoderRAC",
+        create_pr=options.get("create_pr", False),
+        ignore_patterns=["README.md"] if api.file_exists(repo_id, card) else None,
+    )

@@ -1,0 +1,313 @@
+"""A coder's two halves as single files for other runtimes: ONNX, or PyTorch's own exported programs.
+
+The number of steps is fixed in the file, each step unrolled; batch, height and width stay free, an image's sides as
+multiples of the factor. Files hold their own description, the same JSON in either format: see `Description`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..coders.adapter import Adapter
+from ..coders.protocol import Coder
+from ..coders.rac import RAC
+from ..errors import RacError
+from ..files import explained
+from ..flow import Euler, TimeGrid, integrate
+from ..flow.grid import check_steps
+from ..latents import LatentSpec, denormalise, normalise
+from ..states import expand, image_of, image_state
+from ..storage import weights_hash
+
+Format = Literal["onnx", "torch-export"]
+Part = Literal["encode", "decode"]
+Latents = Literal["raw", "normalised"]
+
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
+KEY = "rac"
+"""Under which name a file holds its description: ONNX's metadata, or an exported program's extra file `rac.json`."""
+
+LARGEST = 1 << 13
+"""Blocks on a side up to which an exported program promises to work, and from 2 on."""
+LARGEST_BATCH = 63
+"""Images at once up to which an exported program promises to work: diffusers' upsampling branches at 64. An ONNX file
+promises nothing and takes more."""
+LARGEST_MESSAGE = 1_900_000_000
+"""Bytes of weights that fit into one ONNX file (a protobuf message); more go to a file beside it."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one must know to use an exported file."""
+
+    part: Part
+    steps: int | None
+    """Evaluations of the field, unrolled; None for coders without a flow."""
+    latents: Latents
+    """`raw`: as the teacher's own network makes them. `normalised`: ((raw - shift) * scale - mean) / std."""
+    factor: int
+    channels: int
+    scale: float
+    shift: float
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    coder: str
+    weights: str
+    """A hash of the coder's weights."""
+    image_range: tuple[float, float] = (-1.0, 1.0)
+    """Of the image, B 3 H W; a decoder's output is not clamped."""
+    sides: str = "multiples of factor"
+
+
+class Encoding(nn.Module):
+    """Image B 3 H W -> latent B c H/f W/f, with sides that are multiples of f and nothing checked."""
+
+    def __init__(self, coder: RAC | Adapter, steps: int | None, latents: Latents) -> None:
+        super().__init__()
+        self.coder, self.steps, self.latents = coder, steps, latents
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See the class."""
+        coder = self.coder
+        if isinstance(coder, Adapter):
+            raw_latent = coder._encode(_moved(image, coder.spec))
+            return raw_latent if self.latents == "raw" else normalise(raw_latent, coder.spec)
+        assert self.steps is not None
+        grid = TimeGrid.uniform(self.steps).reversed()
+        latent = coder.contract(integrate(coder.field, image_state(image, coder.config.state_channels), grid).end)
+        return latent if self.latents == "normalised" else denormalise(latent, coder.spec)
+
+
+class Decoding(nn.Module):
+    """Latent B c h w -> image B 3 h*f w*f, nothing checked, not clamped."""
+
+    def __init__(self, coder: RAC | Adapter, steps: int | None, latents: Latents) -> None:
+        super().__init__()
+        self.coder, self.steps, self.latents = coder, steps, latents
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """See the class."""
+        coder = self.coder
+        if isinstance(coder, Adapter):
+            pixels = coder._decode(latent if self.latents == "raw" else denormalise(latent, coder.spec))
+            return _moved(pixels, coder.spec, back=True)
+        if self.latents == "raw":
+            latent = normalise(latent, coder.spec)
+        assert self.steps is not None
+        seed_state = expand(latent, coder.states)
+        return image_of(integrate(coder.field, seed_state, TimeGrid.uniform(self.steps), Euler()).end)
+
+
+def _moved(tensor: Tensor, spec: LatentSpec, back: bool = False) -> Tensor:
+    """Image -> pixels in the network's range, or back."""
+    half, middle = (spec.range[1] - spec.range[0]) / 2, (spec.range[1] + spec.range[0]) / 2
+    return (tensor - middle) / half if back else tensor * half + middle
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents = "normalised") -> nn.Module:
+    """The half of a coder that is exported: a module of one tensor, image or latent.
+
+    Raises `RacError` for steps below 1, for steps of a coder without a flow, and for decoding by a RAC whose seed
+    state holds noise, which would be of one size.
+    """
+    if latents not in get_args(Latents) or part not in get_args(Part):
+        raise RacError(f"part {part!r} and latents {latents!r} must be encode or decode, and raw or normalised")
+    if isinstance(coder, RAC):
+        if coder.config.seed_noise and part == "decode":
+            raise RacError(
+                f"this coder decodes from noise (seed_noise {coder.config.seed_noise}), which is drawn anew for each "
+                "size and cannot be written to a file of free sizes; export its encode part alone"
+            )
+        steps = check_steps(coder.config.steps if steps is None else steps)
+    elif not isinstance(coder, Adapter):
+        raise RacError(f"a {type(coder).__name__} cannot be exported; give a RAC or a diffusers autoencoder")
+    elif steps is not None:
+        raise RacError(f"a {type(coder).__name__} codes at once; leave out steps, or export a RAC")
+    kind = Encoding if part == "encode" else Decoding
+    return kind(coder, steps, latents).eval()
+
+
+def describe(module: nn.Module, coder_name: str = "") -> Description:
+    """The description of what `part_of` gave."""
+    assert isinstance(module, Encoding | Decoding)
+    spec = module.coder.spec
+    return Description(
+        part="encode" if isinstance(module, Encoding) else "decode",
+        steps=module.steps,
+        latents=module.latents,
+        factor=spec.factor,
+        channels=spec.channels,
+        scale=spec.scale,
+        shift=spec.shift,
+        mean=spec.mean,
+        std=spec.std,
+        coder=coder_name or type(module.coder).__name__,
+        weights=weights_hash(module.coder.state_dict()),
+    )
+
+
+def export(module: nn.Module, path: str | Path, format: Format = "onnx", coder_name: str = "") -> Description:
+    """Write what `part_of` gave to `path`, complete or not at all; returns its description.
+
+    Raises `RacError` where the extra is missing, the network cannot be exported, and the system refuses.
+    """
+    path, description = Path(path), describe(module, coder_name)
+    if format == "onnx":
+        need("onnx", "onnxscript")
+    said = json.dumps(asdict(description))
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(module, (_example(description),), dynamic_shapes=(_free(description),))
+            onnx_program = _to_onnx(program, description) if format == "onnx" else None
+        except Exception as error:  # the exporters fail in many ways on what they do not know
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise RacError(f"torch cannot export this network ({reason}); try the other --format") from error
+    with explained(path):
+        staging = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        if onnx_program is None:
+            torch.export.save(program, staging, extra_files={f"{KEY}.json": said})
+        else:
+            onnx_program.model.metadata_props[KEY] = said
+            if _bytes(module) > LARGEST_MESSAGE:
+                onnx_program.save(path, external_data=True)  # two files, the names of which must stay
+                return description
+            onnx_program.save(staging, external_data=False)
+        os.replace(staging, path)
+    return description
+
+
+def _to_onnx(program: torch.export.ExportedProgram, description: Description) -> Any:
+    into, out = names(description)
+    result = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[into], output_names=[out])
+    assert result is not None
+    return result
+
+
+def names(description: Description) -> tuple[str, str]:
+    """The names of what goes in and what comes out."""
+    return ("image", "latent") if description.part == "encode" else ("latent", "image")
+
+
+def _example(description: Description) -> Tensor:
+    # Sides of 4 and 6 blocks: not 1, which exporters take for a constant, and not alike.
+    factor = description.factor
+    if description.part == "encode":
+        return torch.zeros(2, 3, 4 * factor, 6 * factor)
+    return torch.zeros(2, description.channels, 4, 6)
+
+
+def _free(description: Description) -> dict[int, Any]:
+    batch = torch.export.Dim("batch", max=LARGEST_BATCH)
+    down, across = (torch.export.Dim(name, min=2, max=LARGEST) for name in ("down", "across"))
+    blocks = description.factor if description.part == "encode" else 1
+    return {0: batch, 2: blocks * down, 3: blocks * across}
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def need(*modules: str) -> None:
+    """Raise `RacError` with the mend unless the extra's modules are there."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise RacError(f"this needs {' and '.join(missing)}: pip install 'rectified-auto-coder[export]'")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters talk of what they do and of what is not installed; errors still come through."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """The description that an exported file holds, as plain JSON. Raises `RacError` for another file."""
+    path = Path(path)
+    if path.suffix == SUFFIX["torch-export"]:
+        extra = {f"{KEY}.json": ""}
+        torch.export.load(path, extra_files=extra)
+        said = extra[f"{KEY}.json"]
+    else:
+        need("onnxruntime")
+        said = _session(path).get_modelmeta().custom_metadata_map.get(KEY, "")
+    if not said:
+        raise RacError(f"{path} was not written by rac export; it has no description under {KEY!r}")
+    return json.loads(said)
+
+
+def load(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """An exported file as a function of one tensor, on the CPU: by ONNX Runtime, or by PyTorch."""
+    path = Path(path)
+    if path.suffix == SUFFIX["torch-export"]:
+        return torch.export.load(path).module()
+    need("onnxruntime")
+    session = _session(path)
+    (given,) = session.get_inputs()
+    return lambda x: torch.from_numpy(session.run(None, {given.name: x.contiguous().numpy()})[0])
+
+
+def _session(path: Path) -> Any:
+    runtime = import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class Check:
+    """An exported file beside the module it was made from."""
+
+    largest: tuple[float, ...]
+    """The largest absolute difference, for each input."""
+    theirs: tuple[float, ...]
+    """Seconds of the file, for each input: the median of some runs, taken in turns with the module's."""
+    ours: tuple[float, ...]
+    """Seconds of the module."""
+
+
+@torch.no_grad()
+def check(module: nn.Module, path: str | Path, inputs: Sequence[Tensor], runs: int = 3) -> Check:
+    """Run the file and the module on the same inputs, in turns: how far apart, and how long."""
+    written = load(path)
+    largest, theirs, ours = [], [], []
+    for x in inputs:
+        largest.append(float((written(x) - module(x)).abs().max()))  # this warms both up
+        turns = [(_seconds(written, x), _seconds(module, x)) for _ in range(runs)]
+        theirs.append(median(turn[0] for turn in turns))
+        ours.append(median(turn[1] for turn in turns))
+    return Check(tuple(largest), tuple(theirs), tuple(ours))
+
+
+def _seconds(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    start = time.perf_counter()
+    function(x)
+    return time.perf_counter() - start

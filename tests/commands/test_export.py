@@ -1,0 +1,170 @@
+"""Exported files: what they say of themselves, what they compute at sizes they were not made at, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rac
+from rac.coders.klvae import KLVAEConfig
+from rac.coders.protocol import Coder
+from rac.coders.rac import RAC
+from rac.errors import RacError
+from rac.fields import LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
+from rac.integrations.export import SUFFIX, check, export, load, part_of, read_description
+from rac.latents import LatentSpec, denormalise
+
+EXTRA = ("onnx", "onnxruntime", "onnxscript")
+MISSING = [module for module in EXTRA if importlib.util.find_spec(module) is None]
+needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"the extra `export` is not installed: no {', '.join(MISSING)}")
+
+SHAPES = ((1, 1, 2), (3, 5, 3), (2, 4, 4))
+"""Batch and blocks down and across; not those that the exporter is shown, and one of a single block."""
+SPEC = LatentSpec(4, 4, scale=0.5, shift=0.3, mean=(0.1, -0.2, 0.3, 0.0), std=(1.5, 0.5, 1.0, 2.0))
+TINY = TinyFieldConfig(widths=(8, 8, 8), blocks=(1, 1, 1))
+LOCAL = LocalFieldConfig(widths=(8, 8), blocks=(1, 1), down=(8,), down_blocks=(1,), patch=2, embedding=8)
+LDM = LdmFieldConfig(widths=(8, 8, 8), layers_per_block=1, groups=4)
+
+CODERS: dict[str, Callable[..., Coder]] = {
+    "tiny, nearest": lambda make_rac: make_rac(lively=0.05, spec=SPEC, field=TINY),
+    "tiny, shuffle, projector": lambda make_rac: make_rac(
+        lively=0.05, spec=SPEC, field=TINY, spread="shuffle", contraction="projector"
+    ),
+    "local, beside": lambda make_rac: make_rac(lively=0.05, spec=SPEC, field=LOCAL, spread="beside"),
+    "ldm with position": lambda make_rac: make_rac(lively=0.05, spec=SPEC, field=LDM),
+    "KL-VAE": lambda make_rac: KLVAEConfig(widths=(8, 8, 8), latent_channels=4, norm_groups=4).build().eval(),
+}
+
+
+def frozen(coder: Coder) -> Coder:
+    return coder.eval().requires_grad_(False)
+
+
+def inputs(part: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    channels, block = (3, 4) if part == "encode" else (4, 1)
+    return [torch.rand(b, channels, h * block, w * block, generator=generator) * 2 - 1 for b, h, w in SHAPES]
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["encode", "decode"])
+@pytest.mark.parametrize("kind", CODERS)
+def test_onnx_agrees_with_torch_at_sizes_it_was_not_made_at(kind, part, make_rac, tmp_path) -> None:
+    coder = frozen(CODERS[kind](make_rac))
+    steps = 2 if isinstance(coder, RAC) else None
+    module = part_of(coder, part, steps, "raw")
+    export(module, tmp_path / "coder.onnx")
+    found = check(module, tmp_path / "coder.onnx", inputs(part), runs=1)
+    assert max(found.largest) < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["coder.onnx"]  # weights and all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_programs_agree_with_the_coder(part, make_rac, tmp_path) -> None:
+    coder = frozen(CODERS["tiny, nearest"](make_rac))
+    export(part_of(coder, part, 2, "normalised"), tmp_path / "coder.pt2", "torch-export", "mine")
+    program = load(tmp_path / "coder.pt2")
+    for x in inputs(part)[1:]:  # a program takes no side of a single block
+        # The coder's own public way, so that what is exported is held against it and not against itself.
+        expected = coder.encode(x, steps=2) if part == "encode" else coder.decode(x, steps=2)
+        torch.testing.assert_close(program(x), expected, atol=1e-5, rtol=0)
+    said = read_description(tmp_path / "coder.pt2")
+    assert (said["part"], said["steps"], said["coder"], said["latents"]) == (part, 2, "mine", "normalised")
+
+
+@pytest.mark.parametrize("kind", CODERS)
+def test_raw_and_normalised_parts_are_the_coder(kind, make_rac) -> None:
+    coder = frozen(CODERS[kind](make_rac))
+    steps = 3 if isinstance(coder, RAC) else None
+    image, latent = inputs("encode")[1], inputs("decode")[1]
+    raw_latent = denormalise(latent, coder.spec)
+    with torch.no_grad():
+        encoded, decoded = coder.encode(image, steps), coder.decode(latent, steps)
+        torch.testing.assert_close(part_of(coder, "encode", steps)(image), encoded)
+        torch.testing.assert_close(part_of(coder, "encode", steps, "raw")(image), denormalise(encoded, coder.spec))
+        torch.testing.assert_close(part_of(coder, "decode", steps)(latent), decoded)
+        torch.testing.assert_close(part_of(coder, "decode", steps, "raw")(raw_latent), decoded, atol=1e-5, rtol=1e-5)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rac-f8d8", "klvae-f8d8"])
+def test_shipped_coders_on_photographs(name, run, tmp_path) -> None:
+    pytest.importorskip("skimage", reason="scikit-image's photographs are not installed")
+    steps = ("--steps", "1") if name.startswith("rac") else ()
+    ran = run("export", name, "--out", tmp_path / "coder.onnx", "--latents", "raw", *steps)
+    assert ran.code == 0, ran.err
+    differences = [float(line.split()[2]) for line in ran.out.splitlines() if line.startswith("largest difference")]
+    assert len(differences) == 2
+    assert max(differences) < 1e-4
+    said = read_description(tmp_path / "coder-decode.onnx")
+    spec = rac.load(name).spec
+    assert (said["factor"], said["channels"], said["scale"], said["shift"]) == (8, 8, spec.scale, spec.shift)
+    assert (said["part"], said["latents"], said["steps"]) == ("decode", "raw", 1 if steps else None)
+    assert said["image_range"] == [-1, 1]
+
+
+def test_verb_writes_and_checks_a_program(coder_dir: Path, run, tmp_path) -> None:
+    out = tmp_path / "new" / "coder.pt2"
+    ran = run("export", coder_dir, "--format", "torch-export", "--part", "decode", "--steps", 1, "--out", out)
+    assert ran.code == 0, ran.err
+    assert out.is_file()
+    assert "largest difference" in ran.out
+
+
+@pytest.mark.slow
+def test_verb_tells_of_a_file_that_is_wrong(coder_dir: Path, run, tmp_path, monkeypatch) -> None:
+    from rac.commands import export as verb
+
+    monkeypatch.setattr(verb, "TOLERANCE", -1.0)
+    ran = run("export", coder_dir, "--format", "torch-export", "--part", "decode", "--out", tmp_path / "coder.pt2")
+    assert ran.code == 2
+    assert "differs from PyTorch" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--size", "60"], "multiple of 16"),
+        (["--out", "coder.pth"], "must end in .pt2"),
+        (["--steps", "0"], "at least 1"),
+    ],
+)
+def test_verb_refuses(arguments, word, coder_dir: Path, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run("export", coder_dir, "--format", "torch-export", "--part", "decode", *arguments)
+    assert ran.code == 2
+    assert word in ran.err
+    assert ran.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_extra_names_the_command(coder_dir: Path, run, monkeypatch) -> None:
+    from rac.integrations import export as room
+
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    ran = run("export", coder_dir)
+    assert ran.code == 2
+    assert ran.err == "rac: error: this needs onnx and onnxscript: pip install 'rectified-auto-coder[export]'\n"
+
+
+def test_what_cannot_be_exported_says_why(make_rac) -> None:
+    with pytest.raises(RacError, match="codes at once"):
+        part_of(CODERS["KL-VAE"](make_rac), "decode", steps=4)
+    with pytest.raises(RacError, match=r"seed_noise 0\.1"):
+        part_of(make_rac(seed_noise=0.1), "decode")
+    part_of(make_rac(seed_noise=0.1), "encode")  # reads no noise
+
+
+def test_other_files_are_told_apart(tmp_path) -> None:
+    path = tmp_path / f"foreign{SUFFIX['torch-export']}"
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), path)
+    with pytest.raises(RacError, match="not written by rac export"):
+        read_description(path)

@@ -51,8 +51,8 @@ MAY_IMPORT = {
 MAY_IMPORT["__init__"] = {"errors", "flow", "states", "latents", "images", "hub"}
 
 SLOW = {
-    "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scipy",
-    "skimage", "tensorboard", "torchmetrics", "torchvision", "transformers", "tqdm",
+    "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript",
+    "scipy", "skimage", "tensorboard", "torchmetrics", "torchvision", "transformers", "tqdm",
 }  # fmt: skip
 """Never imported by a module on its way in; only by the function that needs it."""
 NETWORKS = {"diffusers", "transformers"}

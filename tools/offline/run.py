@@ -246,7 +246,7 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
 
 
 def settled_speed(lines: list[dict[str, Any]]) -> float:
-    """Images a second over the later half of a log's lines, two at least: kernels are chosen by then, the supply steady."""
+    """Images a second over the later half of a log's lines: by then kernels are chosen and the supply is steady."""
     first, last = lines[(len(lines) - 1) // 2], lines[-1]
     return (last["images"] - first["images"]) / max(last["seconds"] - first["seconds"], 1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -97,7 +98,7 @@ def _images(size: int) -> list[Tensor]:
     """Photographs of scikit-image in three shapes; where it is missing, smooth waves."""
     images = []
     if find_spec("skimage") is not None:
-        pictures = [picture.path for picture in find_pictures(())]
+        pictures = list(find_pictures(()))
     else:
         pictures = []
         tell("scikit-image is missing, so the file is checked on waves (pip install 'rectified-auto-coder[photos]')")
@@ -105,7 +106,7 @@ def _images(size: int) -> list[Tensor]:
         sides = int(size * height), int(size * width)
         if pictures:
             chosen = [pictures[(number + k) % len(pictures)] for k in range(batch)]
-            images.append(torch.cat([read_image(path, sides, convert=True) for path in chosen]))
+            images.append(torch.cat([read_image(io.BytesIO(one.read()), sides, convert=True) for one in chosen]))
         else:
             down, across = (torch.linspace(0, 6 + number, side) for side in sides)
             images.append(torch.sin(down[:, None] + across * torch.arange(1, 4)[:, None, None]).repeat(batch, 1, 1, 1))

@@ -246,7 +246,7 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
 
 
 def settled_speed(lines: list[dict[str, Any]]) -> float:
-    """Images a second over the later half of a log's lines, two at least: kernels are chosen by then, the supply steady."""
+    """Images a second over the later half of a log of two lines or more: by then kernels are chosen."""
     first, last = lines[(len(lines) - 1) // 2], lines[-1]
     return (last["images"] - first["images"]) / max(last["seconds"] - first["seconds"], 1e-6)
 

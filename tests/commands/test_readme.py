@@ -15,6 +15,7 @@ README = Path(__file__).parents[2] / "README.md"
 QUICK = {
     "train": "--train.iterations 2 --train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
     "ablate": "--train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
+    "toy": "--iterations 3",
     "evaluate": "--correction 0 --count 2 --steps 1 2",
     "compare": "--correction 0 --count 2 --steps 1 2",
 }

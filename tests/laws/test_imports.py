@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "evaluate": TRAINING,
     "train": {*TRAINING, "evaluate"},
     "recipes": {*TRAINING, "train", "evaluate"},
+    "serve": {*TRAINING, "evaluate"},
     # The verbs of the command line, and the line itself.
-    "commands": {*TRAINING, "train", "evaluate", "recipes"},
+    "commands": {*TRAINING, "train", "evaluate", "recipes", "serve"},
     "cli": {*TRAINING, "train", "evaluate", "recipes", "commands"},
     "__main__": {"cli"},
 }
@@ -49,7 +50,7 @@ MAY_IMPORT = {
 MAY_IMPORT["__init__"] = {"errors", "flow", "states", "latents", "images", "hub"}
 
 SLOW = {
-    "datasets", "diffusers", "huggingface_hub", "matplotlib", "scipy", "skimage", "tensorboard",
+    "datasets", "diffusers", "gradio", "huggingface_hub", "matplotlib", "scipy", "skimage", "tensorboard",
     "torchmetrics", "torchvision", "transformers", "tqdm",
 }  # fmt: skip
 """Never imported by a module on its way in; only by the function that needs it."""

@@ -29,6 +29,8 @@ VERBS = {
     "export": "a coder as an ONNX file, or an exported PyTorch program, for other runtimes",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
+    "toy": "RAC's idea on points of the plane: trained in seconds, drawn forward and back",
+    "serve": "a page in the browser: drop a picture, move the steps (needs the extra `serve`)",
 }
 
 

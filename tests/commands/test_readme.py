@@ -19,6 +19,7 @@ QUICK = {
     "train": "--train.iterations 2 --train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
     "cache": "--data.size 32 --data.held-out 2",
     "ablate": "--train.batch 2 --train.warmup 0 --data.size 32 --data.held-out 2",
+    "toy": "--iterations 3",
     "evaluate": "--correction 0 --count 2 --steps 1 2",
     "bench": "--batch 2 --seconds 0 --precision fp32 --data photos --threads 1",
     "compare": "--correction 0 --count 2 --steps 1 2",

@@ -40,10 +40,11 @@ MAY_IMPORT = {
     "evaluate": TRAINING,
     "train": {*TRAINING, "evaluate"},
     "recipes": {*TRAINING, "train", "evaluate"},
-    # Other people's formats, of which only the verbs know.
+    # Other people's formats, and the page: only the verbs know of them.
     "integrations": {*CODERS, "coders", "hub"},
+    "serve": {*TRAINING, "evaluate"},
     # The verbs of the command line, and the line itself.
-    "commands": {*TRAINING, "train", "evaluate", "recipes", "integrations"},
+    "commands": {*TRAINING, "train", "evaluate", "recipes", "integrations", "serve"},
     "cli": {*TRAINING, "train", "evaluate", "recipes", "commands"},
     "__main__": {"cli"},
 }
@@ -51,8 +52,8 @@ MAY_IMPORT = {
 MAY_IMPORT["__init__"] = {"errors", "flow", "states", "latents", "images", "hub"}
 
 SLOW = {
-    "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript",
-    "scipy", "skimage", "tensorboard", "torchmetrics", "torchvision", "transformers", "tqdm",
+    "accelerate", "datasets", "diffusers", "gradio", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
+    "onnxscript", "scipy", "skimage", "tensorboard", "torchmetrics", "torchvision", "transformers", "tqdm",
 }  # fmt: skip
 """Never imported by a module on its way in; only by the function that needs it."""
 NETWORKS = {"diffusers", "transformers"}

@@ -1,0 +1,221 @@
+"""What the page lets in: pictures within limits, and requests that the page itself makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import ImageError, RacError
+from ..images import from_pixels, read_picture
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""Of Pillow's many: the decoders of others, such as EPS, run foreign programs or have seen little hostile input."""
+
+MESSAGE_BYTES = 2**16
+"""The largest message, uploads apart: a page's own are below a thousand bytes."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a visitor may ask of the machine."""
+
+    upload_bytes: int = 16 * 2**20
+    pixels: int = 24_000_000
+    """Of a picture as it is uploaded, told from its header before anything is decoded."""
+    side: int = 256
+    """Larger pictures are scaled down until their longer side has this many pixels."""
+    waiting: int = 32
+    """Requests in the queue; one is worked on at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("upload_bytes", "pixels", "waiting"):
+            if getattr(self, name) < 1:
+                raise RacError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.side < 16:
+            raise RacError(f"side {self.side} must be at least 16 pixels")
+
+
+class Admitted(NamedTuple):
+    """A picture that was let in."""
+
+    image: Tensor
+    """1 3 H W in [-1, 1], neither side above the limit."""
+    note: str
+    """What was done to it, for its owner; empty if nothing."""
+
+
+def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
+    """Read an uploaded picture: bytes, format and pixels are checked before anything is decoded.
+
+    Grey, palette and transparent pictures are converted. Raises `ImageError`, which names the file but not its folder.
+    """
+    path = Path(path)
+    name, size = path.name, path.stat().st_size
+    if size > limits.upload_bytes:
+        raise ImageError(f"{name} has {size:,} bytes, more than the limit of {limits.upload_bytes:,}; save it smaller")
+    _check_header(path, name, limits.pixels)
+    picture = read_picture(path, convert=True, max_pixels=limits.pixels, name=name)
+    before = picture.size
+    if max(before) <= limits.side:
+        return Admitted(from_pixels(np.asarray(picture)), "")
+    picture.thumbnail((limits.side, limits.side), Image.Resampling.LANCZOS)
+    note = f"Scaled down from {before[0]} x {before[1]} to {picture.width} x {picture.height} pixels for this page."
+    return Admitted(from_pixels(np.asarray(picture)), note)
+
+
+def _check_header(path: Path, name: str, pixels: int) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as picture:
+                width, height = picture.size
+    except (UnidentifiedImageError, TypeError):
+        raise ImageError(f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, BMP or TIFF") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large ({error}); scale it down first") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} cannot be opened ({error}); export it again") from error
+    if width * height > pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, {width * height / 1e6:.4g} million; "
+            f"the limit is {pixels / 1e6:.4g} million: scale it down first"
+        )
+
+
+# ------------------------------------------------------------------------------------------- requests
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_API = "/gradio_api/"
+PATHS = frozenset(
+    {"/", "/config", "/config/", "/theme.css", "/manifest.json", "/favicon.ico", "/robots.txt"}
+    | {_API + path for path in ("info", "config", "theme.css", "app_id", "startup-events", "upload", "upload_progress")}
+    | {_API + path for path in ("queue/join", "queue/data", "cancel", "reset")}
+)
+PREFIXES = ("/assets/", "/static/", _API + "heartbeat/")
+
+HEADERS = (
+    # A browser then asks nobody but this server, whatever the page is made of.
+    (
+        b"content-security-policy",
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; "
+        b"form-action 'none'; object-src 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+class Gate:
+    """ASGI middleware: only what the page needs comes through.
+
+    gradio can do more than this page: hand out files, fetch addresses that a request names, save links. None of it is
+    reachable here, and a message that names an address in place of an uploaded file is refused.
+    """
+
+    def __init__(self, app: App, upload_bytes: int) -> None:
+        self.app = app
+        self.upload_bytes = upload_bytes
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+        if path not in PATHS and not path.startswith(PREFIXES):
+            await _refuse(send, 404, "there is nothing here")
+            return
+        if scope["method"] == "POST":
+            length = _content_length(scope)
+            upload = path == _API + "upload"
+            limit = self.upload_bytes + MESSAGE_BYTES if upload else MESSAGE_BYTES
+            if length is None or length > limit:
+                await _refuse(send, 413, f"more than the limit of {limit:,} bytes; save the picture smaller")
+                return
+            if not upload:
+                body = await _body(receive)
+                if len(body) > limit or _names_an_address(body):
+                    await _refuse(send, 400, "upload the picture itself, not its address")
+                    return
+                receive = _again(body, receive)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def _content_length(scope: Message) -> int | None:
+    for key, value in scope["headers"]:
+        if key == b"content-length" and value.isdigit():
+            return int(value)
+    return None
+
+
+async def _body(receive: Receive) -> bytes:
+    body = b""
+    while len(body) <= MESSAGE_BYTES:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    return body
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that hands out `body`, and then whatever comes, such as a disconnection."""
+    given = False
+
+    async def first_the_body() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return first_the_body
+
+
+def _names_an_address(body: bytes) -> bool:
+    """Whether this message would have a file fetched from elsewhere; what is no JSON is not trusted either."""
+    try:
+        message = json.loads(body or b"null")
+    except (ValueError, RecursionError):
+        return True
+    return any(isinstance(path, str) and "://" in path for path in _values(message, "path"))
+
+
+def _values(data: Any, key: str) -> Iterator[Any]:
+    todo = [data]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            if key in one:
+                yield one[key]
+            todo.extend(one.values())
+        elif isinstance(one, list):
+            todo.extend(one)
+
+
+async def _refuse(send: Send, status: int, words: str) -> None:
+    body = json.dumps({"detail": words}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *HEADERS]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,208 @@
+"""The page of `rac serve`: its figures, and the page itself through gradio's client."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import rac
+from rac.coders.klvae import KLVAEConfig
+from rac.errors import RacError
+from rac.evaluate.correction import correction_curve
+from rac.evaluate.reconstructions import rac_reconstructions
+from rac.serve.figures import MOVED_STEPS, Loaded, decode_moved, reconstruct
+from rac.serve.guard import Limits
+from rac.serve.page import build, free_port, serving
+
+
+@pytest.fixture(scope="module")
+def loaded(make_rac) -> Loaded:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    teacher = KLVAEConfig(widths=(8, 8, 8), latent_channels=4, norm_groups=4).build().eval()
+    coder = make_rac(lively=0.05, spec=teacher.spec, teacher="teacher").eval()
+    return Loaded("tiny", coder, teacher, "teacher")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_figures_are_those_of_evaluate(loaded: Loaded, images, steps: int) -> None:  # type: ignore[no-untyped-def]
+    image = images(1, 18, 25)
+    shown = reconstruct(loaded, image, steps)
+    expected = rac_reconstructions(loaded.coder, image, [steps], teacher=loaded.teacher)[:2]
+    for version, one in zip(shown.versions, expected, strict=True):
+        assert torch.equal(version.image, one.image)
+        assert (version.psnr, version.ssim) == (one.psnr, one.ssim)
+        assert (version.evaluations, version.macs) == (one.evaluations, one.macs)
+        assert version.seconds > 0
+    assert (len(shown.encoding.states), len(shown.decoding.states)) == (steps + 1, steps + 1)
+    assert shown.encoding.times == shown.decoding.times[::-1]
+
+
+def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images) -> None:  # type: ignore[no-untyped-def]
+    from rac.evaluate.judges import Judges
+    from rac.evaluate.references import Batch
+
+    class One:
+        """References of one image called "picture"."""
+
+        def __len__(self) -> int:
+            return 1
+
+        def batches(self, _: int):  # type: ignore[no-untyped-def]
+            yield Batch(("picture",), images(1, 24, 24))
+
+    made = decode_moved(loaded, images(1, 24, 24), 0.7)
+    decoders = {"teacher": loaded.teacher.decode}
+    decoders |= {f"{k}": lambda latent, k=k: loaded.coder.decode(latent, k) for k in MOVED_STEPS}
+    curve = correction_curve(
+        decoders, loaded.teacher, One(), Judges(figures=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
+    )
+    expected = [figures[0] for figures in curve.figures["psnr"].values()]
+    assert [one.psnr for one in made] == pytest.approx(expected, abs=1e-5)
+    assert [one.evaluations for one in made] == [1, *MOVED_STEPS]
+    unmoved = decode_moved(loaded, images(1, 24, 24), 0.0)
+    assert torch.equal(unmoved[0].image, loaded.teacher.reconstruct(images(1, 24, 24)))
+
+
+def test_coders_without_a_flow_or_a_teacher(loaded: Loaded, images) -> None:  # type: ignore[no-untyped-def]
+    image = images(1, 24, 24)
+    shown = reconstruct(Loaded("vae", loaded.teacher), image, 4)
+    assert [one.name for one in shown.versions] == ["vae"]
+    assert shown.decoding is None
+    assert [one.name for one in decode_moved(Loaded("vae", loaded.teacher), image, 0.5)] == ["vae"]
+    alone = Loaded("rac", loaded.coder)
+    assert [one.name for one in reconstruct(alone, image, 1).versions] == ["RAC, 1 step"]
+    assert [one.evaluations for one in decode_moved(alone, image, 0.5)] == list(MOVED_STEPS)
+
+
+def test_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(RacError, match="in use; choose another with --port"):
+            free_port("127.0.0.1", taken.getsockname()[1])
+    assert free_port("127.0.0.1", 0) > 0
+    with pytest.raises(RacError, match="65535"):
+        free_port("127.0.0.1", 70_000)
+    with pytest.raises(RacError, match="cannot be had"):
+        free_port("192.0.2.1", 0)
+
+
+# ------------------------------------------------------------------------------------------ through gradio
+
+
+@pytest.fixture(scope="module")
+def url(loaded: Loaded):  # type: ignore[no-untyped-def]
+    pytest.importorskip("gradio", reason="gradio, which makes the page, is not installed")
+    limits = Limits(upload_bytes=50_000, pixels=10_000, side=32)
+    page = build(lambda _: loaded, ["tiny"], limits)
+    with serving(page, "127.0.0.1", 0, limits) as address:
+        yield address
+
+
+@pytest.fixture
+def picture(tmp_path: Path, images) -> Path:  # type: ignore[no-untyped-def]
+    path = tmp_path / "picture.png"
+    rac.write_image(images(1, 18, 25), path)
+    return path
+
+
+def ask(url: str, path: Path, steps: int = 2) -> str:
+    from gradio_client import Client, handle_file
+
+    client = Client(url, verbose=False, analytics_enabled=False)
+    answer = client.predict(handle_file(path), None, "tiny", steps, 0.5, api_name="/reconstruct")
+    return str(answer[0])
+
+
+def test_the_page_answers(url: str, picture: Path, loaded: Loaded) -> None:
+    answer = ask(url, picture)
+    expected = reconstruct(loaded, rac.read_image(picture), 2)
+    for version in expected.versions:
+        assert f"<td>{version.psnr:.2f}</td>" in answer
+        assert f"<td>{version.macs / 1e9:.3g}</td>" in answer
+    assert answer.count("data:image/png") == 3
+    assert answer.count("data:image/jpeg") == 6
+    assert "http" not in answer
+
+
+def test_the_page_refuses_in_words(url: str, tmp_path: Path, images) -> None:  # type: ignore[no-untyped-def]
+    rac.write_image(images(1, 101, 100), tmp_path / "large.png")
+    (tmp_path / "notes.png").write_text("no picture")
+    for name, words in (("large.png", "scale it down first"), ("notes.png", "not a picture")):
+        with pytest.raises(Exception, match=words):
+            ask(url, tmp_path / name)
+    import httpx
+
+    heavy = httpx.post(url + "/gradio_api/upload", files={"files": b"0" * 200_000})
+    assert heavy.status_code == 413
+    assert "save the picture smaller" in heavy.text
+
+
+def test_many_visitors_are_served_in_turn(url: str, tmp_path: Path, images) -> None:  # type: ignore[no-untyped-def]
+    """Nobody is lost, and each gets the answer to the own picture: its size stands under the original."""
+    paths = []
+    for k in range(20):
+        paths.append(tmp_path / f"{k}.png")
+        rac.write_image(images(1, 12, 13 + k), paths[-1])
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda path: ask(url, path, 1), paths))
+    sizes = [re.search(r"<span>(\d+) x 12</span>", answer) for answer in answers]
+    assert [int(found[1]) for found in sizes if found] == [13 + k for k in range(20)]
+
+
+def test_no_files_are_handed_out(url: str) -> None:
+    import httpx
+
+    page = httpx.get(url)
+    assert page.status_code == 200
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "googleapis" not in page.text
+    for path in ("/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/proxy=http://127.0.0.1"):
+        assert httpx.get(url + path).status_code == 404
+    outside = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    elsewhere = {"path": "http://127.0.0.1:9/x.png", "meta": {"_type": "gradio.FileData"}}
+    from gradio_client import Client
+
+    client = Client(url, verbose=False, analytics_enabled=False)
+    for file in (outside, elsewhere):
+        with pytest.raises(Exception) as refusal:  # noqa: PT011 - gradio's own kinds
+            client.predict(file, None, "tiny", 1, 0.5, api_name="/reconstruct")
+        assert "root:" not in str(refusal.value)
+
+
+def test_a_full_queue_says_so(loaded: Loaded, picture: Path) -> None:
+    """One is worked on, one waits, the third is told; the first two get their answers."""
+    pytest.importorskip("gradio", reason="gradio, which makes the page, is not installed")
+    from gradio_client import Client, handle_file
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_: str) -> Loaded:
+        begun.set()
+        go_on.wait(120)
+        return loaded
+
+    limits = Limits(waiting=1)
+    page = build(slow, ["tiny"], limits)
+    with serving(page, "127.0.0.1", 0, limits) as address:
+        client = Client(address, verbose=False, analytics_enabled=False)
+        given = (handle_file(picture), None, "tiny", 1, 0.5)
+        first = client.submit(*given, api_name="/reconstruct")
+        assert begun.wait(60)
+        second = client.submit(*given, api_name="/reconstruct")
+        while len(page.blocks._queue) == 0:
+            time.sleep(0.05)
+        third = Client(address, verbose=False, analytics_enabled=False).submit(*given, api_name="/reconstruct")
+        try:
+            with pytest.raises(Exception, match="Queue is full"):
+                third.result(60)
+        finally:
+            go_on.set()
+        assert all("data:image/png" in str(job.result(60)[0]) for job in (first, second))

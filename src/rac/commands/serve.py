@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import hub
 from ..coders.rac import RAC
-from ..data.files import find_pictures
+from ..data.files import photographs
 from ..serve.figures import Loaded
 from ..serve.guard import Limits
 from ..serve.page import build, need_gradio, serving
@@ -54,7 +54,7 @@ class Command:
         need_gradio()
         shelf = Shelf(self.model, self.device)
         shelf.load(shelf.names[0])
-        page = build(shelf.load, shelf.names, limits, photographs=photographs(), device=self.device)
+        page = build(shelf.load, shelf.names, limits, photographs=examples(), device=self.device)
         with _sigterm_as_ctrl_c(), serving(page, self.host, self.port, limits) as url:
             print(f"Serving {', '.join(shelf.names)} at {url} - Ctrl-C ends it", flush=True)
             threading.Event().wait()
@@ -87,11 +87,12 @@ class Shelf:
         return self._loaded[name]
 
 
-def photographs() -> dict[str, Path]:
+def examples() -> dict[str, Path]:
     """Photographs to begin with, by name; none without scikit-image."""
     if importlib.util.find_spec("skimage") is None:
         return {}
-    paths = {picture.path.name: picture.path for picture in find_pictures(())}
+    folder = photographs()
+    paths = {name: folder.path / name for name in folder.names}
     return {name.split(".")[0].split("_")[0]: paths[name] for name in PHOTOGRAPHS if name in paths}
 
 

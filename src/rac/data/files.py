@@ -162,7 +162,8 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
     photographs. Raises `RacError` if a path is missing, damaged, or holds no picture.
     """
     if not paths:
-        return _photographs()
+        folder = photographs()
+        return Pictures([folder], np.arange(len(folder.names)))
     with counting("finding pictures") as told:
         return Pictures(list(_sources([one for path in paths for one in _expanded(path.expanduser())], told)))
 
@@ -268,7 +269,8 @@ def _choices(inside: str, path: Path) -> list[str]:
     raise RacError(f"{{{inside}}} in {path} stands for nothing; write {{000..099}}, from low to high, or {{a,b,c}}")
 
 
-def _photographs() -> Pictures:
+def photographs() -> Folder:
+    """scikit-image's photographs. Raises `RacError` where it is not installed."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise RacError(
@@ -279,4 +281,4 @@ def _photographs() -> Pictures:
     found = Names.of(name for name in _PHOTOGRAPHS if (folder / name).is_file())
     if not found:
         raise RacError(f"{folder} holds none of scikit-image's photographs; reinstall it, or give a folder of images")
-    return Pictures([Folder(folder, found)], np.arange(len(found)))
+    return Folder(folder, found)

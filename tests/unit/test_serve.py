@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,9 +138,11 @@ def test_the_page_refuses_in_words(url: str, tmp_path: Path, images) -> None:  #
     for name, words in (("large.png", "scale it down first"), ("notes.png", "not a picture")):
         with pytest.raises(Exception, match=words):
             ask(url, tmp_path / name)
-    (tmp_path / "heavy.png").write_bytes(b"0" * 200_000)
-    with pytest.raises(Exception, match="413"):
-        ask(url, tmp_path / "heavy.png")
+    import httpx
+
+    heavy = httpx.post(url + "/gradio_api/upload", files={"files": b"0" * 200_000})
+    assert heavy.status_code == 413
+    assert "save the picture smaller" in heavy.text
 
 
 def test_many_visitors_are_served_in_turn(url: str, tmp_path: Path, images) -> None:  # type: ignore[no-untyped-def]
@@ -146,11 +150,11 @@ def test_many_visitors_are_served_in_turn(url: str, tmp_path: Path, images) -> N
     paths = []
     for k in range(20):
         paths.append(tmp_path / f"{k}.png")
-        rac.write_image(images(1, 16, 16 + k), paths[-1])
+        rac.write_image(images(1, 12, 13 + k), paths[-1])
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda path: ask(url, path, 1), paths))
-    sizes = [re.search(r"<span>(\d+) x 16</span>", answer) for answer in answers]
-    assert [int(found[1]) for found in sizes if found] == [16 + k for k in range(20)]
+    sizes = [re.search(r"<span>(\d+) x 12</span>", answer) for answer in answers]
+    assert [int(found[1]) for found in sizes if found] == [13 + k for k in range(20)]
 
 
 def test_no_files_are_handed_out(url: str) -> None:
@@ -171,3 +175,34 @@ def test_no_files_are_handed_out(url: str) -> None:
         with pytest.raises(Exception) as refusal:  # noqa: PT011 - gradio's own kinds
             client.predict(file, None, "tiny", 1, 0.5, api_name="/reconstruct")
         assert "root:" not in str(refusal.value)
+
+
+def test_a_full_queue_says_so(loaded: Loaded, picture: Path) -> None:
+    """One is worked on, one waits, the third is told; the first two get their answers."""
+    pytest.importorskip("gradio", reason="gradio, which makes the page, is not installed")
+    from gradio_client import Client, handle_file
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_: str) -> Loaded:
+        begun.set()
+        go_on.wait(120)
+        return loaded
+
+    limits = Limits(waiting=1)
+    page = build(slow, ["tiny"], limits)
+    with serving(page, "127.0.0.1", 0, limits) as address:
+        client = Client(address, verbose=False, analytics_enabled=False)
+        given = (handle_file(picture), None, "tiny", 1, 0.5)
+        first = client.submit(*given, api_name="/reconstruct")
+        assert begun.wait(60)
+        second = client.submit(*given, api_name="/reconstruct")
+        while len(page.blocks._queue) == 0:
+            time.sleep(0.05)
+        third = Client(address, verbose=False, analytics_enabled=False).submit(*given, api_name="/reconstruct")
+        try:
+            with pytest.raises(Exception, match="Queue is full"):
+                third.result(60)
+        finally:
+            go_on.set()
+        assert all("data:image/png" in str(job.result(60)[0]) for job in (first, second))

@@ -72,14 +72,15 @@ class ToyField(nn.Module):
     def __init__(self, cell: float, width: int) -> None:
         super().__init__()
         self.cell = cell
+        last = nn.Linear(width, 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(
             nn.Linear(7, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 2),
+            last,
         )  # fmt: skip
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, state: Tensor, time: Tensor) -> Tensor:
         """See the class."""

@@ -88,7 +88,7 @@ def build(
             raise gr.Error(words, title="Out of memory", print_exception=False) from None
         return [made, gr.skip(), tab] if tab == "steps" else [gr.skip(), made, tab]
 
-    with gr.Blocks(title="rac", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(title="rac", analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
         gr.HTML(HEADER, elem_classes="rac-header")
         tab = gr.State("steps")
         with gr.Row(equal_height=False, elem_classes="rac-main"):
@@ -136,7 +136,8 @@ def build(
 def _limits_in_words(limits: Limits) -> str:
     return (
         f"Pictures up to {limits.upload_bytes / 2**20:g} MB and {limits.pixels / 1e6:g} megapixels; above "
-        f"{limits.side} pixels a side they are scaled down. Nothing leaves this machine."
+        f"{limits.side} pixels a side they are scaled down. "
+        "They stay on the machine that serves this page, for an hour at most."
     )
 
 
@@ -346,7 +347,8 @@ STYLE = """
 .rac-pictures figcaption span, .rac-film figcaption { color: var(--body-text-color-subdued); }
 .rac-controls .download { pointer-events: none; }
 .rac-zoom label { padding: .3rem .55rem !important; }
-.rac-table { overflow-x: auto; }
+/* They scroll: what is in them must not widen the page. */
+.rac-table, .rac-film { contain: inline-size; overflow-x: auto; }
 .rac-table :is(table, thead, tbody, tr) { border: 0 !important; }
 .rac-table table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
@@ -355,7 +357,7 @@ STYLE = """
 .rac-table th { font-weight: 600; color: var(--body-text-color-subdued); }
 .rac-table th:first-child, .rac-table td:first-child { text-align: left; }
 .rac-title { font-size: .95rem; font-weight: 600; margin: 1.4rem 0 .5rem; }
-.rac-film { display: flex; gap: .5rem; overflow-x: auto; padding-bottom: .5rem; }
+.rac-film { display: flex; gap: .5rem; padding-bottom: .5rem; }
 .rac-film figure { flex: 0 0 auto; text-align: center; }
 .rac-film img { display: block; height: 112px; width: auto; border-radius: 5px; }
 .rac-film figcaption { font-size: .75rem; padding-top: .25rem; font-variant-numeric: tabular-nums; }

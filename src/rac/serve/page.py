@@ -136,8 +136,8 @@ def build(
 def _limits_in_words(limits: Limits) -> str:
     return (
         f"Pictures up to {limits.upload_bytes / 2**20:g} MB and {limits.pixels / 1e6:g} megapixels; above "
-        f"{limits.side} pixels a side they are scaled down. They stay on the machine that "
-        "serves this page, for an hour at most."
+        f"{limits.side} pixels a side they are scaled down. "
+        "They stay on the machine that serves this page, for an hour at most."
     )
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 import rac
-from rac.data.files import PictureFile, find_pictures
+from rac.data.files import Picture, find_pictures
 from rac.errors import RacError
 from rac.evaluate.lpips import FILES, LPIPS
 from rac.evaluate.weight_files import find_weights
@@ -237,7 +237,7 @@ def pack_pictures(path: Path, options: argparse.Namespace, room: int) -> int:
     return count
 
 
-def encoded(files: Collection[PictureFile], side: int, quality: int) -> Iterator[tuple[PictureFile, bytes]]:
+def encoded(files: Collection[Picture], side: int, quality: int) -> Iterator[tuple[Picture, bytes]]:
     """Each picture, its short side brought down to `side`, as WebP; damaged ones are left out."""
     for file in files:
         try:

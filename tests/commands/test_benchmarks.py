@@ -15,10 +15,12 @@ SMALL = {
     "training_step.py": ["--size", "8", "--batch", "1", "--steps", "1", "--rounds", "1"],
     "decode_peers.py": ["--size", "8", "--rounds", "1"],
 }
+DATA = {"data.py", "make_shards.py"}
+"""The benchmark of reading, and what makes its shards."""
 
 
 def test_all_are_here() -> None:
-    assert {path.name for path in BENCHMARKS.glob("*.py")} == SMALL.keys()
+    assert {path.name for path in BENCHMARKS.glob("*.py")} - DATA == SMALL.keys()
     told = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert all(f"python benchmarks/{name}" in told for name in SMALL)
 
@@ -33,3 +35,12 @@ def test_it_runs(name: str) -> None:
     if name != "training_memory.py":
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
         assert json.loads(done.stdout)["threads"] == 1
+
+
+@pytest.mark.slow
+def test_reading_runs(tmp_path: Path) -> None:
+    small = ["--images", "200", "--draws", "64", "--workers", "0", "--keep-mb", "1", "--crops", "32"]
+    command = [sys.executable, str(BENCHMARKS / "data.py"), str(tmp_path), *small]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "MiB" in done.stdout

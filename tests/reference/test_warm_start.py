@@ -58,8 +58,10 @@ def test_what_does_not_fit_is_refused():
         copy_decoder(teacher, coder_of(teacher, TinyFieldConfig(widths=(16, 16, 16), blocks=(1, 1, 1), patch=2)))
     with pytest.raises(RacError, match="beside"):
         copy_decoder(teacher, coder_of(teacher, replace(FIELD, carrier=False), "shuffle"))
-    with pytest.raises(RacError, match="4 widths of 16"):
+    with pytest.raises(RacError, match=r"give widths \(16, 16, 16, 16\)"):
         copy_decoder(teacher, coder_of(teacher, replace(FIELD, widths=(16, 8, 16, 16))))
+    with pytest.raises(RacError, match=r"blocks \(3, 3, 3, 1\), patch"):
+        copy_decoder(teacher, coder_of(teacher, replace(FIELD, blocks=(1, 3, 3, 3))))
 
 
 @needs_weights

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rac.data import DataConfig, ImageStream, batches
+from rac.data import DataConfig, ImageStream, batches, open_stream
 from rac.data.files import find_pictures
 from rac.data.stream import centre_crop, random_crop
 from rac.errors import RacError
@@ -57,6 +57,24 @@ def as_tar(folder: Path, path: Path, mode: str = "w") -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
+
+
+def test_sizes_take_turns_and_an_epoch_still_shows_each_picture_once(config: DataConfig) -> None:
+    stream = open_stream(replace(config, further_sizes=(16, 4)), 5, batch=3)
+    shown = [stream.batch(first, 3).images for first in range(0, 9, 3)]
+    assert [images.shape[-1] for images in shown] == [8, 16, 4]
+    assert stream.batch(9, 3).images.shape[-1] == 8
+    assert sorted(level for images in shown for level in levels(images)) == sorted(
+        set(range(0, 10 * COUNT, 10)) - set(levels(stream.held_out()))
+    )
+    assert torch.equal(stream.batch(4, 2).images, shown[1][1:]), "a process's rows are of its batch's size"
+    assert stream.held_out().shape[-1] == 8
+
+
+@pytest.mark.parametrize("wrong", [(16, 0), (-8,)])
+def test_further_sizes_are_sizes(config: DataConfig, wrong: tuple[int, ...]) -> None:
+    with pytest.raises(RacError, match=f"size {wrong[-1]} must be at least 1"):
+        replace(config, further_sizes=wrong)
 
 
 def test_each_picture_comes_once_an_epoch_and_held_out_ones_never(config: DataConfig) -> None:

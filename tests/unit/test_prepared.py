@@ -111,6 +111,18 @@ def test_the_order_of_prepared_crops_is_a_permutation_of_the_first_crops(config:
         assert torch.equal(stream.batch(50 * epoch, 50).images, crops[order])
 
 
+def test_prepared_crops_of_several_sizes_lie_side_by_side(config: DataConfig, tmp_path: Path) -> None:
+    config, cache = replace(config, cached_crops=8, further_sizes=(16,)), tmp_path / "crops"
+    stream = open_stream(config, 4, batch=4, cache=cache, teacher=Halving(), teacher_name="halving")
+    for first, size in ((0, config.size), (4, 16), (8, config.size)):
+        batch = stream.batch(first, 4)
+        assert batch.latents is not None
+        assert (batch.images.shape[-1], batch.latents.shape[-1]) == (size, size // 4)
+    assert sorted(path.name for path in cache.iterdir()) == sorted([str(config.size), "16"])
+    with pytest.raises(RacError, match="one size"):
+        plan_of(config, 4, None, None)
+
+
 def test_prepared_crops_without_a_teacher(config: DataConfig, tmp_path: Path) -> None:
     stream = open_stream(replace(config, cached_crops=5), cache=tmp_path / "crops")
     assert stream.batch(0, 5).latents is None

@@ -13,10 +13,12 @@ import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.rac import RAC, RACConfig
 from rac.errors import RacError
-from rac.fields import LdmFieldConfig, TinyFieldConfig
+from rac.fields import LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from rac.flow import RK4, Euler, FixedPoint, Heun, Midpoint, ReversibleHeun, TimeGrid
 from rac.latents import LatentSpec, denormalise, normalise
 from rac.states import PAD, contract, expand
+
+CARRIER = LocalFieldConfig(widths=(8, 8), blocks=(1, 1), down=(8,), down_blocks=(0,), embedding=8)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,7 @@ def test_what_it_says_of_itself():
             {"contraction": "projector", "spec": LatentSpec(1, 4), "field": TinyFieldConfig(widths=(8,), blocks=(1,))},
             "not 1",
         ),
+        ({"spec": LatentSpec(4, 4), "field": CARRIER, "spread": "nearest"}, "give spread beside, or carrier False"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(make_rac, changes, said):

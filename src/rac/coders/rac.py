@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import read_json, to_json
 from ..errors import RacError
-from ..fields import FieldConfig, Projector
+from ..fields import FieldConfig, LocalFieldConfig, Projector
 from ..flow import Euler, FixedPoint, Solver, TimeGrid, Trajectory, integrate
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec
@@ -66,6 +66,11 @@ class RAC(Coder):
         self.spec = config.spec
         self.teacher = config.teacher
         self.states = config.states()
+        if isinstance(config.field, LocalFieldConfig) and config.field.carrier and config.spread != "beside":
+            raise RacError(
+                f"spread {config.spread!r} has no channels of the latent's own, from which a carrier could read it; "
+                "give spread beside, or carrier False"
+            )
         self.field: nn.Module = config.field.build(config.state_channels, config.spec.factor)
         self.projector: nn.Module | None = (
             Projector(config.state_channels, config.spec.channels, config.spec.factor)

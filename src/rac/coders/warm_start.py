@@ -13,7 +13,7 @@ from ..fields.conv import ResidualBlock
 from ..states import PAD, RGB
 from .protocol import Coder
 from .rac import RAC
-from .taesd import TAESD
+from .taesd import TAESD, PooledBlock
 
 
 @torch.no_grad()
@@ -35,11 +35,11 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
     stem, *ups, last = convolutions
     theirs = [layer for layer in decoder if isinstance(layer, ResidualBlock)]
     ours = [block for level in field.levels for block in level]
-    width, levels = stem.out_channels, len(ups) + 1
-    if set(config.widths) != {width} or len(config.widths) != levels or len(ours) != len(theirs) or not config.carrier:
+    widths, blocks = (stem.out_channels,) * (len(ups) + 1), _blocks_between_upsamplings(decoder)
+    if (config.widths, config.blocks, config.carrier) != (widths, blocks, True):
         raise RacError(
-            f"widths {config.widths}, blocks {config.blocks} are not the teacher's: give {levels} widths of {width}, "
-            f"{len(theirs)} blocks as it has them, patch 1, and a carrier"
+            f"widths {config.widths}, blocks {config.blocks}, carrier {config.carrier} are not the teacher's: "
+            f"give widths {widths}, blocks {blocks}, patch 1, and a carrier"
         )
     scale = teacher.spec.scale  # the teacher reads raw latents, the field normalised ones
     image_sites = RGB * coder.spec.factor**2
@@ -59,6 +59,15 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def _blocks_between_upsamplings(decoder: nn.Sequential) -> tuple[int, ...]:
+    counts = [0]
+    for layer in decoder:
+        if isinstance(layer, nn.Upsample):
+            counts.append(0)
+        counts[-1] += isinstance(layer, ResidualBlock)
+    return tuple(counts)
+
+
 def _copy_block(theirs: Any, ours: Any) -> None:
     first, second, third = (theirs.conv[place] for place in (0, 2, 4))
     into = _heaviest(first, second, ours.conv[0].out_channels)
@@ -71,7 +80,7 @@ def _copy_block(theirs: Any, ours: Any) -> None:
     ):
         ours.conv[place].weight.copy_(layer.weight[write][:, read])
         ours.conv[place].bias.copy_(layer.bias[write])
-    if ours.pool is not None and hasattr(theirs, "pool"):
+    if ours.pool is not None and isinstance(theirs, PooledBlock):
         ours.pool.load_state_dict(theirs.pool.state_dict())
 
 

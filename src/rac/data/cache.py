@@ -34,7 +34,7 @@ from ..storage import weights_hash
 from .config import DataConfig
 from .files import is_spelled
 from .progress import counting
-from .stream import Batch, Crops, ImageStream, Stream, ahead, permutation
+from .stream import Batch, Crops, ImageStream, InTurn, Stream, ahead, permutation
 
 PLAN = "crops.json"
 """The file that makes a folder one of prepared crops."""
@@ -86,18 +86,33 @@ def open_stream(
     config: DataConfig,
     rng_seed: int = 0,
     *,
+    batch: int = 1,
     cache: Path | None = None,
     teacher: Teacher | None = None,
     teacher_name: str | None = None,
     device: torch.device | None = None,
 ) -> Stream:
-    """The stream a `DataConfig` asks for: always new crops, or prepared ones.
+    """The stream a `DataConfig` asks for: always new crops, or prepared ones; of several sizes, every `batch` another.
 
     `config.cached_crops` crops are read from the folder `cache`, and those that are not there are made first: crops as
     pixels, and the latents that `teacher` (on `device`) gives for them. Where `config.paths` is a folder that
     `rac cache` made, it is read. Without a teacher, or without prepared crops, batches carry no latents. Raises
     `RacError` if a folder was made from other data or by another teacher, or is damaged.
     """
+    if config.further_sizes:
+        alone = replace(config, further_sizes=(), keep_mb=config.keep_mb // len(config.sizes))
+        streams = [
+            open_stream(
+                replace(alone, size=size),
+                rng_seed,
+                cache=None if cache is None else cache / str(size),
+                teacher=teacher,
+                teacher_name=teacher_name,
+                device=device,
+            )
+            for size in config.sizes
+        ]
+        return InTurn(streams, batch)
     if prepared := _prepared(config.paths):
         stream = CachedStream(prepared, rng_seed, latents=teacher is not None, held_out=config.held_out)
         _check_use(stream, config, teacher, teacher_name)
@@ -212,6 +227,8 @@ def plan_of(
     config: DataConfig, rng_seed: int, teacher: Teacher | None, name: str | None, layout: Layout | None = None
 ) -> dict[str, Any]:
     """What `config.cached_crops` crops are made from, as JSON; all of it is known before a picture is read."""
+    if config.further_sizes:
+        raise RacError(f"a folder of prepared crops has one size, not {config.sizes}; leave out further_sizes")
     if teacher is not None and config.size % teacher.spec.factor:
         raise RacError(f"size {config.size} must be a multiple of the teacher's factor {teacher.spec.factor}")
     spelled = [is_spelled(path, "hf", "hf-stream") for path in config.paths]

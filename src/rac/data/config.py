@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import RacError
@@ -18,6 +18,9 @@ class DataConfig:
     one in its own order), or, alone, a folder that `rac cache` made. None: scikit-image's photographs."""
     size: int = 64
     """Side of the square training crops, in pixels."""
+    further_sizes: tuple[int, ...] = ()
+    """Sides of the crops of further batches: `size` and these take turns, an iteration each. For coders that shall work
+    at several sizes; held-out images keep `size`."""
     smallest_crop: int | None = None
     """Least side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
@@ -38,9 +41,16 @@ class DataConfig:
         for name, least in (("size", 1), ("held_out", 1), ("cached_crops", 0), ("keep_mb", 0)):
             if getattr(self, name) < least:
                 raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
+        for side in self.further_sizes:
+            replace(self, size=side, further_sizes=())  # which checks it
         smallest = self.size if self.smallest_crop is None else self.smallest_crop
         if smallest < 1 or (self.largest_crop is not None and self.largest_crop < smallest):
             raise RacError(
                 f"crops cannot have sides from {smallest} to {self.largest_crop} pixels; "
                 "smallest_crop must be at least 1 and at most largest_crop"
             )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides of all crops, in turn."""
+        return (self.size, *self.further_sizes)

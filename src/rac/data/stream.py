@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -83,7 +84,7 @@ class PictureLike(Protocol):
         ...
 
 
-class Crops:
+class Crops(ABC):
     """What streams of freshly cut crops share: reading, passing damaged pictures over, held-out images."""
 
     def __init__(self, config: DataConfig, rng_seed: int) -> None:
@@ -96,9 +97,9 @@ class Crops:
         self._kept: dict[Picture, Image.Image] = {}
         self._room = config.keep_mb * 2**20
 
+    @abstractmethod
     def crop(self, draw: int) -> NDArray[np.uint8]:
         """Crop number `draw`, as pixels: size size 3. Raises `RacError` if nothing can be read."""
-        raise NotImplementedError
 
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1` as a `Batch` without latents."""
@@ -212,6 +213,30 @@ class ImageStream(Crops):
         """The centre of picture `number` (of the next one, where it is damaged), as pixels: size size 3."""
         pictures = (self.files[(number + offset) % len(self)] for offset in range(len(self)))
         return self._cut_first(pictures, centre_region)
+
+
+class InTurn:
+    """Streams that take turns, `size` draws each, so that a batch of that size, or a part of it, comes from one.
+
+    The streams number their draws alike; where they go through the same pictures, an epoch still shows each one once.
+    """
+
+    def __init__(self, streams: Sequence[Stream], size: int) -> None:
+        self.streams = streams
+        self.size = size
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """The damaged pictures that any of them met."""
+        return {name: why for stream in self.streams for name, why in stream.skipped.items()}
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Draws `first` to `first + count - 1`, which must be of one turn."""
+        return self.streams[first // self.size % len(self.streams)].batch(first, count)
+
+    def held_out(self) -> Tensor:
+        """Those of the first."""
+        return self.streams[0].held_out()
 
 
 @lru_cache(maxsize=4)

@@ -53,11 +53,12 @@ class KLVAERecipe:
         cache = crops or directory.parent / f"{directory.name}.crops"
         with Processes.join(self.train.device, 60 * self.train.patience_minutes).in_turn():
             if self.train_encoder:
-                stream = open_stream(self.data, self.train.rng_seed, cache=cache)
+                stream = open_stream(self.data, self.train.rng_seed, batch=self.train.batch, cache=cache)
             else:
                 stream = open_stream(
                     self.data,
                     self.train.rng_seed,
+                    batch=self.train.batch,
                     cache=cache,
                     teacher=coder.to(device),
                     teacher_name=self.start,

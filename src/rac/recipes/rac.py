@@ -61,13 +61,15 @@ class RACRecipe:
         jury = Jury.called(weights.perceptual, weights.adversarial, self.discriminator, self.train.rng_seed)
         teacher = hub.load(self.teacher)
         factor = teacher.spec.factor
-        if self.data.size % factor:
-            raise RacError(f"size {self.data.size} must be a multiple of the teacher's factor {factor}")
+        for size in self.data.sizes:
+            if size % factor:
+                raise RacError(f"size {size} must be a multiple of the teacher's factor {factor}")
         device = runtime.pick_device(self.train.device)
         with Processes.join(self.train.device, 60 * self.train.patience_minutes).in_turn():
             stream = open_stream(
                 self.data,
                 self.train.rng_seed,
+                batch=self.train.batch,
                 cache=crops or directory.parent / f"{directory.name}.crops",
                 teacher=teacher.to(device),
                 teacher_name=self.teacher,

@@ -34,6 +34,21 @@ _ONE_GPU = TrainConfig(
 )
 """What the recipes for one large GPU have in common; their iterations are guesses, `tools/offline` plans them anew."""
 
+_AT_THE_ENDS = RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3)
+"""First stage of the local coders: velocity matching, most of it near the seed state and near the image."""
+
+
+def _through(most: int) -> RACObjective:
+    """Second stage of the local coders: the end point through 1 to `most` unrolled steps, with LPIPS."""
+    return replace(
+        _AT_THE_ENDS,
+        weights=RACWeights(velocity=0.5, latent_velocity=0.1, reconstruction=1.0, latent=0.1, perceptual=0.05),
+        steps=(1, most),
+        random_grid=False,
+        step_noise=0.02,
+        memory="store",
+    )
+
 
 def klvae() -> KLVAERecipe:
     """The shipped teacher: f8, 8 channels, L1 + KL, on 64-pixel crops; about 40 minutes on one core."""
@@ -123,7 +138,7 @@ def rac_64() -> RACRecipe:
         field=LocalFieldConfig(widths=(96, 40, 20), blocks=(2, 1, 1), down=(16, 32), down_blocks=(0, 0)),
         state_channels=4,
         spread="beside",
-        objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3),
+        objective=_AT_THE_ENDS,
         data=DataConfig(cached_crops=40_000, held_out=32),
         train=replace(_ONE_CORE, iterations=9_000, batch=32, warmup=50, final_lr=0.05),
     )
@@ -134,15 +149,7 @@ def rac_64_rollout() -> RACRecipe:
     first = rac_64()
     return replace(
         first,
-        objective=RACObjective(
-            weights=RACWeights(velocity=0.5, latent_velocity=0.1, reconstruction=1.0, latent=0.1, perceptual=0.05),
-            steps=(1, 8),
-            random_grid=False,
-            step_noise=0.02,
-            times="ends",
-            latent_noise=0.3,
-            memory="store",
-        ),
+        objective=_through(8),
         data=replace(first.data, cached_crops=20_000),
         train=replace(first.train, iterations=1_500, batch=16, lr=4e-4, warmup=20, final_lr=0.02),
     )
@@ -197,7 +204,7 @@ def rac_128() -> RACRecipe:
         field=LocalFieldConfig(widths=(192, 96, 48), blocks=(3, 2, 2), down=(32, 64), down_blocks=(0, 1)),
         state_channels=4,
         spread="beside",
-        objective=RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3),
+        objective=_AT_THE_ENDS,
         data=DataConfig(size=128, held_out=32, keep_mb=2_048),
         train=replace(_ONE_GPU, iterations=5_000, batch=256, lr=1e-3),
     )
@@ -208,15 +215,7 @@ def rac_128_rollout() -> RACRecipe:
     first = rac_128()
     return replace(
         first,
-        objective=RACObjective(
-            weights=RACWeights(velocity=0.5, latent_velocity=0.1, reconstruction=1.0, latent=0.1, perceptual=0.05),
-            steps=(1, 4),
-            random_grid=False,
-            step_noise=0.02,
-            times="ends",
-            latent_noise=0.3,
-            memory="store",
-        ),
+        objective=_through(4),
         train=replace(first.train, iterations=2_000, batch=128, lr=4e-4, warmup=20),
     )
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rac.errors import RacError
 from rac.fields import ConvField, LdmFieldConfig, LocalFieldConfig, Projector, TinyFieldConfig
+from rac.fields.local import ModulatedBlock
 
 TINY = TinyFieldConfig(widths=(8, 8, 8), blocks=(1, 2, 1))
 LDM = LdmFieldConfig(widths=(8, 8, 16), layers_per_block=1, groups=4)
@@ -137,6 +138,17 @@ def test_modulation_starts_as_no_modulation():
     nn.init.normal_(field.head.weight)
     state = torch.randn(1, 4, 8, 8)
     assert torch.equal(field(state, torch.zeros(1)), field(state, torch.ones(1)))
+
+
+def test_modulation_scales_and_shifts_what_a_block_reads():
+    block = lively(ModulatedBlock(3, 5))
+    features, embedded = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 5).double()
+    said = embedded @ block.modulation.weight.T + block.modulation.bias
+    read = torch.stack(
+        [features[:, k] * (1 + said[:, k, None, None]) + said[:, 3 + k, None, None] for k in range(3)], 1
+    )
+    torch.testing.assert_close(block(features, embedded), F.relu(block.conv(read) + features))
+    assert said.abs().min() > 1e-3
 
 
 # ------------------------------------------------------------------------------------- figures of REFERENCE.md

@@ -144,20 +144,21 @@ class RACTask:
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Columns: original; teacher; RAC from the teacher's latent at one step and at its own number; RAC alone.
+        """Columns: original; teacher; RAC from the teacher's latent at one step, and at its own number where that is
+        another; RAC alone.
 
-        `psnr` is that of the fourth column, `explained_variance` that of the teacher's latents by RAC's.
+        `psnr` is that of the last column but one, `explained_variance` that of the teacher's latents by RAC's.
         """
         assert isinstance(module, RAC)
         latents, steps = self.teacher.encode(images), module.config.steps
-        decoded = module.decode(latents)
+        decoded, told = module.decode(latents), f"{steps} step" + "s" * (steps > 1)
         picture = gallery(
             {
                 "original": images,
                 "teacher": self.teacher.decode(latents),
                 "RAC, teacher's latent, 1 step": module.decode(latents, 1),
-                f"the same, {steps} steps": decoded,
-                f"RAC alone, {steps} steps": module.reconstruct(images),
+                f"RAC, teacher's latent, {told}": decoded,
+                f"RAC alone, {told}": module.reconstruct(images),
             }
         )
         held_out, given = References.of(images, "held out"), replace(HELD_OUT, latents="teacher")

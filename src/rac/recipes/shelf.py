@@ -155,6 +155,17 @@ def rac_64_rollout() -> RACRecipe:
     )
 
 
+def rac_64_sizes() -> RACRecipe:
+    """Third stage: more LPIPS, on new crops of 64, 128 and 224 pixels in turn. Give the second stage as --start."""
+    second = rac_64_rollout()
+    return replace(
+        second,
+        objective=replace(second.objective, weights=replace(second.objective.weights, perceptual=0.4)),
+        data=replace(second.data, further_sizes=(128, 224), cached_crops=0, keep_mb=1_536),
+        train=replace(second.train, batch=6, lr=3e-4),
+    )
+
+
 def rac_taef2() -> RACRecipe:
     """A coder of TAEF2's latents, begun as its decoder; give the .pth file as --teacher; an hour on one core."""
     return RACRecipe(
@@ -183,6 +194,19 @@ def rac_taef2() -> RACRecipe:
         ),
         data=DataConfig(size=128, held_out=16),
         train=replace(_ONE_CORE, iterations=1_400, batch=4, lr=2e-4, warmup=50, ema=0.995, final_lr=0.03),
+    )
+
+
+def rac_taef2_sharp() -> RACRecipe:
+    """Second stage: mostly LPIPS; an hour on one core. Give the .pth file as --teacher, the first stage as --start."""
+    first = rac_taef2()
+    weights = RACWeights(velocity=0.2, latent_velocity=0.02, reconstruction=1.0, perceptual=6.0)
+    return replace(
+        first,
+        start_from_teacher=False,
+        objective=replace(first.objective, weights=weights),
+        data=replace(first.data, keep_mb=1_536),
+        train=replace(first.train, iterations=4_000, lr=3e-4, ema=0.998),
     )
 
 
@@ -277,7 +301,9 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         klvae_f8d4_sharp,
         rac_64,
         rac_64_rollout,
+        rac_64_sizes,
         rac_taef2,
+        rac_taef2_sharp,
         klvae_128,
         rac_128,
         rac_128_rollout,
@@ -294,6 +320,12 @@ def in_seconds(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         discriminator=replace(recipe.discriminator, width=8, start=min(recipe.discriminator.start, 1)),
-        data=replace(recipe.data, size=32, held_out=2, cached_crops=min(recipe.data.cached_crops, 8)),
+        data=replace(
+            recipe.data,
+            size=32,
+            further_sizes=(64,)[: len(recipe.data.further_sizes)],
+            held_out=2,
+            cached_crops=min(recipe.data.cached_crops, 8),
+        ),
         train=replace(recipe.train, iterations=3, batch=2, warmup=0, gallery_every=3, log_every=1),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -144,8 +143,8 @@ def serve(arguments: list[str]) -> None:
                 assert server.poll() is None, server.communicate()[0]
                 assert time.monotonic() < deadline, "rac serve does not answer"
                 time.sleep(0.5)
-        server.send_signal(signal.SIGINT)
-        server.wait(timeout=60)
+        server.terminate()  # Ctrl-C would not arrive where the tests run in the background of a shell
+        server.wait(timeout=120)
     finally:
         server.kill()
         server.communicate()

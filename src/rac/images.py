@@ -303,5 +303,5 @@ def pad_to_multiple(image: Tensor, factor: int) -> tuple[Tensor, tuple[int, int]
 
 
 def crop(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The upper left (height, width) of an image: what `pad_to_multiple` was given."""
+    """The upper left (height, width) of an image, B C height width: what `pad_to_multiple` was given."""
     return image[..., : size[0], : size[1]]

@@ -20,6 +20,9 @@ class LatentSpec:
 
     `latent = ((raw_latent - shift) * scale - mean) / std`, the last two per channel where given. This covers SD
     (scale 0.18215), FLUX and SD3 (scale and shift) and the VAEs that publish per-channel statistics.
+
+    Raises `RacError` for a factor or channels below 1, scale 0, statistics of another number of channels, a std that
+    is not positive, and an empty range.
     """
 
     factor: int
@@ -27,9 +30,13 @@ class LatentSpec:
     channels: int
     """Latent channels c."""
     scale: float = 1.0
+    """Factor of the raw latent, less its shift: diffusers' `scaling_factor`."""
     shift: float = 0.0
+    """Taken off the raw latent first: diffusers' `shift_factor`."""
     mean: tuple[float, ...] | None = None
+    """One value per channel, of the scaled latent; None: 0."""
     std: tuple[float, ...] | None = None
+    """One value per channel, of the scaled latent; None: 1."""
     range: tuple[float, float] = (-1.0, 1.0)
     """Pixel range the coder's own network works in. Its adapter converts; images outside are always [-1, 1]."""
 
@@ -65,7 +72,7 @@ class LatentSpec:
 
 
 def normalise(raw_latent: Tensor, spec: LatentSpec) -> Tensor:
-    """Raw latent -> latent, both B c h w."""
+    """Raw latent -> latent, both B c h w: ((raw - shift) * scale - mean) / std."""
     latent = (raw_latent - spec.shift) * spec.scale
     if spec.mean is not None:
         latent = latent - _per_channel(spec.mean, latent)
@@ -75,7 +82,7 @@ def normalise(raw_latent: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def denormalise(latent: Tensor, spec: LatentSpec) -> Tensor:
-    """Latent -> raw latent, both B c h w; the inverse of `normalise`."""
+    """Latent -> raw latent, as the coder's own network takes it, both B c h w; the inverse of `normalise`."""
     if spec.std is not None:
         latent = latent * _per_channel(spec.std, latent)
     if spec.mean is not None:

@@ -19,12 +19,17 @@ from .adapter import DiffusersCoder, spec_of
 
 @dataclass(frozen=True)
 class KLVAEConfig:
-    """Shape of a KL-VAE; each width after the first halves the resolution once more."""
+    """Shape of a KL-VAE; each width after the first halves the resolution once more.
+
+    Raises `RacError` for numbers below 1 and for widths that do not divide into the groups.
+    """
 
     widths: tuple[int, ...] = (16, 32, 64, 128)
+    """Channels at strides 1, 2, 4, ...; the last stride is the factor."""
     layers_per_block: int = 1
     latent_channels: int = 8
     norm_groups: int = 4
+    """Groups of the group normalisation; must divide every width."""
     middle_attention: bool = False
     """Self-attention at latent resolution, as in the SD-VAE; off keeps the coder local, so good at any size."""
 

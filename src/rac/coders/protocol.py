@@ -41,14 +41,14 @@ class Coder(nn.Module, ABC):
         """
 
     def reconstruct(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """decode(encode(image)), cropped to the image's own size. `steps` and `solver` as for `encode`."""
+        """decode(encode(image)), cropped to the image's own size: B 3 H W, not clamped. Arguments as for `encode`."""
         latent = self.encode(image, steps, solver)
         return crop(self.decode(latent, steps, solver), (image.shape[-2], image.shape[-1]))
 
     def trajectory(
         self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
     ) -> Trajectory:
-        """The states on the way from the latent to the image. Raises `RacError` for a coder without a flow."""
+        """The states B C h*f w*f on the way from the latent B c h w. Raises `RacError` for a coder without a flow."""
         raise RacError(f"a {type(self).__name__} decodes at once and has no trajectory; load a RAC for one")
 
     @abstractmethod

@@ -37,8 +37,11 @@ class RACConfig:
     spec: LatentSpec
     """That of the teacher whose latents it codes."""
     field: FieldConfig
+    """The velocity network; its factor must be that of `spec`."""
     state_channels: int = 4
+    """C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
+    """How a latent is laid out in the seed state; see `rac.states.StateSpec`."""
     contraction: Literal["inverse", "projector"] = "inverse"
     """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
     teacher: str | None = None

@@ -35,6 +35,7 @@ class TAESDConfig:
     """Which member of the family."""
 
     latent_channels: int = 4
+    """4 (TAESD, TAESDXL), 16 (TAESD3, TAEF1) or 32 (TAEF2)."""
     pooled: bool = False
     """TAEF2's pooled blocks at latent resolution."""
     width: int = 64

@@ -128,7 +128,7 @@ def open_stream(
 
 
 def fresh_stream(config: DataConfig, rng_seed: int = 0) -> Crops:
-    """Always new crops."""
+    """Always new crops, each a function of `rng_seed` and its number. Raises `RacError` where there are no pictures."""
     if len(config.paths) == 1 and is_spelled(config.paths[0], "hf-stream"):
         from .datasets import StreamedImages
 

@@ -188,7 +188,9 @@ class LdmFieldConfig:
     attention: bool = True
     """Self-attention in the middle."""
     position: bool = True
+    """Two channels of relative position."""
     interval: bool = False
+    """One channel for the signed interval, for mean velocities."""
 
     @classmethod
     def scaled(cls, ratio: float) -> LdmFieldConfig:

@@ -19,6 +19,7 @@ class TimeGrid:
     """
 
     nodes: tuple[float, ...]
+    """The first is where an integration begins: rising nodes decode, falling ones encode."""
 
     def __post_init__(self) -> None:
         if len(self.nodes) < 2:
@@ -31,23 +32,23 @@ class TimeGrid:
 
     @classmethod
     def of(cls, nodes: Sequence[float] | torch.Tensor) -> TimeGrid:
-        """A grid of the given nodes."""
+        """A grid of the given nodes: numbers, or a tensor of K + 1. Raises `RacError` as the class."""
         return cls(tuple(float(node) for node in nodes))
 
     @classmethod
     def uniform(cls, steps: int) -> TimeGrid:
-        """`steps` equal steps from 0 to 1."""
+        """`steps` equal steps from 0 to 1. Raises `RacError` unless it is a whole number of at least 1."""
         steps = check_steps(steps)
         return cls(tuple(k / steps for k in range(steps + 1)))
 
     @classmethod
     def shifted(cls, steps: int, alpha: float) -> TimeGrid:
-        """Uniform nodes moved by `times.shift`: alpha > 1 puts more of them near the source."""
+        """Uniform nodes moved by `times.shift`: alpha > 1 puts more of them near the source. Raises as `uniform`."""
         return cls.of(times.shift(torch.tensor(cls.uniform(steps).nodes, dtype=torch.float64), alpha))
 
     @classmethod
     def random(cls, steps: int, generator: torch.Generator) -> TimeGrid:
-        """0, then `steps` - 1 sorted uniform draws, then 1 (RAC, section 3.2)."""
+        """0, then `steps` - 1 sorted uniform draws of `generator` (on the CPU), then 1 (RAC, section 3.2)."""
         check_steps(steps)
         while True:
             inner = torch.rand(steps - 1, generator=generator, dtype=torch.float64).sort().values.tolist()

@@ -42,8 +42,10 @@ def integrate(
 ) -> Trajectory:
     """Carry `state` along `field` over the nodes of `grid`.
 
-    `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `keep` decides what
-    is kept: the end alone, or the states at all nodes. RAC, equations 4 to 6.
+    `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `field` is called as
+    field(state B C H W, time B) and gives velocities B C H W. `keep` decides what is kept: the end alone, or the states
+    at all nodes. `carry` is that of an earlier trajectory, for a reversible solver to retrace its steps. Gradients flow
+    through all steps. RAC, equations 4 to 6.
     """
     evaluations = 0
 

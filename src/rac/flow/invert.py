@@ -31,9 +31,11 @@ class FixedPoint:
     """
 
     solver: Solver = dataclass_field(default_factory=Euler)
+    """The explicit rule that is undone; a reversible one raises `RacError`."""
     tolerance: float = 1e-6
     """Stop at this largest absolute residual, in units of the state's largest absolute value where that exceeds 1."""
     iterations: int = 50
+    """At most so many for each step, each one step of `solver`; at least 1."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

@@ -35,7 +35,7 @@ def shift(time: Tensor, alpha: float) -> Tensor:
     """Move times towards the source for alpha > 1, keeping 0 and 1.
 
     Written for time as noise level u = 1 - t, as in SD3 (arXiv 2403.03206, equation 23):
-    u' = alpha u / (1 + (alpha - 1) u).
+    u' = alpha u / (1 + (alpha - 1) u). `time` is of any shape, in [0, 1]. Raises `RacError` unless alpha > 0.
     """
     if not alpha > 0:
         raise RacError(f"time shift alpha {alpha} must be positive; 1 leaves times as they are")

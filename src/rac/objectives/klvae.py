@@ -22,7 +22,9 @@ class KLVAEWeights:
     """Weight of each term of `klvae_terms`."""
 
     l1: float = 1.0
+    """Mean absolute error of the decoded image."""
     kl: float = 1e-6
+    """Divergence of the posterior from N(0, 1), summed over each image's latent."""
     perceptual: float = 0.0
     """LPIPS with VGG16, whose weights are looked for in RAC_WEIGHTS_DIR."""
     adversarial: float = 0.0

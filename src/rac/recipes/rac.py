@@ -33,8 +33,11 @@ class RACRecipe:
     """A shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
     field: FieldConfig = dataclasses.field(default_factory=TinyFieldConfig)
     state_channels: int = 4
+    """C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
+    """How a latent is laid out in the seed state; see `rac.states.StateSpec`."""
     contraction: Literal["inverse", "projector"] = "inverse"
+    """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
     steps: int = 4
     """Steps the finished coder takes where none are asked for."""
     seed_noise: float = 0.0

@@ -11,15 +11,21 @@ from ..errors import RacError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the loop. An iteration is one step of the optimiser."""
+    """Settings of the loop, with AdamW. An iteration is one step of the optimiser.
+
+    Raises `RacError` for values out of their range, naming the field.
+    """
 
     iterations: int = 10_000
+    """Of the whole run, those before a resume included."""
     batch: int = 32
     """Images per iteration, over all parts of an accumulated batch."""
     accumulate: int = 1
     """Split each batch into this many parts, to save memory; changes nothing else."""
     lr: float = 3e-4
+    """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW's two moments."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: unlimited."""
@@ -35,6 +41,7 @@ class TrainConfig:
     channels_last: bool = False
     """Memory layout of images; faster together with bf16."""
     rng_seed: int = 0
+    """Chooses weights, crops, times and noise; equal seeds give equal runs."""
     workers: int = 1
     """Threads that read images ahead; 0: none."""
     threads: int = 0
@@ -43,12 +50,14 @@ class TrainConfig:
     compile: bool = False
     """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
     shard: Literal["none", "fsdp"] = "none"
     """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
     minutes: float = 0.0
     """Stop, saved, once this call has lasted so long, and leave the rest to a resume; 0: no limit. The iteration then
     running, and the saving, come on top."""
     checkpoint_minutes: float = 5.0
+    """Longest time between two checkpoints, in minutes."""
     patience_minutes: float = 15.0
     """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
     on_divergence: Literal["stop", "skip"] = "stop"

@@ -65,14 +65,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Path:
 def test_broken_off_and_gone_on_with_it_ends_with_the_same_bytes(
     tmp_path: Path, material: Path, whole: Path, run: Run, how: signal.Signals
 ) -> None:
-    out = tmp_path / "crops"
-    command = [sys.executable, "-m", "rac", *cache(material, out), "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while shards(out) < 2 and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(how)
-        _, errors = process.communicate()
+    for attempt in range(5):  # on a busy machine the work may be done before the signal is sent
+        out = tmp_path / f"crops-{attempt}"
+        command = [sys.executable, "-m", "rac", *cache(material, out), "--workers", "2"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            while shards(out) < 2 and process.poll() is None:
+                time.sleep(0.001)
+            process.send_signal(how)
+            _, errors = process.communicate()
+        if shards(out) < 10:
+            break
     assert 2 <= shards(out) < 10, "killed too late to say anything"
     if how == signal.SIGINT:
         assert (process.returncode, errors.strip()) == (130, "rac: stopped")

@@ -24,18 +24,21 @@ from rac.recipes.shelf import in_seconds
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small random stand-ins for the teachers that would have to be downloaded."""
+    """Small random stand-ins for the teachers that would have to be downloaded, by the names that recipes give."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teachers")
-    rac.save(KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(), folder / "paper")
     small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    rac.save(TinyCoder(AutoencoderTiny(**small)), folder / "nano")
-    rac.save(TAESD(TAESDConfig(latent_channels=32, pooled=True)), folder / "rac-taef2")
-    rac.save(KLVAEConfig(latent_channels=4).build(), folder / "rac-128")
-    kept = {name: str(folder / name) for name in ("paper", "nano", "rac-taef2", "rac-128")}
-    return {**kept, "rac-128-rollout": kept["rac-128"]}
+    stand_ins = {
+        "stabilityai/sd-vae-ft-ema": KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(),
+        "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
+        "taef2_decoder.pth": TAESD(TAESDConfig(latent_channels=32, pooled=True)),
+        "klvae-128": KLVAEConfig(latent_channels=4).build(),
+    }
+    for number, coder in enumerate(stand_ins.values()):
+        rac.save(coder, folder / str(number))
+    return {name: str(folder / str(number)) for number, name in enumerate(stand_ins)}
 
 
 @pytest.mark.slow
@@ -49,7 +52,7 @@ def test_every_recipe_trains_saves_and_loads(name: str, teachers: dict[str, str]
         except WeightsError as error:
             pytest.skip(f"LPIPS is among the terms: {error}")
     if isinstance(recipe, RACRecipe):
-        recipe = replace(recipe, teacher=teachers.get(name, recipe.teacher))
+        recipe = replace(recipe, teacher=teachers.get(recipe.teacher, recipe.teacher))
     fitted = recipe.run(tmp_path / "run")
     assert fitted.iteration == recipe.train.iterations
     assert fitted.metrics["psnr"] > 0

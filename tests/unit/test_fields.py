@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,11 @@ def test_patch_leaves_out_the_finest_levels():
     state = torch.randn(1, 3, 16, 8).double()
     assert field(state, torch.tensor([0.5])).shape == state.shape
     assert parameters(field) == parameters(TinyFieldConfig(widths=(8, 8), blocks=(1, 1), patch=4).build(3, 8))
+
+
+def test_without_a_zero_output_the_flow_starts_somewhere():
+    velocity = replace(LOCAL, zero_output=False).build(4, 4)(torch.randn(1, 4, 8, 8), torch.tensor([0.3]))
+    assert bool(velocity.any(dim=3).all())
 
 
 @pytest.mark.parametrize("down", [(), (8,)], ids=["no way down", "a way down"])

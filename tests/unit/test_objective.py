@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from rac.draws import Draws
 from rac.errors import RacError
@@ -20,6 +22,8 @@ from rac.objectives.rac import (
     Memory,
     RACObjective,
     RACWeights,
+    block_errors,
+    fine_detail,
     path_error,
     rac_terms,
 )
@@ -114,8 +118,40 @@ def test_what_terms_measure_where_nothing_moves(image):
         "round_trip_state": 0.0,
         "velocity": distance(target, seed),
         "latent_velocity": distance(contract(target, SPEC), latent),
+        "coarse": distance(F.avg_pool2d(seed[:, :3], 4), F.avg_pool2d(image, 4)),
+        "pattern": float(block_errors(seed[:, :3] - image, 4)["pattern"]),
+        "detail": distance(fine_detail(seed[:, :3], 4), fine_detail(image, 4)),
     }
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_block_errors_tell_tints_from_patterns():
+    """What a tint, a pattern of blocks and detail of another period give; the pattern once more, place by place."""
+    along = torch.arange(32)
+    tint = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64).view(1, 3, 1, 1).expand(2, 3, 32, 32)
+    pattern = (0.05 * torch.cos(2 * math.pi * along / 4)).double().view(1, 1, 1, 32).expand(2, 3, 32, 32)
+    detail = (0.5 * torch.cos(2 * math.pi * along / 3.2)).double().view(1, 1, 32, 1).expand(2, 3, 32, 32)
+    of_tint, of_pattern, of_detail = (block_errors(error, 4) for error in (tint, pattern, detail))
+    assert float(of_tint["coarse"]) == pytest.approx((0.1**2 + 0.2**2 + 0.3**2) / 3)
+    assert float(of_tint["pattern"]) == pytest.approx(0, abs=1e-12)
+    assert float(of_pattern["coarse"]) == pytest.approx(0, abs=1e-12)
+    assert float(of_pattern["pattern"]) == pytest.approx(0.05**2 / 2)
+    assert float(of_detail["pattern"]) == pytest.approx(0, abs=1e-12)
+
+    error = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = torch.stack([error[..., y::4, x::4].mean(dim=(-2, -1)) for y in range(4) for x in range(4)])
+    assert float(block_errors(error, 4)["pattern"]) == pytest.approx(float(places.var(dim=0, unbiased=False).mean()))
+
+
+def test_fine_detail_is_what_a_mean_of_nine_takes_away(image):
+    """Nothing in an even image; twice as much at twice the contrast; and once more in NumPy."""
+    assert float(fine_detail(torch.full((1, 3, 8, 8), 0.3), 4).max()) < 1.01e-3
+    assert torch.allclose(fine_detail(2 * image, 4), 2 * fine_detail(image, 4), rtol=1e-2)
+    array = image.numpy()
+    framed = np.pad(array, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    mean = sum(framed[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)) / 9
+    squares = ((array - mean) ** 2).mean(axis=1).reshape(2, 2, 4, 2, 4).mean(axis=(2, 4))
+    assert np.allclose(fine_detail(image, 4)[:, 0].numpy(), np.sqrt(squares + 1e-6))
 
 
 @pytest.mark.parametrize("compare", ["image", "state"])

@@ -57,6 +57,8 @@ class LocalFieldConfig:
     """Width of the time's embedding."""
     interval: bool = False
     """Knows the signed interval too, for mean velocities."""
+    zero_output: bool = True
+    """The last convolutions start at zero, so that the flow starts as the identity (but for the carrier)."""
 
     @property
     def factor(self) -> int:
@@ -116,8 +118,11 @@ class LocalField(nn.Module):
             hidden = config.hidden if place == len(widths) - 1 else None
             pooled = config.pooled and place == 0
             self.levels.append(Level(ModulatedBlock(width, width_of_time, hidden, pooled) for _ in range(blocks)))
-        self.coarse_head = zero(nn.Conv2d(widths[0], folded, 3, padding=1))
-        self.head = zero(nn.Conv2d(widths[-1], fine, 3, padding=1))
+        self.coarse_head = nn.Conv2d(widths[0], folded, 3, padding=1)
+        self.head = nn.Conv2d(widths[-1], fine, 3, padding=1)
+        if config.zero_output:
+            zero(self.coarse_head)
+            zero(self.head)
 
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
         """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for, and for sides

@@ -19,7 +19,7 @@ from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
 from .judged import DISCRIMINATOR, NO_JUDGES, Judges, judged_terms
 
-DECODING = ("reconstruction", "pad", "path_decode", "perceptual", "adversarial")
+DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode", "perceptual", "adversarial")
 """The terms on the flow from the teacher's latent."""
 
 ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip_state")
@@ -62,6 +62,15 @@ class RACWeights:
     """Ours: the same, where the state carries the latent alone, so in the latent's own units."""
     perceptual: float = 0.0
     """Ours: LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`."""
+    coarse: float = 0.0
+    """Ours: MSE of the decoded image against the image, both averaged over blocks of f x f pixels: tints and wrong
+    brightness, which the other terms hardly see, for most of their value comes from fine detail."""
+    pattern: float = 0.0
+    """Ours: mean square of the decoded image's error, averaged over all blocks of f x f pixels of one image, at each of
+    the f^2 places in a block, without its mean: the grid of blocks that shows in even regions."""
+    detail: float = 0.0
+    """Ours: MSE of the amount of fine detail in each block of f x f pixels: the root mean square of what a 3 x 3 mean
+    takes away. Distances, perceptual ones too, like decoded images smoother than their originals."""
     adversarial: float = 0.0
     """Ours: a discriminator's judgement of the same image, in units of all other terms: at 1 its gradient at the
     field's last layer is as long as theirs."""
@@ -179,6 +188,11 @@ def rac_terms(
     if any(getattr(weights, name) for name in DECODING):
         decoding = _unroll(coding, seed_state, rollout, path=weights.path_decode)
         terms["reconstruction"] = _image_error(decoding.end, target, objective)
+        if weights.coarse or weights.pattern:
+            terms |= block_errors(image_of(decoding.end) - image, coding.states.factor)
+        if weights.detail:
+            decoded_detail, detail = (fine_detail(x, coding.states.factor) for x in (image_of(decoding.end), image))
+            terms["detail"] = F.mse_loss(decoded_detail, detail)
         if weights.path_decode:
             terms["path_decode"] = path_error(decoding, seed_state, target)
         if weights.pad:  # a state of three channels has none
@@ -220,6 +234,23 @@ def rac_terms(
         end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
         terms["mean_velocity"] = mean_velocity_error(coding.field, seed_state, target, time, end, objective.derivative)
     return {name: terms[name] for name in (*weights.chosen(), DISCRIMINATOR) if name in terms}
+
+
+def block_errors(error: Tensor, factor: int) -> dict[str, Tensor]:
+    """`coarse` and `pattern`, as `RACWeights` has them, of the errors B 3 H W of images; f is `factor`."""
+    blocks = F.pixel_unshuffle(error, factor).unflatten(1, (error.shape[1], factor**2))
+    places = blocks.mean(dim=(-2, -1))
+    return {
+        "coarse": blocks.mean(dim=2).square().mean(),
+        "pattern": (places - places.mean(dim=2, keepdim=True)).square().mean(),
+    }
+
+
+def fine_detail(image: Tensor, factor: int) -> Tensor:
+    """Root mean square of what a 3 x 3 mean takes from B 3 H W, in each block of `factor`: B 1 H/factor W/factor."""
+    detail = image - F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    # Not less than a thousandth of the range, for the root's slope at 0 is infinite.
+    return (F.avg_pool2d(detail.square().mean(dim=1, keepdim=True), factor) + 1e-6).sqrt()
 
 
 def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Tensor:

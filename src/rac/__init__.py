@@ -1,6 +1,6 @@
 """rac: flow-based image autoencoders.
 
-coder = rac.load("rac-f8d8")
+coder = rac.load("rac-64")
 image = rac.read_image("photo.png")           # 1 3 H W in [-1, 1]
 latent = coder.encode(image, steps=4)         # the field, walked backwards
 rac.write_image(coder.decode(latent, steps=4), "again.png")

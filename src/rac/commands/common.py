@@ -22,7 +22,7 @@ from ..errors import RacError
 from ..evaluate.report import Table
 from ..runtime import pick_device
 
-DEFAULT_CODER = "rac-f8d8"
+DEFAULT_CODER = "rac-64"
 """The shipped coder that a verb takes if none is named."""
 
 LARGE = 2048 * 2048

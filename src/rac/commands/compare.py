@@ -29,5 +29,5 @@ class Command(Judging):
     def run(self) -> int:
         """Compare; the exit code. Raises `RacError`."""
         if not self.models:
-            raise RacError("name the coders to compare, such as: rac compare rac-f8d8 klvae-f8d8 --data PICTURES")
+            raise RacError("name the coders to compare, such as: rac compare rac-64 klvae-f8d4 --data PICTURES")
         return self.judge_all(self.models, self.out, " against ".join(short_name(name) for name in self.models))

@@ -31,7 +31,7 @@ from ..integrations.export import (
     need,
     part_of,
 )
-from .common import load_coder, show, tell
+from .common import DEFAULT_CODER, load_coder, show, tell
 
 TOLERANCE = 1e-4
 """How far a file may be from PyTorch on the pictures it is checked on, for values up to 1; further for larger ones."""
@@ -50,7 +50,7 @@ class Command:
     channels, whether latents are raw, their statistics and the range of images.
     """
 
-    model: Annotated[str, tyro.conf.Positional] = "rac-f8d8"
+    model: Annotated[str, tyro.conf.Positional] = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub: a RAC or a diffusers autoencoder."""
     out: Path | None = None
     """The file. None: the coder's name and the format's suffix. With two parts, -encode and -decode are put before the

@@ -95,7 +95,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
             coder = coder.original
         if not isinstance(coder, RAC):
             raise RacError(
-                f"expected a RAC, such as rac-f8d8, not a {type(coder).__name__}; "
+                f"expected a RAC, such as rac-64, not a {type(coder).__name__}; "
                 "diffusers has classes of its own for other autoencoders"
             )
         dressed = cls(rac=to_json(coder.config), num_inference_steps=coder.config.steps, **_as_diffusers(coder))

@@ -22,7 +22,7 @@ from rac.objectives.rac import (
     Memory,
     RACObjective,
     RACWeights,
-    block_errors,
+    block_terms,
     fine_detail,
     path_error,
     rac_terms,
@@ -119,19 +119,19 @@ def test_what_terms_measure_where_nothing_moves(image):
         "velocity": distance(target, seed),
         "latent_velocity": distance(contract(target, SPEC), latent),
         "coarse": distance(F.avg_pool2d(seed[:, :3], 4), F.avg_pool2d(image, 4)),
-        "pattern": float(block_errors(seed[:, :3] - image, 4)["pattern"]),
+        "pattern": float(block_terms(seed[:, :3], image, 4)["pattern"]),
         "detail": distance(fine_detail(seed[:, :3], 4), fine_detail(image, 4)),
     }
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(expected, abs=1e-12)
 
 
-def test_block_errors_tell_tints_from_patterns():
+def test_block_terms_tell_tints_from_patterns():
     """What a tint, a pattern of blocks and detail of another period give; the pattern once more, place by place."""
     along = torch.arange(32)
     tint = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64).view(1, 3, 1, 1).expand(2, 3, 32, 32)
     pattern = (0.05 * torch.cos(2 * math.pi * along / 4)).double().view(1, 1, 1, 32).expand(2, 3, 32, 32)
     detail = (0.5 * torch.cos(2 * math.pi * along / 3.2)).double().view(1, 1, 32, 1).expand(2, 3, 32, 32)
-    of_tint, of_pattern, of_detail = (block_errors(error, 4) for error in (tint, pattern, detail))
+    of_tint, of_pattern, of_detail = (block_terms(error, 0 * error, 4) for error in (tint, pattern, detail))
     assert float(of_tint["coarse"]) == pytest.approx((0.1**2 + 0.2**2 + 0.3**2) / 3)
     assert float(of_tint["pattern"]) == pytest.approx(0, abs=1e-12)
     assert float(of_pattern["coarse"]) == pytest.approx(0, abs=1e-12)
@@ -140,7 +140,9 @@ def test_block_errors_tell_tints_from_patterns():
 
     error = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     places = torch.stack([error[..., y::4, x::4].mean(dim=(-2, -1)) for y in range(4) for x in range(4)])
-    assert float(block_errors(error, 4)["pattern"]) == pytest.approx(float(places.var(dim=0, unbiased=False).mean()))
+    assert float(block_terms(error, 0 * error, 4)["pattern"]) == pytest.approx(
+        float(places.var(dim=0, unbiased=False).mean())
+    )
 
 
 def test_fine_detail_is_what_a_mean_of_nine_takes_away(image):

@@ -188,11 +188,8 @@ def rac_terms(
     if any(getattr(weights, name) for name in DECODING):
         decoding = _unroll(coding, seed_state, rollout, path=weights.path_decode)
         terms["reconstruction"] = _image_error(decoding.end, target, objective)
-        if weights.coarse or weights.pattern:
-            terms |= block_errors(image_of(decoding.end) - image, coding.states.factor)
-        if weights.detail:
-            decoded_detail, detail = (fine_detail(x, coding.states.factor) for x in (image_of(decoding.end), image))
-            terms["detail"] = F.mse_loss(decoded_detail, detail)
+        if weights.coarse or weights.pattern or weights.detail:
+            terms |= block_terms(image_of(decoding.end), image, coding.states.factor)
         if weights.path_decode:
             terms["path_decode"] = path_error(decoding, seed_state, target)
         if weights.pad:  # a state of three channels has none
@@ -236,13 +233,14 @@ def rac_terms(
     return {name: terms[name] for name in (*weights.chosen(), DISCRIMINATOR) if name in terms}
 
 
-def block_errors(error: Tensor, factor: int) -> dict[str, Tensor]:
-    """`coarse` and `pattern`, as `RACWeights` has them, of the errors B 3 H W of images; f is `factor`."""
-    blocks = F.pixel_unshuffle(error, factor).unflatten(1, (error.shape[1], factor**2))
+def block_terms(decoded: Tensor, image: Tensor, factor: int) -> dict[str, Tensor]:
+    """`coarse`, `pattern` and `detail`, as `RACWeights` has them, of images B 3 H W; f is `factor`."""
+    blocks = F.pixel_unshuffle(decoded - image, factor).unflatten(1, (image.shape[1], factor**2))
     places = blocks.mean(dim=(-2, -1))
     return {
         "coarse": blocks.mean(dim=2).square().mean(),
         "pattern": (places - places.mean(dim=2, keepdim=True)).square().mean(),
+        "detail": F.mse_loss(fine_detail(decoded, factor), fine_detail(image, factor)),
     }
 
 

@@ -15,11 +15,11 @@ from rac.coders.klvae import KLVAEConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.teacher import TinyCoder
 from rac.errors import RacError, WeightsError
-from rac.evaluate.lpips import FILES
-from rac.evaluate.weight_files import find_weights
 from rac.fields import ConvField
 from rac.recipes import RECIPES, RACRecipe
 from rac.recipes.shelf import in_seconds
+from rac.representations.lpips import FILES
+from rac.representations.weight_files import find_weights
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ ROOT = Path(rac.__file__).parent
 BASE = {"errors", "files"}
 STATIONS = ["images", "latents", "states", "flow", "fields"]
 PLUMBING = {"config", "storage", "runtime", "draws", "hub"}
-CODERS = {*BASE, *STATIONS, *PLUMBING} - {"hub", "draws"}
-TRAINING = {*BASE, *STATIONS, *PLUMBING, "coders", "generators", "objectives", "data"}
+CODERS = {*BASE, *STATIONS, *PLUMBING, "representations"} - {"hub", "draws"}
+TRAINING = {*BASE, *STATIONS, *PLUMBING, "representations", "coders", "generators", "objectives", "data"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "storage": {*BASE, "config"},
     # The stations see only those before them.
     **{name: {*BASE, *STATIONS[:place]} for place, name in enumerate(STATIONS)},
+    "representations": {*BASE, "config", "runtime", "storage"},
     "coders": CODERS,
     "generators": {*CODERS, "coders"},
     "hub": {*CODERS, "coders", "generators"},

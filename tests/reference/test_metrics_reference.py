@@ -17,12 +17,12 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from rac.evaluate.distances import Gaussian, frechet, inception_score, kernel_distance, precision_recall
-from rac.evaluate.features import Extractor, Features, extract, load_extractor
-from rac.evaluate.lpips import FILES, LPIPS, Backbone
 from rac.evaluate.metrics import ms_ssim, psnr, ssim
 from rac.evaluate.protocol import PROTOCOLS
 from rac.evaluate.references import Framing, References
 from rac.images import from_pixels, read_picture, to_pixels
+from rac.representations import Extractor, Features, extract, load_extractor
+from rac.representations.lpips import FILES, LPIPS, Backbone
 
 SHARED = Path(os.environ.get("RAC_DATA_DIR", Path(__file__).parents[3] / "shared"))
 WEIGHTS = SHARED / "weights"

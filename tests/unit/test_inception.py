@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac import RacError, WeightsError
-from rac.evaluate.features import extract, figure_name, load_extractor
-from rac.evaluate.features.inception import (
+from rac.evaluate.judges import set_figures
+from rac.representations import extract, figure_name, load_extractor
+from rac.representations.inception import (
     CLASSES,
     Inception768,
     Inception2048,
@@ -19,7 +20,6 @@ from rac.evaluate.features.inception import (
     layers,
     pytorch_fid_names,
 )
-from rac.evaluate.judges import set_figures
 
 
 def random_tensors(full: bool) -> dict[str, Tensor]:

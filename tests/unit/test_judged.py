@@ -15,12 +15,12 @@ from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.data import Batch, DataConfig
 from rac.draws import Draws
 from rac.errors import RacError, WeightsError
-from rac.evaluate.lpips import FILES, LPIPS
 from rac.fields import LdmFieldConfig, TinyFieldConfig
 from rac.objectives.judged import Judges, judged_terms
 from rac.objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.recipes import KLVAERecipe, RACRecipe
+from rac.representations.lpips import FILES, LPIPS
 from rac.train import TrainConfig, fit, log, read_log
 from rac.train.contest import Contest, balanced
 from rac.train.discriminator import DiscriminatorConfig

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rac import RacError, WeightsError
 from rac.evaluate.judges import SHORTEST_SIDE
-from rac.evaluate.lpips import FILES, LPIPS, Backbone
+from rac.representations.lpips import FILES, LPIPS, Backbone
 
 BACKBONES: list[Backbone] = ["alex", "vgg16"]
 

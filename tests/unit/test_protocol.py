@@ -18,12 +18,12 @@ from torch import Tensor
 
 from rac import RacError
 from rac.coders.klvae import KLVAEConfig
-from rac.evaluate.features import Features
 from rac.evaluate.judges import Judges
 from rac.evaluate.metrics import psnr
 from rac.evaluate.protocol import PROTOCOLS, Protocol, Result, evaluate
 from rac.evaluate.references import Framing, References
 from rac.images import from_pixels, to_pixels, write_image
+from rac.representations import Features
 
 PIXELS = Protocol("test", Framing(24, "centre"))
 

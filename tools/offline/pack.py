@@ -33,9 +33,9 @@ from torch import Tensor
 import rac
 from rac.data.files import Picture, find_pictures
 from rac.errors import RacError
-from rac.evaluate.lpips import FILES, LPIPS
-from rac.evaluate.weight_files import find_weights
 from rac.images import from_pixels, read_picture
+from rac.representations.lpips import FILES, LPIPS
+from rac.representations.weight_files import find_weights
 
 HERE = Path(__file__).parent
 PACKAGE = Path(rac.__file__).parent

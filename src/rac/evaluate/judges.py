@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RacError
+from ..representations import Extractor, ExtractorName, Features, figure_name, load_extractor
+from ..representations.lpips import FILES, LPIPS, Backbone
+from ..representations.weight_files import find_weights
 from ..runtime import reproducible
 from .distances import (
     Gaussian,
@@ -21,11 +24,8 @@ from .distances import (
     precision_recall,
     require_more_images,
 )
-from .features import Extractor, ExtractorName, Features, figure_name, load_extractor
-from .lpips import FILES, LPIPS, Backbone
 from .metrics import MS_SSIM_SIDE, SSIM_WINDOW, ms_ssim, psnr, ssim
 from .references import References
-from .weight_files import find_weights
 
 ImageFigure = Literal["psnr", "ssim", "ms-ssim", "lpips-alex", "lpips-vgg16"]
 """One value per image, of which the mean is reported under the same name."""

@@ -30,9 +30,9 @@ from ..files import write_bytes
 from ..flow import RK4, Euler, Heun, Midpoint, ReversibleHeun, Solver, TimeGrid
 from ..images import crop, from_pixels, to_pixels
 from ..latents import normalise
+from ..representations import Extractor, ExtractorName, Features, extract, join
 from ..runtime import autocast, generator, reproducible
 from ..storage import weights_hash
-from .features import Extractor, ExtractorName, Features, extract, join
 from .judges import IMAGE_FIGURES, LATENT_FIGURES, SET_FIGURES, SHORTEST_SIDE, Judges
 from .latents import LatentAgreement, state_round_trip
 from .metrics import psnr

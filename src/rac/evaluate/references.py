@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.files import Picture, find_pictures
 from ..errors import RacError
 from ..images import from_pixels, read_picture, to_pixels
-from .features import Extractor, Features, extract
+from ..representations import Extractor, Features, extract
 
 Pixels = NDArray[np.uint8]
 Named = tuple[str, Pixels]

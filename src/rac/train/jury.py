@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import runtime
 from ..errors import RacError
-from ..evaluate.lpips import LPIPS
 from ..objectives.judged import Judges
+from ..representations.lpips import LPIPS
 from .discriminator import DiscriminatorConfig, PatchDiscriminator
 from .task import Opponent
 

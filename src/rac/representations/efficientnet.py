@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import WeightsError
-from ...storage import fit_tensors
+from ..errors import WeightsError
+from ..storage import fit_tensors
 from .extractor import Features
 
 SIDE = 224

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...storage import fit_tensors, read_tensors
+from ..storage import fit_tensors, read_tensors
 from .extractor import Features
 
 SIDE = 299

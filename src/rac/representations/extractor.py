@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import RacError
-from ...runtime import reproducible
+from ..errors import RacError
+from ..runtime import reproducible
 
 
 class Features(NamedTuple):

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from ...errors import RacError, WeightsError
-from ..weight_files import find_weights
+from ..errors import RacError, WeightsError
 from .efficientnet import EfficientNetLite0
 from .extractor import Extractor, Features, extract, figure_name, join
 from .inception import Inception768, Inception2048
+from .weight_files import find_weights
 
 __all__ = [
     "EfficientNetLite0",

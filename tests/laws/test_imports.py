@@ -20,7 +20,7 @@ BASE = {"errors", "files"}
 STATIONS = ["images", "latents", "states", "flow", "fields"]
 PLUMBING = {"config", "storage", "runtime", "draws", "hub"}
 CODERS = {*BASE, *STATIONS, *PLUMBING, "representations"} - {"hub", "draws"}
-TRAINING = {*BASE, *STATIONS, *PLUMBING, "representations", "coders", "generators", "objectives", "data"}
+TRAINING = {*BASE, *STATIONS, *PLUMBING, "representations", "report", "coders", "generators", "objectives", "data"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "representations": {*BASE, "config", "runtime", "storage"},
     "coders": CODERS,
     "generators": {*CODERS, "coders"},
+    "report": {"errors", "images", "flow"},
     "hub": {*CODERS, "coders", "generators"},
     # Pure functions: states and flows of tensors, nothing that has weights.
     "objectives": {"errors", "draws", "images", "latents", "states", "flow"},

@@ -22,7 +22,7 @@ from rac.evaluate.comparison import (
 from rac.evaluate.cost import count, parameters
 from rac.evaluate.protocol import Protocol, evaluate
 from rac.evaluate.references import Framing, References
-from rac.evaluate.report import Table
+from rac.report.document import Table
 
 PROTOCOL = Protocol("tiny", Framing(16, "centre"), figures=("psnr",), steps=3)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rac.evaluate.pictures import scale_bar
-from rac.evaluate.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
+from rac.report.pictures import scale_bar
+from rac.report.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
 
 
 def inked(picture, colour: str) -> int:  # type: ignore[no-untyped-def]

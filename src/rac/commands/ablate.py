@@ -21,11 +21,11 @@ from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrant
 from ..evaluate.judges import Judges
 from ..evaluate.protocol import PROTOCOLS, Protocol, Result
 from ..evaluate.references import Framing, References
-from ..evaluate.report import Figure, Section, html_report
 from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..recipes import Recipe
 from ..recipes.ablation import Ablation, Equal, Training, file_name
+from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
 from .ablation_pages import Showing, Strips, introduction, markdown_report, sections, summary, training_table

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..evaluate.comparison import Comparison, Entrant, figure_text, lower_is_better
 from ..evaluate.metrics import psnr
-from ..evaluate.pictures import Panel, sheet, strip
-from ..evaluate.plots import PALETTE, Series, line_panels
 from ..evaluate.references import References
-from ..evaluate.report import Figure, Section, Table
 from ..images import from_pixels, to_pixels
 from ..recipes.ablation import Ablation, Training
+from ..report.document import Figure, Section, Table
+from ..report.pictures import Panel, sheet, strip
+from ..report.plots import PALETTE, Series, line_panels
 
 SHOWN = 6
 """Images of each strip."""

@@ -19,10 +19,10 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data import DataConfig, open_stream
 from ..errors import RacError
-from ..evaluate.report import Table
 from ..flow.grid import check_steps
 from ..objectives.klvae import KLVAEWeights
 from ..recipes import RECIPES, RACRecipe
+from ..report.document import Table
 from ..train import TrainConfig
 from ..train.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
 from ..train.tasks import KLVAETask, RACTask

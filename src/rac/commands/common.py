@@ -19,7 +19,7 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..coders.tiling import TILE, exact, tiled
 from ..errors import RacError
-from ..evaluate.report import Table
+from ..report.document import Table
 from ..runtime import pick_device
 
 DEFAULT_CODER = "rac-64"

@@ -17,9 +17,9 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
 from ..evaluate.cost import CostRow, field_row, halves, reference_rows
-from ..evaluate.report import Table
 from ..fields import LdmFieldConfig
 from ..recipes import RECIPES, RACRecipe
+from ..report.document import Table
 from .common import show, watched
 
 SCALES = (0.1, 0.2, 0.3, 1.0)

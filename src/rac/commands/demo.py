@@ -13,12 +13,12 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data.files import find_pictures
-from ..evaluate.pictures import curves, trajectory_strip
 from ..evaluate.reconstructions import rac_reconstructions
-from ..evaluate.report import Figure, Section, Table, html_report
 from ..evaluate.reversal import Reversal, euler_errors, reversals, slope
 from ..files import make_folder, write_bytes
 from ..images import read_image, write_picture
+from ..report.document import Figure, Section, Table, html_report
+from ..report.pictures import curves, trajectory_strip
 from ..runtime import pick_device
 from .common import DEFAULT_CODER, load_coder, load_teacher, need_rac, show, watched
 from .reconstruct import Results, comparison, means, per_image

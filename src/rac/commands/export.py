@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..coders.protocol import Coder
 from ..data.files import find_pictures
 from ..errors import RacError
-from ..evaluate.report import Table
 from ..files import make_folder
 from ..images import read_image
 from ..integrations.export import (
@@ -31,6 +30,7 @@ from ..integrations.export import (
     need,
     part_of,
 )
+from ..report.document import Table
 from .common import DEFAULT_CODER, load_coder, show, tell
 
 TOLERANCE = 1e-4

@@ -14,10 +14,10 @@ from ..evaluate.correction import CorrectionCurve, correction_curve
 from ..evaluate.judges import IMAGE_FIGURES, Judges
 from ..evaluate.protocol import PROTOCOLS, Protocol, Result
 from ..evaluate.references import References
-from ..evaluate.report import Figure, html_report
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import write_picture
+from ..report.document import Figure, html_report
 from ..runtime import pick_device
 from .common import counting, load_coder, load_teacher, show
 from .judging_pages import Material, introduction, sections

@@ -31,14 +31,14 @@ from ..evaluate.comparison import (
 )
 from ..evaluate.correction import CorrectionCurve, moved_latents
 from ..evaluate.metrics import psnr
-from ..evaluate.pictures import Panel, scale_bar, sheet, strip
-from ..evaluate.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
 from ..evaluate.principal import PrincipalAxes, latent_axes, latent_colours
 from ..evaluate.protocol import Result
 from ..evaluate.references import Batch, Framing, References
-from ..evaluate.report import Figure, Section, Table
 from ..flow import Trajectory
 from ..images import crop, from_pixels, read_picture
+from ..report.document import Figure, Section, Table
+from ..report.pictures import Panel, scale_bar, sheet, strip
+from ..report.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
 
 EXTREMES = 3
 """Images shown of the worst, and of the best."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .. import hub
 from ..coders.rac import RAC
 from ..evaluate.cost import count, parameters, reference_rows
-from ..evaluate.report import Table
+from ..report.document import Table
 from .common import show
 from .cost import cost_table
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
-from ..evaluate.pictures import Panel, strip, trajectory_strip
 from ..evaluate.protocol import SOLVERS, SolverName
 from ..evaluate.reconstructions import Reconstruction, coder_reconstruction, rac_reconstructions
-from ..evaluate.report import Table
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import image_files, read_image, write_picture
+from ..report.document import Table
+from ..report.pictures import Panel, strip, trajectory_strip
 from ..runtime import pick_device
 from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
 

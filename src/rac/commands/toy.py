@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluate.report import Table
 from ..files import make_folder, write_bytes
 from ..flow import Euler, TimeGrid, integrate
 from ..images import write_picture
 from ..recipes.toy import STEPS, ToyConfig, ToyField, ToyFigures, judge, moons, seed_state, to_latent, train
+from ..report.document import Table
 from ..runtime import generator
 from .common import counting, show, tell
 
@@ -140,7 +140,7 @@ def draw_paths(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) 
 
 def draw_errors(figures: list[ToyFigures]) -> Image.Image:
     """How far the way back ends from the seed state, over the number of steps."""
-    from ..evaluate.pictures import curves
+    from ..report.pictures import curves
 
     steps = [one.steps for one in figures]
     named = {"reversed Euler": "euler", "fixed point": "fixed_point", "reversible Heun": "reversible"}

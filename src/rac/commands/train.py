@@ -12,8 +12,8 @@ import tyro
 
 from .. import runtime
 from ..errors import RacError
-from ..evaluate.report import Table
 from ..recipes import RECIPES, Recipe
+from ..report.document import Table
 from ..train.processes import leave
 from .common import show
 

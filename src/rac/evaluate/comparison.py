@@ -19,12 +19,12 @@ from ..config import spelled, to_json
 from ..files import write_bytes
 from ..flow import Solver, TimeGrid
 from ..images import crop
+from ..report.document import Table
 from .correction import CorrectionCurve
 from .cost import MacCounter, parameters
 from .judges import LATENT_FIGURES, Judges
 from .protocol import SOLVERS, Protocol, Result, evaluate
 from .references import References
-from .report import Table
 
 LatentSource = Literal["own", "teacher"]
 

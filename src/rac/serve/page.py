@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import RacError
-from ..evaluate.report import Table
 from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
+from ..report.document import Table
 from ..runtime import pick_device
 from .figures import Loaded, Version, decode_moved, reconstruct
 from .guard import Gate, Limits, admit

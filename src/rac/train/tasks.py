@@ -16,13 +16,13 @@ from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
 from ..errors import RacError
-from ..evaluate.pictures import Panel, sheet, strip
 from ..evaluate.protocol import Protocol, evaluate
 from ..evaluate.references import Framing, References
 from ..images import from_pixels
 from ..objectives.judged import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
+from ..report.pictures import Panel, sheet, strip
 from .jury import Jury, last_layer
 from .task import Opponent
 

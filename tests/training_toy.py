@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rac.data import Batch
 from rac.draws import Draws
-from rac.objectives.judged import Judges, judged_terms
+from rac.objectives.image_terms import Judges, judged_terms
 from rac.runtime import generator
 from rac.storage import write_tensors
 from rac.train import TrainConfig, fit

@@ -11,7 +11,7 @@ from rac.draws import Draws
 from rac.fields import LdmFieldConfig, TinyFieldConfig
 from rac.flow import RK4, Euler, FixedPoint, Heun, Midpoint, ReversibleHeun, TimeGrid, integrate
 from rac.latents import LatentSpec
-from rac.objectives.judged import Judges
+from rac.objectives.image_terms import Judges
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.train.discriminator import DiscriminatorConfig
 

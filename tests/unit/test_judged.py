@@ -16,7 +16,7 @@ from rac.data import Batch, DataConfig
 from rac.draws import Draws
 from rac.errors import RacError, WeightsError
 from rac.fields import LdmFieldConfig, TinyFieldConfig
-from rac.objectives.judged import Judges, judged_terms
+from rac.objectives.image_terms import Judges, judged_terms
 from rac.objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.recipes import KLVAERecipe, RACRecipe

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
-from ..evaluate.protocol import SOLVERS, SolverName
 from ..files import make_folder
 from ..flow import FixedPoint
 from ..flow.grid import check_steps
+from ..flow.solvers import SOLVERS, SolverName
 from ..images import image_files, read_image
 from ..runtime import pick_device
 from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac, stems

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
-from ..evaluate.protocol import SOLVERS, SolverName
 from ..evaluate.reconstructions import Reconstruction, coder_reconstruction, rac_reconstructions
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
+from ..flow.solvers import SOLVERS, SolverName
 from ..images import image_files, read_image, write_picture
 from ..report.document import Table
 from ..report.pictures import Panel, strip, trajectory_strip

@@ -18,12 +18,13 @@ from ..coders.rac import RAC
 from ..config import spelled, to_json
 from ..files import write_bytes
 from ..flow import Solver, TimeGrid
+from ..flow.solvers import SOLVERS
 from ..images import crop
 from ..report.document import Table
 from .correction import CorrectionCurve
 from .cost import MacCounter, parameters
 from .judges import LATENT_FIGURES, Judges
-from .protocol import SOLVERS, Protocol, Result, evaluate
+from .protocol import Protocol, Result, evaluate
 from .references import References
 
 LatentSource = Literal["own", "teacher"]

@@ -27,7 +27,8 @@ from ..coders.rac import RAC
 from ..config import from_json, read_json, spelled, to_json
 from ..errors import RacError
 from ..files import write_bytes
-from ..flow import RK4, Euler, Heun, Midpoint, ReversibleHeun, Solver, TimeGrid
+from ..flow import TimeGrid
+from ..flow.solvers import SOLVERS, SolverName
 from ..images import crop, from_pixels, to_pixels
 from ..latents import normalise
 from ..representations import Extractor, ExtractorName, Features, extract, join
@@ -37,16 +38,6 @@ from .judges import IMAGE_FIGURES, LATENT_FIGURES, SET_FIGURES, SHORTEST_SIDE, J
 from .latents import LatentAgreement, state_round_trip
 from .metrics import psnr
 from .references import Batch, Framing, References
-
-SolverName = Literal["euler", "midpoint", "heun", "rk4", "reversible-heun"]
-
-SOLVERS: dict[SolverName, Solver] = {
-    "euler": Euler(),
-    "midpoint": Midpoint(),
-    "heun": Heun(),
-    "rk4": RK4(),
-    "reversible-heun": ReversibleHeun(),
-}
 
 
 @dataclass(frozen=True)

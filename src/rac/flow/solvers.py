@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -150,3 +150,15 @@ class ReversibleHeun:
         companion = 2 * state - companion + h * v0
         v1 = velocity(field, companion, t1)
         return Step(state + h / 2 * (v0 + v1), HeunCarry(companion, v1))
+
+
+SolverName = Literal["euler", "midpoint", "heun", "rk4", "reversible-heun"]
+
+SOLVERS: dict[SolverName, Solver] = {
+    "euler": Euler(),
+    "midpoint": Midpoint(),
+    "heun": Heun(),
+    "rk4": RK4(),
+    "reversible-heun": ReversibleHeun(),
+}
+"""The one-step rules that need no settings, by the names that protocols and the command line use."""

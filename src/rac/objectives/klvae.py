@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..draws import Draws
 from ..images import crop
 from ..latents import normalise
-from .judged import NO_JUDGES, Judges, judged_terms
+from .image_terms import NO_JUDGES, Judges, judged_terms
 
 if TYPE_CHECKING:
     from ..coders.klvae import KLVAE

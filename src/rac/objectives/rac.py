@@ -17,7 +17,7 @@ from ..flow.memory import recomputed, retraced
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
-from .judged import DISCRIMINATOR, NO_JUDGES, Judges, judged_terms
+from .image_terms import DISCRIMINATOR, NO_JUDGES, Judges, judged_terms
 
 DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode", "perceptual", "adversarial")
 """The terms on the flow from the teacher's latent."""

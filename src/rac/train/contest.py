@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..objectives.judged import ADVERSARIAL, DISCRIMINATOR
+from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR
 from .config import TrainConfig, learning_rate
 from .processes import whole
 from .task import Opponent

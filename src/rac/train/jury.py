@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import runtime
 from ..errors import RacError
-from ..objectives.judged import Judges
+from ..objectives.image_terms import Judges
 from ..representations.lpips import LPIPS
 from .discriminator import DiscriminatorConfig, PatchDiscriminator
 from .task import Opponent

@@ -14,7 +14,7 @@ from .. import runtime
 from ..data import Batch
 from ..draws import Draws
 from ..errors import RacError
-from ..objectives.judged import ADVERSARIAL
+from ..objectives.image_terms import ADVERSARIAL
 from .config import TrainConfig, ema_decay, learning_rate
 from .contest import Contest
 from .processes import Processes, shard, whole

@@ -19,7 +19,7 @@ from ..errors import RacError
 from ..evaluate.protocol import Protocol, evaluate
 from ..evaluate.references import Framing, References
 from ..images import from_pixels
-from ..objectives.judged import ADVERSARIAL
+from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
 from ..report.pictures import Panel, sheet, strip

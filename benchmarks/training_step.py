@@ -22,7 +22,7 @@ from training_memory import MIB, Setting, bytes_of, naive_loss, nano, one_evalua
 
 from rac import runtime
 from rac.objectives.rac import RACWeights
-from rac.train.state import _average
+from rac.train.step import _average
 
 CPU = torch.device("cpu")
 PLAIN = "original, float32"

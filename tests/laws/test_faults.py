@@ -23,7 +23,7 @@ from rac.data import Batch, DataConfig, ImageStream
 from rac.draws import Draws
 from rac.errors import RacError
 from rac.train import TrainConfig, fit, log, read_log
-from rac.train.state import MOST_SKIPPED
+from rac.train.step import MOST_SKIPPED
 
 PLAIN = TrainConfig(iterations=6, batch=4, device="cpu", log_every=1, tensorboard=False)
 SKIPPING = replace(PLAIN, on_divergence="skip")

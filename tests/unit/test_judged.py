@@ -22,9 +22,8 @@ from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.recipes import KLVAERecipe, RACRecipe
 from rac.representations.lpips import FILES, LPIPS
 from rac.train import TrainConfig, fit, log, read_log
-from rac.train.contest import Contest, balanced
+from rac.train.adversary import Contest, Jury, balanced, last_layer
 from rac.train.discriminator import DiscriminatorConfig
-from rac.train.jury import Jury, last_layer
 from rac.train.tasks import KLVAETask, RACTask
 
 SHORT = TrainConfig(iterations=4, batch=4, device="cpu", log_every=1, gallery_every=4, tensorboard=False)

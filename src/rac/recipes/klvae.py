@@ -15,8 +15,8 @@ from ..data import DataConfig, open_stream
 from ..errors import RacError
 from ..objectives.klvae import KLVAEWeights
 from ..train import Fitted, TrainConfig, fit
+from ..train.adversary import Jury
 from ..train.discriminator import DiscriminatorConfig
-from ..train.jury import Jury
 from ..train.processes import Processes
 from ..train.tasks import KLVAETask
 

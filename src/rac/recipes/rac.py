@@ -19,8 +19,8 @@ from ..fields import FieldConfig, TinyFieldConfig
 from ..objectives.rac import RACObjective
 from ..states import Spread
 from ..train import Fitted, TrainConfig, fit
+from ..train.adversary import Jury
 from ..train.discriminator import DiscriminatorConfig
-from ..train.jury import Jury
 from ..train.processes import Processes
 from ..train.tasks import RACTask
 

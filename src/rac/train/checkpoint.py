@@ -19,7 +19,7 @@ from ..config import read_json
 from ..errors import RacError, WeightsError
 from ..files import explained, make_folder
 from .processes import alike, is_sharded, whole
-from .state import TrainState
+from .step import TrainState
 
 _KEPT = 2
 _COUNTS = ("iteration", "skipped", "skipped_in_a_row")

@@ -28,7 +28,7 @@ from . import checkpoint
 from .config import FREE_ON_RESUME, TrainConfig, learning_rate
 from .log import RunLog
 from .processes import Processes, answered
-from .state import DivergedError, TrainState, train_step
+from .step import DivergedError, TrainState, train_step
 from .task import Task
 
 

@@ -25,7 +25,7 @@ from ..data import Batch, Stream
 from ..draws import Draws
 from ..evaluate.cost import MacCounter
 from .config import TrainConfig
-from .state import TrainState, train_step
+from .step import TrainState, train_step
 from .task import Task
 
 

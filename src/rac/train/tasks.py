@@ -23,7 +23,7 @@ from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..objectives.rac import Coding, RACObjective, rac_terms
 from ..report.pictures import Panel, sheet, strip
-from .jury import Jury, last_layer
+from .adversary import Jury, last_layer
 from .task import Opponent
 
 STATISTICS_BATCHES = 16

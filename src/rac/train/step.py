@@ -15,8 +15,8 @@ from ..data import Batch
 from ..draws import Draws
 from ..errors import RacError
 from ..objectives.image_terms import ADVERSARIAL
+from .adversary import Contest
 from .config import TrainConfig, ema_decay, learning_rate
-from .contest import Contest
 from .processes import Processes, shard, whole
 from .task import Task
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rac.coders.adapter import TinyCoder
 from rac.coders.rac import RAC, RACConfig
-from rac.coders.teacher import TinyCoder
 from rac.draws import Draws
 from rac.flow import TimeGrid
 from rac.objectives.rac import Coding, Memory, RACObjective, RACWeights, rac_terms

@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 import rac
 from rac.cli import VERBS
-from rac.commands.common import watched
 from rac.errors import RacError
 from rac.files import explained
 from rac.flow import RK4
+from rac.progress import watched
 
 
 def test_overview_and_version(run) -> None:  # type: ignore[no-untyped-def]
@@ -194,7 +194,7 @@ def test_long_work_is_told_off_the_terminal_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = iter(range(0, 100, 3))
-    monkeypatch.setattr("rac.commands.common.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("rac.progress.time.monotonic", lambda: next(seconds))
     assert list(watched(["a", "b"], str.upper)) == ["a", "b"]
     assert capsys.readouterr().err.splitlines() == ["1/2  A", "2/2  B"]
 

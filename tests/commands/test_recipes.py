@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import rac
+from rac.coders.adapter import TinyCoder
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.taesd import TAESD, TAESDConfig
-from rac.coders.teacher import TinyCoder
 from rac.errors import RacError, WeightsError
 from rac.fields import ConvField
 from rac.recipes import RECIPES, RACRecipe

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rac.coders.adapter import TinyCoder
 from rac.coders.rac import RAC, RACConfig
-from rac.coders.teacher import TinyCoder
 from rac.fields import Projector
 from rac.objectives.rac import Coding, rac_terms
 from rac.recipes import RECIPES

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rac.data import DataConfig, ImageStream, progress
+from rac import progress
+from rac.data import DataConfig, ImageStream
 from rac.data import tars as module
 from rac.data.files import Names, Pictures, find_pictures
 from rac.data.tars import Tar

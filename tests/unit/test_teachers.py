@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rac.coders.adapter import WEIGHTS, Adapter
+from rac.coders.adapter import WEIGHTS, Adapter, DeepCompressionCoder, TinyCoder
 from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.coders.taesd import TAESD, TAESDConfig
-from rac.coders.teacher import DeepCompressionCoder, TinyCoder, load_teacher
 from rac.errors import RacError, WeightsError
+from rac.hub import load_adapter
 from rac.latents import LatentSpec
 
 
@@ -84,7 +84,7 @@ def test_any_size_comes_back_cropped(build: Callable[[], Adapter]) -> None:
 def test_saves_and_loads_bit_for_bit(build: Callable[[], Adapter], tmp_path: Path) -> None:
     coder = build().eval()
     coder.save(tmp_path)
-    loaded = load_teacher(tmp_path)
+    loaded = load_adapter(tmp_path)
     assert type(loaded) is type(coder)
     assert loaded.spec == coder.spec
     assert not loaded.training
@@ -151,8 +151,8 @@ def test_reads_what_diffusers_wrote_and_a_pipelines_directory(tmp_path: Path) ->
     coder.network.save_pretrained(tmp_path / "vae")
     (tmp_path / "model_index.json").write_text("{}")
     image = photo(1, 3, 16, 16)
-    assert torch.equal(load_teacher(tmp_path).encode(image), coder.encode(image))
-    assert torch.equal(load_teacher(tmp_path / "vae").encode(image), coder.encode(image))
+    assert torch.equal(load_adapter(tmp_path).encode(image), coder.encode(image))
+    assert torch.equal(load_adapter(tmp_path / "vae").encode(image), coder.encode(image))
 
 
 def test_reads_attention_under_its_old_names(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_reads_attention_under_its_old_names(tmp_path: Path) -> None:
         tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / WEIGHTS)
     image = photo(1, 3, 16, 16)
-    assert torch.equal(load_teacher(tmp_path).encode(image), coder.encode(image))
+    assert torch.equal(load_adapter(tmp_path).encode(image), coder.encode(image))
 
 
 def write_pair(coder: TAESD, folder: Path, name: str) -> None:
@@ -178,12 +178,12 @@ def test_tells_the_member_of_the_taesd_family(config: TAESDConfig, tmp_path: Pat
     coder = TAESD(config)
     write_pair(coder, tmp_path, "tae")
     for source in (tmp_path, tmp_path / "tae_encoder.pth", tmp_path / "tae_decoder.pth"):
-        loaded = load_teacher(source)
+        loaded = load_adapter(source)
         assert loaded.config == coder.config
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     write_pair(coder, tmp_path, "taf")
     with pytest.raises(WeightsError, match=r"several.*tae_encoder\.pth, taf_encoder\.pth"):
-        load_teacher(tmp_path)
+        load_adapter(tmp_path)
 
 
 def cut(path: Path) -> None:
@@ -226,7 +226,7 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
 def test_broken_directories_are_refused_in_one_line(harm: Callable[[Path], None], message: str, saved: Path) -> None:
     harm(saved)
     with pytest.raises(WeightsError, match=message) as error:
-        load_teacher(saved)
+        load_adapter(saved)
     assert str(saved) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -238,7 +238,7 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
     def refused(source: Path, message: str) -> None:
         with pytest.raises(WeightsError, match=message) as error:
-            load_teacher(source)
+            load_adapter(source)
         assert "\n" not in str(error.value)
 
     cut(encoder)
@@ -265,13 +265,13 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_offline_and_unknown_names_are_refused_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=f"{name} is no directory here.*check the name") as error:
-        load_teacher(name)
+        load_adapter(name)
     assert "\n" not in str(error.value)
 
 
 def test_a_hub_name_is_loaded_from_the_snapshot(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(saved))
-    assert isinstance(load_teacher("org/name"), KLVAE)
+    assert isinstance(load_adapter("org/name"), KLVAE)
 
 
 def test_wrong_tensors_are_refused() -> None:
@@ -296,5 +296,5 @@ def test_diffusers_opens_what_is_saved(saved: Path) -> None:
     assert network.config.scaling_factor == 0.25
     assert all(
         torch.equal(a, b)
-        for a, b in zip(network.state_dict().values(), load_teacher(saved).network.state_dict().values(), strict=True)
+        for a, b in zip(network.state_dict().values(), load_adapter(saved).network.state_dict().values(), strict=True)
     )

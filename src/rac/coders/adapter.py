@@ -68,7 +68,7 @@ class Adapter(Coder):
         return (self._decode(denormalise(latent, self.spec)).to(latent.dtype) - middle) / half
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and the weights (as `dtype`, if given); `load_teacher` reads them back, to float32.
+        """Write config.json and the weights (as `dtype`, if given); `load_adapter` reads them back, to float32.
 
         Both files are complete before either takes its name. Raises `RacError` if the directory cannot be written.
         """
@@ -137,3 +137,21 @@ def _affine(pixel_range: tuple[float, float]) -> tuple[float, float]:
     """Half-width and middle of a range: pixels = image * half + middle."""
     low, high = pixel_range
     return (high - low) / 2, (high + low) / 2
+
+
+class TinyCoder(DiffusersCoder):
+    """A coder around diffusers' AutoencoderTiny, the TAESD family in diffusers' clothes ([-1, 1] outside)."""
+
+    network_class = "AutoencoderTiny"
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latents
+
+
+class DeepCompressionCoder(DiffusersCoder):
+    """A coder around diffusers' AutoencoderDC (Chen et al. 2025): factors of 32 to 128, no posterior."""
+
+    network_class = "AutoencoderDC"
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latent

@@ -23,13 +23,14 @@ from ..evaluate.protocol import PROTOCOLS, Protocol, Result
 from ..evaluate.references import Framing, References
 from ..files import make_folder, write_bytes
 from ..images import write_picture
+from ..progress import counting
 from ..recipes import Recipe
 from ..recipes.ablation import Ablation, Equal, Training, file_name
 from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
 from .ablation_pages import Showing, Strips, introduction, markdown_report, sections, summary, training_table
-from .common import counting, show, tell
+from .common import show, tell
 from .train import find_recipe
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
 from .. import hub
@@ -19,6 +17,7 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..coders.tiling import TILE, exact, tiled
 from ..errors import RacError
+from ..progress import watched
 from ..report.document import Table
 from ..runtime import pick_device
 
@@ -31,7 +30,6 @@ LARGE = 2048 * 2048
 WIDTH = 240
 """Of tables where the output is no terminal: wide enough for all of ours."""
 
-T = TypeVar("T")
 C = TypeVar("C", bound=Coder)
 
 
@@ -103,48 +101,6 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
         for failure in failures:
             print(f"  {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, None]:
-    """Give the items one by one, showing on stderr which one is in hand and how many are left.
-
-    A bar on a terminal; elsewhere a line now and then, once things take more than two seconds.
-    """
-    with _bar() as bar:
-        task, told = bar.add_task("", total=len(items)), time.monotonic()
-        for count, item in enumerate(items, 1):
-            if bar.disable and time.monotonic() - told > 2:
-                print(f"{count}/{len(items)}  {name(item)}", file=sys.stderr, flush=True)
-                told = time.monotonic()
-            bar.update(task, description=name(item))
-            yield item
-            bar.advance(task)
-
-
-class Told(Protocol):
-    """What a long task tells how far it is."""
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        """`done` of `total`, which is None where it is not known."""
-        ...
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Told]:
-    """Gives a function to be told how far a task is, which a terminal's stderr shows as `what`."""
-    with _bar() as bar:
-        task = bar.add_task(what, total=None)
-
-        def told(done: int, total: int | None = None) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield told
-
-
-def _bar() -> Progress:
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def stems(files: Sequence[Path]) -> dict[Path, str]:

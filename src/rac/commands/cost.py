@@ -18,9 +18,10 @@ from ..coders.rac import RAC
 from ..errors import RacError
 from ..evaluate.cost import CostRow, field_row, halves, reference_rows
 from ..fields import LdmFieldConfig
+from ..progress import watched
 from ..recipes import RECIPES, RACRecipe
 from ..report.document import Table
-from .common import show, watched
+from .common import show
 
 SCALES = (0.1, 0.2, 0.3, 1.0)
 """Of the SD-VAE decoder's parameters: the fields of the paper."""

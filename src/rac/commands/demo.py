@@ -17,10 +17,11 @@ from ..evaluate.reconstructions import rac_reconstructions
 from ..evaluate.reversal import Reversal, euler_errors, reversals, slope
 from ..files import make_folder, write_bytes
 from ..images import read_image, write_picture
+from ..progress import watched
 from ..report.document import Figure, Section, Table, html_report
 from ..report.pictures import curves, trajectory_strip
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, load_coder, load_teacher, need_rac, show, watched
+from .common import DEFAULT_CODER, load_coder, load_teacher, need_rac, show
 from .reconstruct import Results, comparison, means, per_image
 
 STEPS = (1, 2, 4, 8)

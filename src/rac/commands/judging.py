@@ -17,9 +17,10 @@ from ..evaluate.references import References
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import write_picture
+from ..progress import counting
 from ..report.document import Figure, html_report
 from ..runtime import pick_device
-from .common import counting, load_coder, load_teacher, show
+from .common import load_coder, load_teacher, show
 from .judging_pages import Material, introduction, sections
 
 

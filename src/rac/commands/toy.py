@@ -14,10 +14,11 @@ from torch import Tensor
 from ..files import make_folder, write_bytes
 from ..flow import Euler, TimeGrid, integrate
 from ..images import write_picture
+from ..progress import counting
 from ..recipes.toy import STEPS, ToyConfig, ToyField, ToyFigures, judge, moons, seed_state, to_latent, train
 from ..report.document import Table
 from ..runtime import generator
-from .common import counting, show, tell
+from .common import show, tell
 
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRAMES = 24

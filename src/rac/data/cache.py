@@ -29,11 +29,11 @@ from ..errors import RacError
 from ..files import make_folder, write_bytes
 from ..images import from_pixels
 from ..latents import LatentSpec
+from ..progress import counting
 from ..runtime import reproducible
 from ..storage import weights_hash
 from .config import DataConfig
 from .files import is_spelled
-from .progress import counting
 from .stream import Batch, Crops, ImageStream, InTurn, Stream, ahead, permutation
 
 PLAN = "crops.json"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import RacError
 from ..images import PICTURE_SUFFIXES
-from .progress import Told, counting
+from ..progress import ProgressFn, counting
 
 # Photographs among scikit-image's files; drawings, stereo twins and thumbnails are left out. Few pictures make a
 # poor lottery, so the ones to hold out (the first quarter) are chosen: an object, an animal, a street scene.
@@ -205,7 +205,7 @@ def is_picture(name: str) -> bool:
     return pure.suffix.lower() in PICTURE_SUFFIXES and not pure.name.startswith(".")
 
 
-def _sources(paths: Sequence[Path], told: Told) -> Iterator[Source]:
+def _sources(paths: Sequence[Path], told: ProgressFn) -> Iterator[Source]:
     total = 0
     for path in paths:
         found = _sources_in(path, partial(_beyond, told, total))
@@ -216,7 +216,7 @@ def _sources(paths: Sequence[Path], told: Told) -> Iterator[Source]:
         yield from found
 
 
-def _beyond(told: Told, before: int, done: int) -> None:
+def _beyond(told: ProgressFn, before: int, done: int) -> None:
     told(before + done)
 
 

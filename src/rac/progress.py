@@ -1,0 +1,68 @@
+"""How far a long task is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SECONDS = 5.0
+"""Between the lines of `counting` where there is no terminal; work that is done sooner goes without."""
+
+T = TypeVar("T")
+
+
+class ProgressFn(Protocol):
+    """A function that a long task calls to report how far it is."""
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Report `done` of `total`, which is None where it is not known."""
+        ...
+
+
+@contextmanager
+def counting(what: str) -> Iterator[ProgressFn]:
+    """Give a function that reports the progress of the task called `what`."""
+    shown = time.monotonic()
+    with _bar() as bar:
+        task = bar.add_task(what, total=None)
+
+        def progress(done: int, total: int | None = None) -> None:
+            nonlocal shown
+            bar.update(task, completed=done, total=total)
+            if bar.disable and time.monotonic() - shown > SECONDS:
+                shown = time.monotonic()
+                print(f"rac: {what}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+
+        yield progress
+
+
+def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, None]:
+    """Give the items one by one, showing which one is in hand and how many are left.
+
+    Without a terminal that is a line at most every two seconds.
+    """
+    with _bar() as bar:
+        task, shown = bar.add_task("", total=len(items)), time.monotonic()
+        for count, item in enumerate(items, 1):
+            if bar.disable and time.monotonic() - shown > 2:
+                print(f"{count}/{len(items)}  {name(item)}", file=sys.stderr, flush=True)
+                shown = time.monotonic()
+            bar.update(task, description=name(item))
+            yield item
+            bar.advance(task)
+
+
+def _bar() -> Progress:
+    # rich takes longer to import than most of what the library's users ask of it.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)

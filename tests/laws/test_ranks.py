@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rac.data import DataConfig, ImageStream, Stream, open_stream
-from rac.data.files import Picture
+from rac.data.pictures import Picture
 
 COUNT = 23
 """Pictures to train on: no multiple of any batch."""

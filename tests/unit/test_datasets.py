@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from rac.data import DataConfig, ImageStream, batches, open_stream
-from rac.data import datasets as module
-from rac.data.datasets import Spelling, StreamedImages
+from rac.data import stream as module
+from rac.data.datasets import Spelling
 from rac.data.files import find_pictures
+from rac.data.stream import StreamedImages
 from rac.errors import RacError
 
 datasets = pytest.importorskip("datasets", reason="needs Hugging Face's datasets")

@@ -19,7 +19,8 @@ from PIL import Image
 from rac import progress
 from rac.data import DataConfig, ImageStream
 from rac.data import tars as module
-from rac.data.files import Names, Pictures, find_pictures
+from rac.data.files import find_pictures
+from rac.data.pictures import Names, Pictures
 from rac.data.tars import Tar
 from rac.errors import RacError
 

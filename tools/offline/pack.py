@@ -31,7 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 import rac
-from rac.data.files import Picture, find_pictures
+from rac.data.files import find_pictures
+from rac.data.pictures import Picture
 from rac.errors import RacError
 from rac.images import from_pixels, read_picture
 from rac.representations.lpips import FILES, LPIPS

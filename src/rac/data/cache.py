@@ -34,7 +34,8 @@ from ..runtime import reproducible
 from ..storage import weights_hash
 from .config import DataConfig
 from .files import is_spelled
-from .stream import Batch, Crops, ImageStream, InTurn, Stream, ahead, permutation
+from .prefetch import ahead
+from .stream import Batch, Crops, ImageStream, InTurn, Stream, StreamedImages, permutation
 
 PLAN = "crops.json"
 """The file that makes a folder one of prepared crops."""
@@ -130,8 +131,6 @@ def open_stream(
 def fresh_stream(config: DataConfig, rng_seed: int = 0) -> Crops:
     """Always new crops, each a function of `rng_seed` and its number. Raises `RacError` where there are no pictures."""
     if len(config.paths) == 1 and is_spelled(config.paths[0], "hf-stream"):
-        from .datasets import StreamedImages
-
         return StreamedImages(config, rng_seed)
     return ImageStream(config, rng_seed)
 

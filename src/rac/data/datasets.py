@@ -1,4 +1,4 @@
-"""Hugging Face data sets: rows in any order from one on this machine, or one read in its own order.
+"""Hugging Face data sets: opening them, and rows in any order from one on this machine.
 
 Spelled as hf:PATH_OR_NAME, with :SPLIT and :COLUMN after it where those are not "train" and the only column of images.
 """
@@ -7,23 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 from ..errors import ImageError, RacError
-from ..runtime import generator
-from .config import DataConfig
-from .files import Names
-from .stream import Crops, draw_values, permutation, random_region
-
-WINDOW = 512
-"""Pictures of a streamed data set that are in memory together, still encoded, to be drawn from in random order."""
-_WINDOWS_KEPT = 3
-"""Threads and processes ask for neighbouring batches at about the same time."""
+from .pictures import Names
 
 
 class Spelling(NamedTuple):
@@ -50,7 +38,7 @@ class Rows:
 
     def __init__(self, rows: Any, column: str, text: str) -> None:
         self._trace = int.from_bytes(hashlib.sha256(rows._fingerprint.encode()).digest()[:6], "big")
-        self._rows = _encoded_images(rows.select_columns([column]), column)
+        self._rows = encoded_images(rows.select_columns([column]), column)
         self._column = column
         self._text = text
         self.names = Names.of(f"{index:09d}" for index in range(len(rows)))
@@ -59,8 +47,8 @@ class Rows:
     def open(cls, text: str) -> Rows:
         """Open what `text` spells. Raises `RacError`."""
         spelling = Spelling.read(text)
-        rows = _load(spelling, text, streaming=False)
-        column = _column(spelling, rows.features, text)
+        rows = load_rows(spelling, text, streaming=False)
+        column = image_column(spelling, rows.features, text)
         return cls(rows, column, text)
 
     def label(self, index: int) -> str:
@@ -73,104 +61,11 @@ class Rows:
 
     def read(self, index: int) -> bytes:
         """See `Source`."""
-        return _encoded(self._rows[index][self._column], self.label(index))
+        return encoded(self._rows[index][self._column], self.label(index))
 
 
-@dataclass(frozen=True)
-class _Row:
-    label: str
-    value: Any
-
-    def read(self) -> bytes:
-        return _encoded(self.value, self.label)
-
-
-class StreamedImages(Crops):
-    """Random crops of a data set that is read from its beginning on, for what is too large to be fetched.
-
-    The first readable rows are held out. The others are drawn in random order within windows of `WINDOW` rows; when
-    the last row was read, the next epoch begins. Crop n is a function of (rng_seed, n) and of the rows, so resuming
-    stores nothing: rows before it are read, at most one epoch of them, and dropped without being decoded. That it
-    resumes exactly hangs on the data set: its rows must come in the same order every time. Each process reads all
-    rows, and decodes its own. Raises `RacError` for a data set that cannot be read, or is too small.
-    """
-
-    def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
-        super().__init__(config, rng_seed)
-        self._text = str(config.paths[0])
-        spelling = Spelling.read(self._text)
-        rows = _load(spelling, self._text, streaming=True)
-        features: dict[str, Any] = rows.features or next(iter(rows), {})
-        column = _column(spelling, features, self._text)
-        self._rows = _encoded_images(rows.select_columns([column]), column)
-        self._column = column
-        self._total: int | None = None
-        """Rows of the data set, once all were read."""
-        self._skip = self._hold_out(self._read(0), config.held_out)
-        self._lock = Lock()
-        self._windows: dict[int, list[_Row]] = {}
-        self._seek(0)
-        self._window(0)
-
-    def crop(self, draw: int) -> Any:
-        """Crop number `draw`, as pixels: size size 3. Waits for the data set's next window, where that is needed."""
-        number, place = divmod(draw, WINDOW)
-        window = self._window(number)
-        order = permutation(len(window), self.rng_seed, number)
-        pictures = (window[int(order[(place + offset) % len(window)])] for offset in range(len(window)))
-        values = draw_values(generator(self.rng_seed, "crop", draw))
-        return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
-
-    def _window(self, number: int) -> list[_Row]:
-        """Rows `WINDOW` x `number` and on of all epochs, laid end to end."""
-        with self._lock:
-            if number not in self._windows and number < self._next:
-                self._seek(0)
-            while number not in self._windows:
-                if self._total is not None and number > self._next:
-                    self._seek(number)
-                self._windows[self._next] = self._take(WINDOW)
-                self._next += 1
-                # The first one stays: whoever fits statistics of training images comes back to it.
-                for old in sorted(self._windows)[1:-_WINDOWS_KEPT]:
-                    if old != number:
-                        del self._windows[old]
-            return self._windows[number]
-
-    def _seek(self, number: int) -> None:
-        """Make window `number` the next one to be read; 0, unless the data set was read to its end before."""
-        start = number * WINDOW % (self._total - self._skip) if self._total else 0
-        self._reading, self._next = self._read(self._skip + start), number
-
-    def _take(self, count: int) -> list[_Row]:
-        """The next rows, from the beginning again after the last."""
-        found = list(islice(self._reading, count))
-        while len(found) < count:
-            self._reading = self._read(self._skip)
-            more = list(islice(self._reading, count - len(found)))
-            if not more:
-                raise RacError(f"{self._text} has only {self._skip} rows, which are held out; give more")
-            found += more
-        return found
-
-    def _read(self, first: int) -> Iterator[_Row]:
-        """Rows `first` and on, to the last."""
-        rows, index = iter(self._rows), -1
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # what a server, a file or a loading script can do
-                raise _unreadable(self._text, error) from error
-            if row is None:
-                self._total = index + 1
-                return
-            index += 1
-            if index >= first:
-                yield _Row(f"row {index} of {self._text}", row[self._column])
-
-
-def _load(spelling: Spelling, text: str, streaming: bool) -> Any:
-    """The split that is spelled; its images may be of any column."""
+def load_rows(spelling: Spelling, text: str, streaming: bool) -> Any:
+    """The split that is spelled; its images may be of any column. Raises `RacError`."""
     try:
         import datasets
     except ImportError:
@@ -192,15 +87,17 @@ def _load(spelling: Spelling, text: str, streaming: bool) -> Any:
     except RacError:
         raise
     except Exception as error:  # a loader fails in many ways, all with the same mend
-        raise _unreadable(text, error) from error
+        raise unreadable(text, error) from error
 
 
-def _unreadable(text: str, error: Exception) -> RacError:
+def unreadable(text: str, error: Exception) -> RacError:
+    """The error to raise where the data set `text` fails with `error`."""
     reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return RacError(f"{text} cannot be read ({reason}); check the path or name, the split, and the connection")
 
 
-def _column(spelling: Spelling, features: Any, text: str) -> str:
+def image_column(spelling: Spelling, features: Any, text: str) -> str:
+    """The name of the column that holds the images. Raises `RacError` where that is not clear."""
     from datasets import Image
 
     if spelling.column is not None:
@@ -214,7 +111,7 @@ def _column(spelling: Spelling, features: Any, text: str) -> str:
     return found[0]
 
 
-def _encoded_images(rows: Any, column: str) -> Any:
+def encoded_images(rows: Any, column: str) -> Any:
     """The same rows, images left as they were encoded."""
     from datasets import Image
 
@@ -222,7 +119,8 @@ def _encoded_images(rows: Any, column: str) -> Any:
     return rows.cast_column(column, Image(decode=False)) if decoded else rows
 
 
-def _encoded(value: Any, label: str) -> bytes:
+def encoded(value: Any, label: str) -> bytes:
+    """The encoded bytes of one value of an image column. Raises `ImageError` naming `label` where it has none."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, dict) and value.get("bytes") is not None:

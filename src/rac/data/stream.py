@@ -6,16 +6,14 @@ Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on aft
 from __future__ import annotations
 
 import io
-import time
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from queue import SimpleQueue
-from threading import Thread
-from typing import NamedTuple, Protocol, TypeVar
+from itertools import islice
+from threading import Lock
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +25,10 @@ from ..errors import ImageError, RacError
 from ..images import from_pixels, read_picture, upright_size
 from ..runtime import generator
 from .config import DataConfig
-from .files import Picture, find_pictures
+from .datasets import Spelling, encoded, encoded_images, image_column, load_rows, unreadable
+from .files import find_pictures
+from .pictures import Picture
+from .prefetch import ahead
 
 T = TypeVar("T")
 
@@ -215,6 +216,107 @@ class ImageStream(Crops):
         return self._cut_first(pictures, centre_region)
 
 
+WINDOW = 512
+"""Pictures of a streamed data set that are in memory together, still encoded, to be drawn from in random order."""
+
+
+_WINDOWS_KEPT = 3
+"""Threads and processes ask for neighbouring batches at about the same time."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    value: Any
+
+    def read(self) -> bytes:
+        return encoded(self.value, self.label)
+
+
+class StreamedImages(Crops):
+    """Random crops of a data set that is read from its beginning on, for what is too large to be fetched.
+
+    The first readable rows are held out. The others are drawn in random order within windows of `WINDOW` rows; when
+    the last row was read, the next epoch begins. Crop n is a function of (rng_seed, n) and of the rows, so resuming
+    stores nothing: rows before it are read, at most one epoch of them, and dropped without being decoded. That it
+    resumes exactly hangs on the data set: its rows must come in the same order every time. Each process reads all
+    rows, and decodes its own. Raises `RacError` for a data set that cannot be read, or is too small.
+    """
+
+    def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
+        super().__init__(config, rng_seed)
+        self._text = str(config.paths[0])
+        spelling = Spelling.read(self._text)
+        rows = load_rows(spelling, self._text, streaming=True)
+        features: dict[str, Any] = rows.features or next(iter(rows), {})
+        column = image_column(spelling, features, self._text)
+        self._rows = encoded_images(rows.select_columns([column]), column)
+        self._column = column
+        self._total: int | None = None
+        """Rows of the data set, once all were read."""
+        self._skip = self._hold_out(self._read(0), config.held_out)
+        self._lock = Lock()
+        self._windows: dict[int, list[_Row]] = {}
+        self._seek(0)
+        self._window(0)
+
+    def crop(self, draw: int) -> Any:
+        """Crop number `draw`, as pixels: size size 3. Waits for the data set's next window, where that is needed."""
+        number, place = divmod(draw, WINDOW)
+        window = self._window(number)
+        order = permutation(len(window), self.rng_seed, number)
+        pictures = (window[int(order[(place + offset) % len(window)])] for offset in range(len(window)))
+        values = draw_values(generator(self.rng_seed, "crop", draw))
+        return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
+
+    def _window(self, number: int) -> list[_Row]:
+        """Rows `WINDOW` x `number` and on of all epochs, laid end to end."""
+        with self._lock:
+            if number not in self._windows and number < self._next:
+                self._seek(0)
+            while number not in self._windows:
+                if self._total is not None and number > self._next:
+                    self._seek(number)
+                self._windows[self._next] = self._take(WINDOW)
+                self._next += 1
+                # The first one stays: whoever fits statistics of training images comes back to it.
+                for old in sorted(self._windows)[1:-_WINDOWS_KEPT]:
+                    if old != number:
+                        del self._windows[old]
+            return self._windows[number]
+
+    def _seek(self, number: int) -> None:
+        """Make window `number` the next one to be read; 0, unless the data set was read to its end before."""
+        start = number * WINDOW % (self._total - self._skip) if self._total else 0
+        self._reading, self._next = self._read(self._skip + start), number
+
+    def _take(self, count: int) -> list[_Row]:
+        """The next rows, from the beginning again after the last."""
+        found = list(islice(self._reading, count))
+        while len(found) < count:
+            self._reading = self._read(self._skip)
+            more = list(islice(self._reading, count - len(found)))
+            if not more:
+                raise RacError(f"{self._text} has only {self._skip} rows, which are held out; give more")
+            found += more
+        return found
+
+    def _read(self, first: int) -> Iterator[_Row]:
+        """Rows `first` and on, to the last."""
+        rows, index = iter(self._rows), -1
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # what a server, a file or a loading script can do
+                raise unreadable(self._text, error) from error
+            if row is None:
+                self._total = index + 1
+                return
+            index += 1
+            if index >= first:
+                yield _Row(f"row {index} of {self._text}", row[self._column])
+
+
 class InTurn:
     """Streams that take turns, `size` draws each, so that a batch of that size, or a part of it, comes from one.
 
@@ -316,65 +418,3 @@ def batches(
     return ahead(
         lambda iteration: stream.batch(iteration * size + start, stop - start), range(first, last), workers, patience
     )
-
-
-def ahead(
-    work: Callable[[int], T], items: Iterable[int], workers: int, patience: float = 600.0
-) -> Generator[T, None, None]:
-    """What `work` makes of each item, in order, made ahead by `workers` threads (0: none); a few wait at a time.
-
-    Threads, not processes: decoding and resampling run outside Python's lock. Raises whatever `work` raises, and
-    `RacError` if a thread ends or none of them delivers for `patience` seconds.
-    """
-    if workers == 0:
-        yield from map(work, items)
-        return
-    jobs: SimpleQueue[tuple[int, Future[T]] | None] = SimpleQueue()
-
-    def serve() -> None:
-        while (job := jobs.get()) is not None:
-            item, future = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work(item))
-            except Exception as error:
-                future.set_exception(error)
-            except BaseException as error:  # such as SystemExit, which would end the run as if all were well
-                future.set_exception(RacError(f"a thread that reads images was ended by {error!r}"))
-
-    # Not a thread pool: leaving it, and leaving Python, would wait for a thread that hangs.
-    threads = [Thread(target=serve, name=f"rac-data-{k}", daemon=True) for k in range(workers)]
-    waiting: deque[Future[T]] = deque()
-    try:
-        for thread in threads:
-            thread.start()
-        for item in items:
-            waiting.append(Future())
-            jobs.put((item, waiting[-1]))
-            if len(waiting) > workers + 1:
-                yield _awaited(waiting.popleft(), patience)
-        while waiting:
-            yield _awaited(waiting.popleft(), patience)
-    finally:
-        for future in waiting:
-            future.cancel()
-        until = time.monotonic() + _GOODBYE
-        for _ in threads:
-            jobs.put(None)
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, until - time.monotonic()))
-
-
-_GOODBYE = 2.0
-"""Seconds that reading threads have to finish what they are at."""
-
-
-def _awaited(future: Future[T], patience: float) -> T:
-    if not wait([future], timeout=patience).done:
-        raise RacError(
-            f"no images came for {patience:.0f} seconds; the disk or the network that they are on hangs, "
-            "or reading is slower than that: raise patience_minutes"
-        )
-    return future.result()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RacError
 from ..files import make_folder, write_bytes
-from .files import Names, is_picture
+from .pictures import Names, is_picture
 
 WORTH_KEEPING = 1_000
 """Pictures from which on an index is kept: fewer are found again at once."""

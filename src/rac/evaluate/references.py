@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..data.files import Picture, find_pictures
+from ..data.files import find_pictures
+from ..data.pictures import Picture
 from ..errors import RacError
 from ..images import from_pixels, read_picture, to_pixels
 from ..representations import Extractor, Features, extract

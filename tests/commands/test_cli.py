@@ -113,7 +113,7 @@ def test_reconstruct(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:
     for row in rows:
         assert row["coder"] in ran.out
     coder, image = rac.load(coder_dir), rac.read_image(photo)
-    from rac.evaluate.metrics import psnr, ssim
+    from rac.evaluate.image_metrics import psnr, ssim
 
     made = coder.reconstruct(image, steps=3)
     assert float(rows[2]["psnr"]) == pytest.approx(float(psnr(made, image)), abs=1e-4)

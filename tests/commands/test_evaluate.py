@@ -12,8 +12,10 @@ from PIL import Image
 
 import rac
 from rac.config import to_json
-from rac.evaluate.protocol import Protocol, Result, evaluate
-from rac.evaluate.references import Framing, References
+from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.protocol import Protocol
+from rac.evaluate.reconstruction import evaluate
+from rac.evaluate.result import Result
 
 TINY = Protocol("tiny", Framing(24, "centre"), figures=("psnr", "ssim"))
 

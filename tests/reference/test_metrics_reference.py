@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from rac.evaluate.distances import Gaussian, frechet, inception_score, kernel_distance, precision_recall
-from rac.evaluate.metrics import ms_ssim, psnr, ssim
+from rac.evaluate.image_metrics import ms_ssim, psnr, ssim
+from rac.evaluate.image_sets import Framing, References
 from rac.evaluate.protocol import PROTOCOLS
-from rac.evaluate.references import Framing, References
+from rac.evaluate.set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall
 from rac.images import from_pixels, read_picture, to_pixels
 from rac.representations import Extractor, Features, extract, load_extractor
 from rac.representations.lpips import FILES, LPIPS, Backbone

@@ -20,8 +20,9 @@ from rac.evaluate.comparison import (
     short_name,
 )
 from rac.evaluate.cost import count, parameters
-from rac.evaluate.protocol import Protocol, evaluate
-from rac.evaluate.references import Framing, References
+from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.protocol import Protocol
+from rac.evaluate.reconstruction import evaluate
 from rac.report.document import Table
 
 PROTOCOL = Protocol("tiny", Framing(16, "centre"), figures=("psnr",), steps=3)
@@ -75,7 +76,7 @@ def test_entrants_reconstruct_as_they_are_judged(make_rac, images) -> None:  # t
     worst, best = extremes(result, 2)
     assert sorted([*worst, *best]) == [0, 1, 2, 3]
     image = pick(references, worst[:1])[worst[0]]
-    from rac.evaluate.metrics import psnr
+    from rac.evaluate.image_metrics import psnr
 
     lowest = min(result.per_image["psnr"])
     assert float(psnr(entrant.reconstruct(image), image)) == pytest.approx(lowest, abs=1e-4)

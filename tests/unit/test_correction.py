@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rac.coders.klvae import KLVAEConfig
-from rac.evaluate.correction import correction_curve, moved_latents
-from rac.evaluate.judges import Judges
-from rac.evaluate.metrics import psnr
-from rac.evaluate.references import References
+from rac.evaluate.image_metrics import psnr
+from rac.evaluate.image_sets import References
+from rac.evaluate.robustness import correction_curve, moved_latents
+from rac.evaluate.suite import Judges
 
 
 @pytest.fixture(scope="module")

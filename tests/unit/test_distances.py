@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rac import RacError
-from rac.evaluate.distances import Gaussian, frechet, inception_score, kernel_distance, precision_recall
+from rac.evaluate.set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall
 
 
 def features(count: int, width: int, rng_seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -145,7 +145,7 @@ def test_order_and_chunks_do_not_matter(monkeypatch) -> None:
 
     expected = all_of(one, other)
     assert all_of(one.flip(0), other.roll(7, 0)) == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr("rac.evaluate.distances.CHUNK", 7)
+    monkeypatch.setattr("rac.evaluate.set_metrics.CHUNK", 7)
     assert all_of(one, other) == pytest.approx(expected, rel=1e-9)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac import RacError, WeightsError
-from rac.evaluate.judges import set_figures
+from rac.evaluate.suite import set_figures
 from rac.representations import extract, figure_name, load_extractor
 from rac.representations.inception import (
     CLASSES,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rac import RacError
-from rac.evaluate.latents import LatentAgreement, state_round_trip
+from rac.evaluate.latent_metrics import LatentAgreement, state_round_trip
 from rac.flow import Midpoint, TimeGrid
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from rac import RacError, WeightsError
-from rac.evaluate.judges import SHORTEST_SIDE
+from rac.evaluate.suite import SHORTEST_SIDE
 from rac.representations.lpips import FILES, LPIPS, Backbone
 
 BACKBONES: list[Backbone] = ["alex", "vgg16"]

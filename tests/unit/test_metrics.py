@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rac import RacError
-from rac.evaluate.metrics import psnr, ssim
+from rac.evaluate.image_metrics import psnr, ssim
 
 
 def pair(height: int = 24, width: int = 33, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from rac import RacError
 from rac.coders.klvae import KLVAEConfig
-from rac.evaluate.judges import Judges
-from rac.evaluate.metrics import psnr
-from rac.evaluate.protocol import PROTOCOLS, Protocol, Result, evaluate
-from rac.evaluate.references import Framing, References
+from rac.evaluate.image_metrics import psnr
+from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.protocol import PROTOCOLS, Protocol
+from rac.evaluate.reconstruction import evaluate
+from rac.evaluate.result import Result
+from rac.evaluate.suite import Judges
 from rac.images import from_pixels, to_pixels, write_image
 from rac.representations import Features
 
@@ -99,7 +101,7 @@ def test_batches_keep_order_and_never_mix_sizes(folder: Path) -> None:
 
 def test_large_sets_are_read_again(folder: Path, monkeypatch) -> None:
     kept = References.read([folder], PIXELS.framing)
-    monkeypatch.setattr("rac.evaluate.references.KEEP_MB", 0)
+    monkeypatch.setattr("rac.evaluate.image_sets.KEEP_MB", 0)
     again = References.read([folder], PIXELS.framing)
     assert again.hash == kept.hash
     for one, other in zip(kept.batches(7), again.batches(7), strict=True):

@@ -15,8 +15,8 @@ import torch
 import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.errors import RacError
-from rac.evaluate.correction import correction_curve
-from rac.evaluate.reconstructions import rac_reconstructions
+from rac.evaluate.one_image import rac_reconstructions
+from rac.evaluate.robustness import correction_curve
 from rac.serve.figures import MOVED_STEPS, Loaded, decode_moved, reconstruct
 from rac.serve.guard import Limits
 from rac.serve.page import build, free_port, serving
@@ -45,8 +45,8 @@ def test_the_figures_are_those_of_evaluate(loaded: Loaded, images, steps: int) -
 
 
 def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images) -> None:  # type: ignore[no-untyped-def]
-    from rac.evaluate.judges import Judges
-    from rac.evaluate.references import Batch
+    from rac.evaluate.image_sets import Batch
+    from rac.evaluate.suite import Judges
 
     class One:
         """References of one image called "picture"."""

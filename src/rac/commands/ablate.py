@@ -18,9 +18,10 @@ from ..config import spelled, to_json
 from ..data import held_out_images
 from ..errors import RacError
 from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrants, judge
-from ..evaluate.judges import Judges
-from ..evaluate.protocol import PROTOCOLS, Protocol, Result
-from ..evaluate.references import Framing, References
+from ..evaluate.image_sets import Framing, References
+from ..evaluate.protocol import PROTOCOLS, Protocol
+from ..evaluate.result import Result
+from ..evaluate.suite import Judges
 from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..progress import counting

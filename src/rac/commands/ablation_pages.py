@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluate.comparison import Comparison, Entrant, figure_text, lower_is_better
-from ..evaluate.metrics import psnr
-from ..evaluate.references import References
+from ..evaluate.image_metrics import psnr
+from ..evaluate.image_sets import References
 from ..images import from_pixels, to_pixels
 from ..recipes.ablation import Ablation, Training
 from ..report.document import Figure, Section, Table

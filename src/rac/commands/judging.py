@@ -10,10 +10,12 @@ from ..coders.protocol import Coder
 from ..config import from_json, read_json
 from ..errors import RacError
 from ..evaluate.comparison import Comparison, Entrant, LatentSource, entrants, file_name, judge, short_name
-from ..evaluate.correction import CorrectionCurve, correction_curve
-from ..evaluate.judges import IMAGE_FIGURES, Judges
-from ..evaluate.protocol import PROTOCOLS, Protocol, Result
-from ..evaluate.references import References
+from ..evaluate.comparison_report import Material, introduction, sections
+from ..evaluate.image_sets import References
+from ..evaluate.protocol import PROTOCOLS, Protocol
+from ..evaluate.result import Result
+from ..evaluate.robustness import CorrectionCurve, correction_curve
+from ..evaluate.suite import IMAGE_FIGURES, Judges
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import write_picture
@@ -21,7 +23,6 @@ from ..progress import counting
 from ..report.document import Figure, html_report
 from ..runtime import pick_device
 from .common import load_coder, load_teacher, show
-from .judging_pages import Material, introduction, sections
 
 
 @dataclass(frozen=True)

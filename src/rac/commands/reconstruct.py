@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,20 +14,22 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
-from ..evaluate.reconstructions import Reconstruction, coder_reconstruction, rac_reconstructions
+from ..evaluate.one_image import (
+    Reconstruction,
+    Results,
+    coder_reconstruction,
+    comparison,
+    means,
+    per_image,
+    rac_reconstructions,
+)
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
 from ..images import image_files, read_image, write_picture
-from ..report.document import Table
-from ..report.pictures import Panel, strip, trajectory_strip
+from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
 from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
-
-COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
-
-Results = dict[str, list[Reconstruction]]
-"""For each image's name, what each coder made of it."""
 
 
 @dataclass(frozen=True)
@@ -102,43 +102,6 @@ class Command:
         steps, solver = max(self.steps), SOLVERS[self.solver]
         flow = coder.trajectory(coder.encode(image, steps, solver), steps, solver)
         return trajectory_strip(flow, (image.shape[-2], image.shape[-1]), title)
-
-
-def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Image.Image:
-    """A strip of the original and what was made of it, PSNR and SSIM below; from its own latents only."""
-    panels = [Panel(image, "original")]
-    for one in made:
-        if not one.from_teacher:
-            panels.append(Panel(one.image, one.name, f"{one.psnr:.2f} dB · SSIM {_three(one.ssim)}"))
-    return strip(panels, title)
-
-
-def per_image(results: Results) -> Table:
-    """Every figure, unrounded, one row per image and coder: for programs."""
-    rows = [
-        (name, one.name, repr(one.psnr), repr(one.ssim), str(one.evaluations), str(one.macs))
-        for name, made in results.items()
-        for one in made
-    ]
-    return Table(("image", "coder", "psnr", "ssim", "evaluations", "macs"), tuple(rows))
-
-
-def means(results: Results) -> Table:
-    """The mean over images, one row per coder: for people."""
-    rows = []
-    for same in zip(*results.values(), strict=True):
-        psnr, ssim = _mean([one.psnr for one in same]), _mean([one.ssim for one in same])
-        gmacs = _mean([one.macs / 1e9 for one in same])
-        rows.append((same[0].name, f"{psnr:.2f}", _three(ssim), str(same[0].evaluations), f"{gmacs:.3g}"))
-    return Table(COLUMNS, tuple(rows))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _three(ssim: float) -> str:
-    return "-" if math.isnan(ssim) else f"{ssim:.3f}"
 
 
 def _images(number: int) -> str:

@@ -21,11 +21,13 @@ from ..flow import Solver, TimeGrid
 from ..flow.solvers import SOLVERS
 from ..images import crop
 from ..report.document import Table
-from .correction import CorrectionCurve
 from .cost import MacCounter, parameters
-from .judges import LATENT_FIGURES, Judges
-from .protocol import Protocol, Result, evaluate
-from .references import References
+from .image_sets import References
+from .protocol import Protocol
+from .reconstruction import evaluate
+from .result import Result
+from .robustness import CorrectionCurve
+from .suite import LATENT_FIGURES, Judges
 
 LatentSource = Literal["own", "teacher"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
-from ..evaluate.correction import moved_latents
 from ..evaluate.cost import MacCounter
-from ..evaluate.metrics import psnr, ssim
-from ..evaluate.references import Batch
+from ..evaluate.image_metrics import psnr, ssim
+from ..evaluate.image_sets import Batch
+from ..evaluate.robustness import moved_latents
 from ..flow import Trajectory
 from ..images import crop
 from ..runtime import reproducible

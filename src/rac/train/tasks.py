@@ -16,8 +16,9 @@ from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
 from ..errors import RacError
-from ..evaluate.protocol import Protocol, evaluate
-from ..evaluate.references import Framing, References
+from ..evaluate.image_sets import Framing, References
+from ..evaluate.protocol import Protocol
+from ..evaluate.reconstruction import evaluate
 from ..images import from_pixels
 from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms

@@ -16,16 +16,9 @@ from ..representations import Extractor, ExtractorName, Features, figure_name, l
 from ..representations.lpips import FILES, LPIPS, Backbone
 from ..representations.weight_files import find_weights
 from ..runtime import reproducible
-from .distances import (
-    Gaussian,
-    frechet,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-    require_more_images,
-)
-from .metrics import MS_SSIM_SIDE, SSIM_WINDOW, ms_ssim, psnr, ssim
-from .references import References
+from .image_metrics import MS_SSIM_SIDE, SSIM_WINDOW, ms_ssim, psnr, ssim
+from .image_sets import References
+from .set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall, require_more_images
 
 ImageFigure = Literal["psnr", "ssim", "ms-ssim", "lpips-alex", "lpips-vgg16"]
 """One value per image, of which the mean is reported under the same name."""

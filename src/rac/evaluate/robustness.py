@@ -17,8 +17,8 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..images import crop
 from ..runtime import generator, reproducible
-from .judges import IMAGE_FIGURES, Judges
-from .references import Batch, References
+from .image_sets import Batch, References
+from .suite import IMAGE_FIGURES, Judges
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Of the noise; a latent's own standard deviation is about 1."""

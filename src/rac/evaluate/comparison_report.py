@@ -16,7 +16,12 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data.files import find_pictures
-from ..evaluate.comparison import (
+from ..flow import Trajectory
+from ..images import crop, from_pixels, read_picture
+from ..report.document import Figure, Section, Table
+from ..report.pictures import Panel, scale_bar, sheet, strip
+from ..report.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
+from .comparison import (
     Comparison,
     Entrant,
     Row,
@@ -29,16 +34,11 @@ from ..evaluate.comparison import (
     quality,
     short_name,
 )
-from ..evaluate.correction import CorrectionCurve, moved_latents
-from ..evaluate.metrics import psnr
-from ..evaluate.principal import PrincipalAxes, latent_axes, latent_colours
-from ..evaluate.protocol import Result
-from ..evaluate.references import Batch, Framing, References
-from ..flow import Trajectory
-from ..images import crop, from_pixels, read_picture
-from ..report.document import Figure, Section, Table
-from ..report.pictures import Panel, scale_bar, sheet, strip
-from ..report.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
+from .image_metrics import psnr
+from .image_sets import Batch, Framing, References
+from .principal import PrincipalAxes, latent_axes, latent_colours
+from .result import Result
+from .robustness import CorrectionCurve, moved_latents
 
 EXTREMES = 3
 """Images shown of the worst, and of the best."""

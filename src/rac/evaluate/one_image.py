@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..flow import Solver
 from ..images import crop
+from ..report.document import Table
+from ..report.pictures import Panel, strip
 from ..states import image_of
 from .cost import MacCounter
-from .metrics import psnr, ssim
+from .image_metrics import psnr, ssim
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Reconstruction:
     """Multiply-accumulates of all of these together, at this size."""
     from_teacher: bool = False
     """Whether it was decoded from the teacher's latent, and not from the coder's own."""
+
+
+COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
+
+Results = dict[str, list[Reconstruction]]
+"""For each image's name, what each coder made of it."""
 
 
 def rac_reconstructions(
@@ -83,3 +93,40 @@ def _measured(name: str, image: Tensor, run: Callable[[], tuple[Tensor, int]]) -
 
 def _steps(number: int) -> str:
     return f"{number} step" if number == 1 else f"{number} steps"
+
+
+def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Image.Image:
+    """A strip of the original and what was made of it, PSNR and SSIM below; from its own latents only."""
+    panels = [Panel(image, "original")]
+    for one in made:
+        if not one.from_teacher:
+            panels.append(Panel(one.image, one.name, f"{one.psnr:.2f} dB · SSIM {_three(one.ssim)}"))
+    return strip(panels, title)
+
+
+def per_image(results: Results) -> Table:
+    """Every figure, unrounded, one row per image and coder: for programs."""
+    rows = [
+        (name, one.name, repr(one.psnr), repr(one.ssim), str(one.evaluations), str(one.macs))
+        for name, made in results.items()
+        for one in made
+    ]
+    return Table(("image", "coder", "psnr", "ssim", "evaluations", "macs"), tuple(rows))
+
+
+def means(results: Results) -> Table:
+    """The mean over images, one row per coder: for people."""
+    rows = []
+    for same in zip(*results.values(), strict=True):
+        psnr, ssim = _mean([one.psnr for one in same]), _mean([one.ssim for one in same])
+        gmacs = _mean([one.macs / 1e9 for one in same])
+        rows.append((same[0].name, f"{psnr:.2f}", _three(ssim), str(same[0].evaluations), f"{gmacs:.3g}"))
+    return Table(COLUMNS, tuple(rows))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _three(ssim: float) -> str:
+    return "-" if math.isnan(ssim) else f"{ssim:.3f}"

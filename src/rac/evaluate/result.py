@@ -1,0 +1,86 @@
+"""What an evaluation gives: the figures, and all one needs to get them again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..config import from_json, read_json, spelled, to_json
+from ..files import write_bytes
+from .protocol import Protocol
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """Which images a result is about."""
+
+    name: str
+    count: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out, and all one needs to get it again. Written and read as JSON."""
+
+    coder: str
+    """As it was named."""
+    coder_hash: str
+    """Of its weights."""
+    protocol: Protocol
+    steps: int | None
+    """Of each way; None for a coder without a flow."""
+    reference: ReferenceRecord
+    figures: dict[str, float]
+    """The name of a set figure says what features it is made of: only `rFID` is an FID."""
+    images_per_second: float
+    """Through the coder, there and back, in this run on this machine."""
+    per_channel: dict[str, tuple[float, ...]]
+    """Of the latents."""
+    per_image: dict[str, tuple[float, ...]]
+    """Image figures, in the order of `images`."""
+    images: tuple[str, ...]
+    judges: dict[str, str]
+    """Weight files of the metrics, and the SHA-256 of each."""
+    versions: dict[str, str]
+    command: str
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all; infinite and undefined values as strings. Raises `RacError`."""
+        text = json.dumps(spelled(to_json(self)), indent=2, allow_nan=False)
+        write_bytes(path, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read what `save` wrote. Raises `RacError`."""
+        data = read_json(Path(path))
+        if isinstance(data, dict):
+            data |= {key: _unspelled(data.get(key)) for key in ("figures", "per_channel", "per_image")}
+        return from_json(cls, data, str(path))
+
+
+def versions() -> dict[str, str]:
+    """Of what figures may depend on."""
+    from .. import __version__
+
+    packages = {package: metadata.version(package) for package in ("torch", "torchmetrics", "numpy", "pillow")}
+    return {"rac": __version__, "python": platform.python_version(), **packages}
+
+
+def command_line() -> str:
+    """What was typed to start this program, without the folder it lies in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _unspelled(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _unspelled(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_unspelled(value) for value in data]
+    return float(data) if data in ("inf", "-inf", "nan") else data

@@ -10,10 +10,11 @@ import pytest
 
 import rac
 from rac.errors import RacError
+from rac.experiments import ablation
+from rac.experiments.ablation import Ablation, Budget, Training
+from rac.experiments.sweep import Axis, changed, read_axis, variants
 from rac.objectives.rac import RACObjective
-from rac.recipes import RECIPES, RACRecipe, ablation
-from rac.recipes.ablation import Ablation, Budget, Training
-from rac.recipes.vary import Axis, changed, read_axis, variants
+from rac.recipes import RECIPES, RACRecipe
 from rac.train import log
 
 NANO = RECIPES["nano"][1]

@@ -12,7 +12,7 @@ import torch
 import rac
 from rac.commands import bench
 from rac.evaluate.cost import count
-from rac.train.speed import Setting, Speed, best_convolution, coding_speeds
+from rac.experiments.speed import Setting, Speed, best_convolution, coding_speeds
 
 QUICK = ("--size", 16, "--batch", 2, "--seconds", 0, "--device", "cpu", "--threads", 1)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rac.recipes import toy
+from rac.experiments import toy
 
 
 def test_toy(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("rac.commands.toy.FRAMES", 2)
+    monkeypatch.setattr("rac.experiments.toy_report.FRAMES", 2)
     ran = run("toy", "--out", tmp_path / "toy", "--iterations", 3)
     assert ran.code == 0, ran
     assert sorted(os.listdir(tmp_path / "toy")) == ["errors.png", "figures.csv", "film.gif", "flow.png", "paths.png"]

@@ -18,13 +18,13 @@ from training_toy import contents
 import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.commands import ablate as verb
-from rac.commands import ablation_pages
 from rac.commands.ablate import Options, ablate
 from rac.data import Batch, CachedStream
 from rac.errors import RacError
+from rac.experiments import ablation, ablation_report
+from rac.experiments.ablation import Ablation
 from rac.fields import TinyFieldConfig
-from rac.recipes import RECIPES, RACRecipe, ablation
-from rac.recipes.ablation import Ablation
+from rac.recipes import RECIPES, RACRecipe
 from rac.recipes.shelf import in_seconds
 from rac.train import log
 
@@ -37,7 +37,7 @@ def _brief() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "draw_curves", lambda records: b"")
         patch.setattr(ablation, "TRIAL", 2)
-        patch.setattr(ablation_pages, "line_panels", lambda panels, label: Image.new("RGB", (8, 8)))
+        patch.setattr(ablation_report, "line_panels", lambda panels, label: Image.new("RGB", (8, 8)))
         yield
 
 

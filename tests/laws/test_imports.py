@@ -43,11 +43,12 @@ MAY_IMPORT = {
     "evaluate": TRAINING,
     "train": {*TRAINING, "evaluate"},
     "recipes": {*TRAINING, "train", "evaluate"},
+    "experiments": {*TRAINING, "train", "evaluate", "recipes"},
     # Other people's formats, and the page: only the verbs know of them.
     "integrations": {*CODERS, "coders", "hub"},
     "serve": {*TRAINING, "evaluate"},
     # The verbs of the command line, and the line itself.
-    "commands": {*TRAINING, "train", "evaluate", "recipes", "integrations", "serve"},
+    "commands": {*TRAINING, "train", "evaluate", "recipes", "experiments", "integrations", "serve"},
     "cli": {*TRAINING, "train", "evaluate", "recipes", "commands"},
     "__main__": {"cli"},
 }

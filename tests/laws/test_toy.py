@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rac.errors import RacError
+from rac.experiments.toy import ToyConfig, judge, moons, seed_state, to_latent, train
 from rac.flow import Euler, FixedPoint, ReversibleHeun, TimeGrid, integrate
-from rac.recipes.toy import ToyConfig, judge, moons, seed_state, to_latent, train
 from rac.runtime import generator
 
 CONFIG = ToyConfig(iterations=1_000, batch=256, width=64, lr=4e-3)
@@ -36,7 +36,7 @@ def test_a_seed_state_holds_its_latent(point, noise) -> None:  # type: ignore[no
 
 
 def test_the_flow_begins_as_the_identity(point) -> None:  # type: ignore[no-untyped-def]
-    from rac.recipes.toy import ToyField
+    from rac.experiments.toy import ToyField
 
     field = ToyField(0.5, 16)
     assert torch.equal(integrate(field, point, TimeGrid.uniform(3)).end, point)

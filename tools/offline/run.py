@@ -165,9 +165,9 @@ def train(options: argparse.Namespace) -> int:
 def chosen(options: argparse.Namespace) -> Any:
     """The stage's recipe on the packed pictures."""
     from rac.errors import RacError
+    from rac.experiments.sweep import changed, read_setting
     from rac.recipes import RECIPES
     from rac.recipes.shelf import in_seconds
-    from rac.recipes.vary import changed, read_setting
 
     stage = STAGES[options.stage]
     recipe = RECIPES[stage.recipe][1]

@@ -22,15 +22,23 @@ from ..evaluate.image_sets import Framing, References
 from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
 from ..evaluate.suite import Judges
+from ..experiments.ablation import Ablation, Equal, Training, file_name
+from ..experiments.ablation_report import (
+    Showing,
+    Strips,
+    introduction,
+    markdown_report,
+    sections,
+    summary,
+    training_table,
+)
 from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..recipes import Recipe
-from ..recipes.ablation import Ablation, Equal, Training, file_name
 from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
-from .ablation_pages import Showing, Strips, introduction, markdown_report, sections, summary, training_table
 from .common import show, tell
 from .train import find_recipe
 

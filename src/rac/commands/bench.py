@@ -19,13 +19,13 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..data import DataConfig, open_stream
 from ..errors import RacError
+from ..experiments.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
 from ..flow.grid import check_steps
 from ..objectives.klvae import KLVAEWeights
 from ..progress import watched
 from ..recipes import RECIPES, RACRecipe
 from ..report.document import Table
 from ..train import TrainConfig
-from ..train.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
 from ..train.tasks import KLVAETask, RACTask
 from .common import load_teacher, show, tell
 

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from ..config import differences, read_json, to_json
 from ..errors import RacError
 from ..files import make_folder, write_bytes
+from ..recipes.rac import RACRecipe
+from ..recipes.shelf import Recipe
 from ..train import read_log
 from ..train.config import FREE_ON_RESUME
-from .rac import RACRecipe
-from .shelf import Recipe
-from .vary import Axis, read_axis, variants
+from .sweep import Axis, read_axis, variants
 
 TRIAL = 8
 """Iterations by which a variant is tried, and its speed roughly known."""

@@ -24,9 +24,9 @@ from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
 from ..evaluate.cost import MacCounter
-from .config import TrainConfig
-from .step import TrainState, train_step
-from .task import Task
+from ..train.config import TrainConfig
+from ..train.step import TrainState, train_step
+from ..train.task import Task
 
 
 @dataclass(frozen=True)

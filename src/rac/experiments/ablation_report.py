@@ -15,10 +15,10 @@ from ..evaluate.comparison import Comparison, Entrant, figure_text, lower_is_bet
 from ..evaluate.image_metrics import psnr
 from ..evaluate.image_sets import References
 from ..images import from_pixels, to_pixels
-from ..recipes.ablation import Ablation, Training
 from ..report.document import Figure, Section, Table
 from ..report.pictures import Panel, sheet, strip
 from ..report.plots import PALETTE, Series, line_panels
+from .ablation import Ablation, Training
 
 SHOWN = 6
 """Images of each strip."""

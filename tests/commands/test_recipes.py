@@ -17,7 +17,7 @@ from rac.coders.taesd import TAESD, TAESDConfig
 from rac.errors import RacError, WeightsError
 from rac.fields import ConvField
 from rac.recipes import RECIPES, RACRecipe
-from rac.recipes.shelf import in_seconds
+from rac.recipes.recipe import in_seconds
 from rac.representations.lpips import FILES
 from rac.representations.weight_files import find_weights
 

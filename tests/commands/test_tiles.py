@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rac
-from rac.commands import common
+from rac.commands import shared
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def large(tmp_path: Path, images) -> Path:  # type: ignore[no-untyped-def]
 def tiles_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of tiles that coders were cut into."""
     used: list[int] = []
-    whole = common.tiled
-    monkeypatch.setattr(common, "tiled", lambda coder, tile: used.append(tile) or whole(coder, tile))
+    whole = shared.tiled
+    monkeypatch.setattr(shared, "tiled", lambda coder, tile: used.append(tile) or whole(coder, tile))
     return used
 
 
@@ -44,9 +44,9 @@ def test_tiles_change_no_file(large: Path, tmp_path: Path, run, coder_dir, tiles
 
 
 def test_large_images_are_tiled_unasked(large, tmp_path, run, coder_dir, tiles_used, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(common, "TILE", 62)
+    monkeypatch.setattr(shared, "TILE", 62)
     for limit, expected in ((90 * 133, []), (90 * 133 - 1, [64])):
-        monkeypatch.setattr(common, "LARGE", limit)
+        monkeypatch.setattr(shared, "LARGE", limit)
         assert run("encode", large, "--model", coder_dir, "--out", tmp_path / "latents").code == 0
         assert tiles_used == expected
     assert run("encode", large, "--model", coder_dir, "--tile", 0, "--out", tmp_path / "latents").code == 0

@@ -25,7 +25,7 @@ from rac.experiments import ablation, ablation_report
 from rac.experiments.ablation import Ablation
 from rac.fields import TinyFieldConfig
 from rac.recipes import RECIPES, RACRecipe
-from rac.recipes.shelf import in_seconds
+from rac.recipes.recipe import in_seconds
 from rac.train import log
 
 VARY = ("spread=nearest,shuffle", "steps=1,2")

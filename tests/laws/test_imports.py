@@ -15,6 +15,13 @@ import rac
 
 ROOT = Path(rac.__file__).parent
 
+# From the ground up.
+ROOMS = [
+    *("errors", "files", "config", "runtime", "draws", "progress", "storage"),
+    *("images", "latents", "states", "flow", "fields", "representations", "coders", "generators"),
+    *("objectives", "report", "hub", "data", "train", "evaluate", "recipes", "experiments"),
+    *("integrations", "serve", "commands", "cli", "__main__"),
+]
 # What each room may import of the package, itself and its own modules apart.
 BASE = {"errors", "files"}
 STATIONS = ["images", "latents", "states", "flow", "fields"]
@@ -39,9 +46,9 @@ MAY_IMPORT = {
     # Pure functions: states and flows of tensors, nothing that has weights.
     "objectives": {"errors", "draws", "images", "latents", "states", "flow"},
     "data": {*BASE, "config", "progress", "images", "latents", "runtime", "storage"},
-    # Galleries are scored while training runs, so train knows evaluate, and not the other way round.
+    # Training needs no metrics: what scores a gallery is a task's own, beside its recipe.
+    "train": TRAINING,
     "evaluate": TRAINING,
-    "train": {*TRAINING, "evaluate"},
     "recipes": {*TRAINING, "train", "evaluate"},
     "experiments": {*TRAINING, "train", "evaluate", "recipes"},
     # Other people's formats, and the page: only the verbs know of them.
@@ -61,7 +68,7 @@ SLOW = {
 }  # fmt: skip
 """Never imported by a module on its way in; only by the function that needs it."""
 NETWORKS = {"diffusers", "transformers"}
-NETWORK_ROOMS = {"coders", "fields", "generators", "integrations"}
+NETWORK_ROOMS = {"representations", "coders", "fields", "generators", "integrations"}
 """Where foreign networks may be used at all. evaluate/cost.py counts diffusers' own decoders for its table."""
 DROP_IN = ROOT / "integrations" / "diffusers.py"
 """A subclass of diffusers' own, for users to import and for nobody here."""
@@ -78,6 +85,12 @@ class Import(NamedTuple):
         return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.module}"
 
 
+def is_module(package: list[str], name: str) -> bool:
+    """Whether `name`, imported from `package`, is a module of ours (or what `rac` itself gives, such as a version)."""
+    place = ROOT.joinpath(*package[1:], name)
+    return package == ["rac"] or (package[0] == "rac" and (place.is_dir() or place.with_suffix(".py").is_file()))
+
+
 def imports_of(file: Path) -> Iterator[Import]:
     """Every import of a file, its module's name made absolute."""
     package = ["rac", *file.relative_to(ROOT).parts[:-1]]
@@ -88,7 +101,11 @@ def imports_of(file: Path) -> Iterator[Import]:
         base = package[: len(package) - node.level + 1] if node.level else []
         full = [*base, *(node.module.split(".") if node.module else [])]
         # `from . import flow` and `from rac import flow` name modules after the import.
-        return [".".join([*full, alias.name]) for alias in node.names] if full == ["rac"] else [".".join(full)]
+        return list(
+            dict.fromkeys(
+                ".".join([*full, alias.name] if is_module(full, alias.name) else full) for alias in node.names
+            )
+        )
 
     def walk(node: ast.AST, lazy: bool, typing: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
@@ -138,6 +155,54 @@ def test_doors_open_one_way():
             if is_room and parts[1] not in MAY_IMPORT[room(found.file)]:
                 wrong.append(str(found))
     assert not wrong, "\n".join(wrong)
+
+
+def test_doors_open_downwards():
+    """What a room may import lies below it, so the plan itself has no circle."""
+    place = {name: number for number, name in enumerate(ROOMS)}
+    wrong = [
+        f"{name} may import {other}"
+        for name, others in MAY_IMPORT.items()
+        for other in others
+        if name != "__init__" and place[other] >= place[name]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def module_of(file: Path) -> str:
+    parts = ["rac", *file.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle(below: dict[str, set[str]]) -> list[str]:
+    """A path that comes back to where it began, or nothing."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(below.get(module, ())):
+            if found := walk(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(below) if (found := walk(module, []))), [])
+
+
+def test_no_files_import_each_other():
+    """Neither at once nor later, inside a function; only the package itself, which is its version, may be asked."""
+    modules = {module_of(file) for file in FILES}
+    below: dict[str, set[str]] = {module: set() for module in modules}
+    for found in IMPORTS:
+        if found.module in modules - {"rac"}:
+            below[module_of(found.file)].add(found.module)
+    assert "rac.states" in below["rac"]
+    assert "rac.flow.times" in below["rac.flow.grid"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not (found := circle(below)), " -> ".join(found)
 
 
 def test_nothing_slow_is_imported_on_the_way_in():

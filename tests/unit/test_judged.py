@@ -20,11 +20,12 @@ from rac.objectives.image_terms import Judges, judged_terms
 from rac.objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.recipes import KLVAERecipe, RACRecipe
+from rac.recipes.klvae import KLVAETask
+from rac.recipes.rac import RACTask
 from rac.representations.lpips import FILES, LPIPS
 from rac.train import TrainConfig, fit, log, read_log
 from rac.train.adversary import Contest, Jury, balanced, last_layer
 from rac.train.discriminator import DiscriminatorConfig
-from rac.train.tasks import KLVAETask, RACTask
 
 SHORT = TrainConfig(iterations=4, batch=4, device="cpu", log_every=1, gallery_every=4, tensorboard=False)
 SMALL = KLVAEConfig(widths=(8, 16), latent_channels=3)

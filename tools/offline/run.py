@@ -167,7 +167,7 @@ def chosen(options: argparse.Namespace) -> Any:
     from rac.errors import RacError
     from rac.experiments.sweep import changed, read_setting
     from rac.recipes import RECIPES
-    from rac.recipes.shelf import in_seconds
+    from rac.recipes.recipe import in_seconds
 
     stage = STAGES[options.stage]
     recipe = RECIPES[stage.recipe][1]

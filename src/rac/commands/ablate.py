@@ -39,7 +39,7 @@ from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
-from .common import show, tell
+from .shared import show, tell
 from .train import find_recipe
 
 

@@ -24,10 +24,11 @@ from ..flow.grid import check_steps
 from ..objectives.klvae import KLVAEWeights
 from ..progress import watched
 from ..recipes import RECIPES, RACRecipe
+from ..recipes.klvae import KLVAETask
+from ..recipes.rac import RACTask
 from ..report.document import Table
 from ..train import TrainConfig
-from ..train.tasks import KLVAETask, RACTask
-from .common import load_teacher, show, tell
+from .shared import load_teacher, show, tell
 
 Precision = Literal["fp32", "bf16"]
 Job = Literal["encode", "decode", "train"]

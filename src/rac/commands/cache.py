@@ -12,7 +12,7 @@ from ..data import DataConfig, ImageStream
 from ..data.cache import Layout, fresh_stream, plan_of, prepare
 from ..errors import RacError
 from ..runtime import pick_device, set_threads
-from .common import tell
+from .shared import tell
 
 
 @dataclass(frozen=True)

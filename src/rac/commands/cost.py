@@ -19,9 +19,9 @@ from ..errors import RacError
 from ..evaluate.cost import CostRow, field_row, halves, reference_rows
 from ..fields import LdmFieldConfig
 from ..progress import watched
-from ..recipes import RECIPES, RACRecipe
+from ..recipes import RECIPES, KLVAERecipe, RACRecipe
 from ..report.document import Table
-from .common import show
+from .shared import show
 
 SCALES = (0.1, 0.2, 0.3, 1.0)
 """Of the SD-VAE decoder's parameters: the fields of the paper."""
@@ -89,7 +89,7 @@ def recipe_rows(side: int = 256) -> list[CostRow]:
             field = recipe.field.build(recipe.state_channels, recipe.field.factor)
             row = field_row(f"{name} field", field, recipe.state_channels, side)
             rows.append(_with_steps(row, recipe.steps, recipe.state_channels))
-        else:
+        elif isinstance(recipe, KLVAERecipe):
             coder = recipe.network.build()
             rows += halves(name, coder.network, coder.spec, side)
     return rows

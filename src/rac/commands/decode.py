@@ -18,8 +18,8 @@ from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
 from ..images import crop, write_image
 from ..runtime import pick_device
-from .common import for_each, in_tiles, load_coder
 from .latent_files import LatentFile
+from .shared import for_each, in_tiles, load_coder
 
 
 @dataclass(frozen=True)

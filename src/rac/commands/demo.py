@@ -19,7 +19,7 @@ from ..images import read_image, write_picture
 from ..progress import watched
 from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, load_coder, load_teacher, need_rac, show
+from .shared import DEFAULT_CODER, load_coder, load_teacher, need_rac, show
 
 PHOTOGRAPHS = 4
 

@@ -19,8 +19,8 @@ from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
 from ..images import image_files, read_image
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac, stems
 from .latent_files import LatentFile
+from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac, stems
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluate.comparison import short_name
-from .common import DEFAULT_CODER
 from .judging import Judging
+from .shared import DEFAULT_CODER
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ..integrations.export import (
     part_of,
 )
 from ..report.document import Table
-from .common import DEFAULT_CODER, load_coder, show, tell
+from .shared import DEFAULT_CODER, load_coder, show, tell
 
 TOLERANCE = 1e-4
 """How far a file may be from PyTorch on the pictures it is checked on, for values up to 1; further for larger ones."""

@@ -22,7 +22,7 @@ from ..images import write_picture
 from ..progress import counting
 from ..report.document import Figure, html_report
 from ..runtime import pick_device
-from .common import load_coder, load_teacher, show
+from .shared import load_coder, load_teacher, show
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from .. import hub
 from ..coders.rac import RAC
 from ..evaluate.cost import count, parameters, reference_rows
 from ..report.document import Table
-from .common import show
 from .cost import cost_table
+from .shared import show
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..flow.solvers import SOLVERS, SolverName
 from ..images import image_files, read_image, write_picture
 from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
-from .common import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
+from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
 
 
 @dataclass(frozen=True)

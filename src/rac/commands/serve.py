@@ -16,7 +16,7 @@ from ..data.files import photographs
 from ..serve.figures import Loaded
 from ..serve.guard import Limits
 from ..serve.page import build, need_gradio, serving
-from .common import DEFAULT_CODER, load_coder, load_teacher
+from .shared import DEFAULT_CODER, load_coder, load_teacher
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 """Of scikit-image's, where it is installed."""

@@ -11,7 +11,7 @@ from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..runtime import generator
-from .common import show, tell
+from .shared import show, tell
 
 SHOWN = 160
 """Points that are drawn with their way."""

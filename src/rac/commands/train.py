@@ -15,7 +15,7 @@ from ..errors import RacError
 from ..recipes import RECIPES, Recipe
 from ..report.document import Table
 from ..train.processes import leave
-from .common import show
+from .shared import show
 
 
 def run(arguments: Sequence[str]) -> int:

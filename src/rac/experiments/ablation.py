@@ -19,8 +19,8 @@ from typing import Any, Literal
 from ..config import differences, read_json, to_json
 from ..errors import RacError
 from ..files import make_folder, write_bytes
+from ..recipes import Recipe
 from ..recipes.rac import RACRecipe
-from ..recipes.shelf import Recipe
 from ..train import read_log
 from ..train.config import FREE_ON_RESUME
 from .sweep import Axis, read_axis, variants

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import RacError
-from ..recipes.shelf import Recipe
+from ..recipes import Recipe
 
 C = TypeVar("C")
 

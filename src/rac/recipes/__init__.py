@@ -1,12 +1,43 @@
-"""Recipes: frozen dataclasses that hold all that shapes a training run.
+"""Recipes: frozen dataclasses that hold all that shapes a training run, each beside its task and its presets.
 
-`RECIPES` names them for `rac train`; every field of one can be changed on the command line.
+`RECIPES` names the presets for `rac train`; every field of one can be changed on the command line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from . import klvae, rac
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
-from .shelf import RECIPES, Recipe
+from .recipe import Recipe
 
 __all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "Recipe"]
+
+
+def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
+    return make.__doc__ or "", make()
+
+
+RECIPES: dict[str, tuple[str, Recipe]] = {
+    "klvae": _preset(klvae.klvae),
+    "klvae-sharp": _preset(klvae.klvae_sharp),
+    "rac": _preset(rac.rac),
+    "rollout": _preset(rac.rollout),
+    "one-step": _preset(rac.one_step),
+    "klvae-f8d4": _preset(klvae.klvae_f8d4),
+    "klvae-f8d4-sharp": _preset(klvae.klvae_f8d4_sharp),
+    "rac-64": _preset(rac.rac_64),
+    "rac-64-rollout": _preset(rac.rac_64_rollout),
+    "rac-64-sizes": _preset(rac.rac_64_sizes),
+    "rac-taef2": _preset(rac.rac_taef2),
+    "rac-taef2-sharp": _preset(rac.rac_taef2_sharp),
+    "rac-taef2-detail": _preset(rac.rac_taef2_detail),
+    "klvae-128": _preset(klvae.klvae_128),
+    "rac-128": _preset(rac.rac_128),
+    "rac-128-rollout": _preset(rac.rac_128_rollout),
+    "tiny": _preset(rac.tiny),
+    "paper": _preset(rac.paper),
+    "nano": _preset(rac.nano),
+}
+"""Name -> what it is for, and the recipe."""

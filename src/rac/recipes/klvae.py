@@ -1,24 +1,31 @@
-"""Training a KL-VAE, the teacher and the baseline."""
+"""Training a KL-VAE, the teacher and the baseline: the recipe, its task, and its presets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import hub, runtime
 from ..coders.klvae import KLVAE, KLVAEConfig
 from ..config import differences
-from ..data import DataConfig, open_stream
+from ..data import Batch, DataConfig, Stream, open_stream
+from ..draws import Draws
 from ..errors import RacError
-from ..objectives.klvae import KLVAEWeights
+from ..evaluate.image_sets import References
+from ..evaluate.reconstruction import evaluate
+from ..objectives.image_terms import ADVERSARIAL
+from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..train import Fitted, TrainConfig, fit
-from ..train.adversary import Jury
+from ..train.adversary import Jury, last_layer
 from ..train.discriminator import DiscriminatorConfig
 from ..train.processes import Processes
-from ..train.tasks import KLVAETask
+from ..train.task import Opponent
+from .recipe import HELD_OUT, ONE_CORE, ONE_GPU, check_weights, gallery
 
 
 @dataclass(frozen=True)
@@ -92,3 +99,128 @@ def shape_of(coder: KLVAE) -> dict[str, Any]:
         "mid_block_add_attention",
     )
     return {name: coder.config[name] for name in shaping}
+
+
+STATISTICS_BATCHES = 16
+"""Training batches whose latents give a KL-VAE its scale and shift."""
+
+
+@dataclass
+class KLVAETask:
+    """Trains a KL-VAE; its statistics are fitted, on training images, whenever it is saved.
+
+    Without `train_encoder` only what decodes is trained, on the latents that `encode` gives (the posterior's means, no
+    noise), or on prepared ones; encoder and statistics stay as they are, bit for bit.
+    """
+
+    module: KLVAE
+    loss_weights: KLVAEWeights
+    stream: Stream
+    batch: int
+    jury: Jury = field(default_factory=Jury)
+    train_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.train_encoder:
+            self.module.freeze_encoder()
+        check_weights(self.weights)
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """See `Task`."""
+        return self.jury.frozen
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """See `Task`."""
+        unused = {ADVERSARIAL} if self.train_encoder else {ADVERSARIAL, "kl"}
+        return {name: weight for name, weight in asdict(self.loss_weights).items() if name not in unused}
+
+    @property
+    def opponent(self) -> Opponent | None:
+        """See `Task`."""
+        return self.jury.opponent(last_layer(self.module.network.decoder), self.loss_weights.adversarial)
+
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        """See `Task`."""
+        judges = self.jury.judges(iteration)
+        if self.train_encoder:
+            return klvae_terms(self.module, batch.images, draws, judges)
+        latents = batch.latents
+        if latents is None:
+            with torch.no_grad():
+                latents = self.module.encode(batch.images)
+        return decoder_terms(self.module, batch.images, latents, judges)
+
+    def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Originals above, reconstructions from the posterior's mean below."""
+        assert isinstance(module, KLVAE)
+        judged = evaluate(module, References.of(images, "held out"), HELD_OUT, name="KL-VAE")
+        decoded = module.reconstruct(images)
+        figures = {"psnr": judged.figures["psnr"], **self.jury.figures(decoded, images)}
+        return gallery({"original": images, "KL-VAE": decoded}), figures
+
+    def save(self, module: nn.Module, directory: Path) -> None:
+        """See `Task`."""
+        assert isinstance(module, KLVAE)
+        if self.train_encoder:
+            module.fit_statistics(self._training_images(next(module.parameters()).device))
+        module.save(directory)
+
+    def _training_images(self, device: torch.device) -> Iterator[Tensor]:
+        for k in range(STATISTICS_BATCHES):
+            yield self.stream.batch(k * self.batch, self.batch).images.to(device)
+
+
+def klvae() -> KLVAERecipe:
+    """The shipped teacher: f8, 8 channels, L1 + KL, on 64-pixel crops; about 40 minutes on one core."""
+    return KLVAERecipe(
+        network=KLVAEConfig(latent_channels=8),
+        train=replace(ONE_CORE, iterations=9_000, batch=16, final_lr=0.02),
+    )
+
+
+def klvae_sharp() -> KLVAERecipe:
+    """A sharper decoder for the shipped teacher's own latents: L1 + LPIPS + a discriminator; needs LPIPS's weights."""
+    return KLVAERecipe(
+        network=KLVAEConfig(latent_channels=8),
+        start="klvae-f8d8",
+        train_encoder=False,
+        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
+        discriminator=DiscriminatorConfig(start=500),
+        data=DataConfig(cached_crops=10_000),
+        train=replace(ONE_CORE, iterations=4_000, batch=8, lr=3e-4),
+    )
+
+
+def klvae_f8d4() -> KLVAERecipe:
+    """First stage of the f8d4 teacher, the SD-VAE at a quarter of its widths: L1 + KL; an hour on one core."""
+    return KLVAERecipe(
+        network=KLVAEConfig(widths=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_groups=8),
+        data=DataConfig(held_out=16),
+        train=replace(ONE_CORE, iterations=8_250, batch=8, lr=8e-4, final_lr=0.02),
+    )
+
+
+def klvae_f8d4_sharp() -> KLVAERecipe:
+    """Second stage of that teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
+    first = klvae_f8d4()
+    return replace(
+        klvae_sharp(),
+        network=first.network,
+        start="klvae-f8d4",
+        data=replace(first.data, cached_crops=10_000),
+        discriminator=DiscriminatorConfig(start=200),
+        train=replace(first.train, iterations=1_500, lr=2e-4),
+    )
+
+
+def klvae_128() -> KLVAERecipe:
+    """An f8 teacher on 128-pixel crops, in one stage: L1 + KL + LPIPS, then a discriminator; minutes on a large GPU."""
+    return KLVAERecipe(
+        network=KLVAEConfig(widths=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_groups=8),
+        weights=KLVAEWeights(l1=1.0, kl=1e-6, perceptual=1.0, adversarial=0.2),
+        discriminator=DiscriminatorConfig(width=64, norm_groups=8, start=1_800),
+        data=DataConfig(size=128, held_out=32, keep_mb=2_048),
+        train=replace(ONE_GPU, iterations=3_000, batch=128, lr=8e-4),
+    )

@@ -1,7 +1,7 @@
 """Both kinds of recipe with everything that can go wrong on several processes; run as a script, by any number of them.
 
-    python tests/training_recipes.py FOLDER JOB ...                             on one process
-    torchrun --standalone --nproc-per-node 2 tests/training_recipes.py FOLDER JOB ...
+    python tests/support/training_recipes.py FOLDER JOB ...                             on one process
+    torchrun --standalone --nproc-per-node 2 tests/support/training_recipes.py FOLDER JOB ...
 
 A job is RECIPE:SHARD:RUN:ITERATIONS, such as rac:fsdp:somewhere:20; it goes on with the run if there is one.
 """

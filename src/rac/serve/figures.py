@@ -84,7 +84,7 @@ def decode_moved(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0)
     """Image 1 3 H W -> its latent, moved by `sigma` times normal noise, decoded by teacher and RAC at 1 to 8 steps.
 
     The latent is the teacher's, or the coder's own where there is none; latents have a deviation of about 1. The noise
-    is that of `evaluate.correction` for an image called "picture". Seconds, evaluations and MACs are of decoding alone.
+    is that of `evaluate.robustness` for an image called "picture". Seconds, evaluations and MACs are of decoding alone.
     """
     source = loaded.coder if loaded.teacher is None else loaded.teacher
     (latent,) = moved_latents(source, Batch(("picture",), image), [sigma], rng_seed)

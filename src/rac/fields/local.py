@@ -209,5 +209,6 @@ def _embedding(times: int, width: int) -> nn.Module:
 def _waves(times: list[Tensor]) -> Tensor:
     """cos(k pi t), sin(k pi t) for k = 0, 1, ...: B x 2 FREQUENCIES for each of the times."""
     k = torch.pi * torch.arange(FREQUENCIES, device=times[0].device)
-    angles = [time.float().unsqueeze(1) * k for time in times]
+    # In float32 at least: half precision does not tell the fast waves apart.
+    angles = [time.to(torch.promote_types(time.dtype, torch.float32)).unsqueeze(1) * k for time in times]
     return torch.cat([wave for angle in angles for wave in (angle.cos(), angle.sin())], dim=1)

@@ -4,6 +4,7 @@ t = 0 is the seed state, t = 1 the image state. Direction is a property of the g
 """
 
 from .grid import TimeGrid
+from .guidance import Conditioned, Guided
 from .integrate import Field, Trajectory, integrate
 from .invert import FixedPoint
 from .path import PathSample, straight
@@ -11,9 +12,11 @@ from .solvers import RK4, Euler, Heun, MeanEuler, Midpoint, ReversibleHeun, Solv
 
 __all__ = [
     "RK4",
+    "Conditioned",
     "Euler",
     "Field",
     "FixedPoint",
+    "Guided",
     "Heun",
     "MeanEuler",
     "Midpoint",

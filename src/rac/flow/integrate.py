@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .grid import TimeGrid
+from .guidance import evaluations_of
 from .solvers import Euler, Field, Solver
 
 __all__ = ["Field", "Trajectory", "integrate"]
@@ -24,7 +25,7 @@ class Trajectory:
     times: tuple[float, ...]
     """The nodes of the grid."""
     evaluations: int
-    """How often the field was asked."""
+    """Network evaluations for each image: calls of the field, times what one call costs (a guided one two)."""
     carry: Any = None
     """What the solver carried; hand it back with the reversed grid to retrace a reversible solver's steps."""
     residuals: tuple[float, ...] = ()
@@ -49,10 +50,10 @@ def integrate(
     """
     evaluations = 0
 
-    def counted(*args: Tensor) -> Tensor:
+    def counted(state: Tensor, time: Tensor, *interval: Tensor) -> Tensor:
         nonlocal evaluations
-        evaluations += 1
-        return field(*args)
+        evaluations += evaluations_of(field, time)
+        return field(state, time, *interval)
 
     states = [state]
     residuals = []

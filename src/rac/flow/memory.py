@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import RacError
 from .grid import TimeGrid
+from .guidance import evaluations_of
 from .integrate import Trajectory, integrate
 from .solvers import ReversibleHeun, velocity
 
@@ -37,17 +38,19 @@ def retraced(field: nn.Module, state: Tensor, grid: TimeGrid, *, keep: Literal["
     The end state and its companion are all that is stored, however many steps there are: each earlier pair follows
     from the next one by the solver's own inverse, and one evaluation at a time is differentiated. Gradients, to the
     state and to the field's parameters, are those of plain autograd up to rounding (in bfloat16: of the field's), at
-    the price of one more forward pass. States that are kept are results, and stay for as long as they are used.
+    the price of one more forward pass; a bound condition (`Conditioned`) gets its gradient too. States that are kept
+    are results, and stay for as long as they are used.
 
     Raises `RacError` for a field that is no module, whose parameters could not be found. No second derivatives.
     Kidger et al., Efficient and Accurate Gradients for Neural SDEs (arXiv 2105.13493), algorithms 1 and 2.
     """
     if not isinstance(field, nn.Module):
         raise RacError(f"to walk back its states the field must be a module, not a {type(field).__name__}")
-    parameters = tuple(parameter for parameter in field.parameters() if parameter.requires_grad)
+    parameters = tuple(one for one in (*field.parameters(), *field.buffers()) if one.requires_grad)
     states = _Retraced.apply(_Walk(field, grid, keep, _precision_of(state)), state, *parameters)
     kept = (state, *states) if keep == "nodes" else ()
-    return Trajectory(states[-1], kept, grid.nodes, grid.steps + 1)
+    evaluations = sum(evaluations_of(field, state.new_full((len(state),), node)) for node in grid.nodes)
+    return Trajectory(states[-1], kept, grid.nodes, evaluations)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,22 @@ reversible solver has any. `order` is the global order of accuracy, which the te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-Field = Callable[..., Tensor]
-"""field(state B C H W, time B) -> velocity B C H W; a mean-velocity field takes a third argument, interval B."""
+
+class Field(Protocol):
+    """A velocity field: field(state B C H W, time B) -> velocity B C H W.
+
+    A mean-velocity field takes a third argument, the signed interval B. Anything callable will do; what it depends on
+    besides is bound before (`rac.flow.Conditioned`).
+    """
+
+    def __call__(self, *args: Any, **condition: Any) -> Any:
+        """The velocity, of the state's shape."""
+        ...
 
 
 class Step(NamedTuple):

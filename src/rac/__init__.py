@@ -46,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name or a module when it is first used, so that `rac --help` does not wait for torch (PEP 562)."""
+    """Import a public name or a module when it is first used: `rac --help` need not wait for torch (PEP 562)."""
     if name in _HOMES:
         globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
         return globals()[name]

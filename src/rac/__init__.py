@@ -6,11 +6,18 @@ latent = coder.encode(image, steps=4)         # the field, walked backwards
 rac.write_image(coder.decode(latent, steps=4), "again.png")
 """
 
-from . import flow, states
-from .errors import ConvergenceWarning, ImageError, RacError, WeightsError
-from .hub import available, load, save
-from .images import read_image, write_image
-from .latents import LatentSpec
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import flow, states
+    from .errors import ConvergenceWarning, ImageError, RacError, WeightsError
+    from .hub import available, load, save
+    from .images import read_image, write_image
+    from .latents import LatentSpec
 
 __version__ = "0.1.0"
 
@@ -28,3 +35,25 @@ __all__ = [
     "states",
     "write_image",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("ConvergenceWarning", "ImageError", "RacError", "WeightsError"), "errors"),
+    **dict.fromkeys(("available", "load", "save"), "hub"),
+    **dict.fromkeys(("read_image", "write_image"), "images"),
+    "LatentSpec": "latents",
+}
+"""The module that each of the names above comes from."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or a module when it is first used: `rac --help` need not wait for torch (PEP 562)."""
+    if name in _HOMES:
+        globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        return globals()[name]
+    if not name.startswith("_") and importlib.util.find_spec(f".{name}", __name__) is not None:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

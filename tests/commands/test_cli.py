@@ -30,6 +30,14 @@ def test_overview_and_version(run) -> None:  # type: ignore[no-untyped-def]
     assert run("--version").out == f"rac {rac.__version__}\n"
 
 
+def test_public_names_are_there_though_nothing_is_imported_ahead() -> None:
+    assert all(getattr(rac, name) is not None for name in rac.__all__)
+    assert set(rac.__all__) <= set(dir(rac))
+    assert rac.images.read_image is rac.read_image
+    with pytest.raises(AttributeError, match="no_such_name"):
+        rac.no_such_name  # noqa: B018 - the access is what is tested
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(run, verb: str) -> None:  # type: ignore[no-untyped-def]
     ran = run(verb, "--help")
@@ -43,10 +51,11 @@ def test_wrong_option_is_a_usage_error(run) -> None:  # type: ignore[no-untyped-
 
 def test_the_command_itself(tmp_path: Path) -> None:
     """As a process, and without heavy imports for its help."""
-    code = "import sys; from rac.cli import main; main(['--help']); print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    for heavy in ("diffusers", "torchmetrics", "matplotlib", "skimage", "huggingface_hub", "tyro"):
-        assert f"'{heavy}'" not in done.stdout
+    for arguments in (["--help"], ["--version"], ["no-such-verb"]):
+        code = f"import sys; from rac.cli import main; main({arguments}); print(sorted(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        for heavy in ("torch", "numpy", "PIL", "diffusers", "matplotlib", "huggingface_hub", "tyro", "rich"):
+            assert f"'{heavy}'" not in done.stdout
     done = subprocess.run(
         [sys.executable, "-m", "rac", "encode", "missing.png"], capture_output=True, text=True, cwd=tmp_path
     )

@@ -27,6 +27,7 @@ VERBS = {
     "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
     "bench": "images per second to train, encode and decode, what the time goes into, and the share of this machine",
     "export": "a coder as an ONNX file, or an exported PyTorch program, for other runtimes",
+    "weights": "the weight files of LPIPS, KID and FID: which are there, and conversion of published ones",
     "models": "the shipped coders, and what coders cost",
     "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
     "toy": "RAC's idea on points of the plane: trained in seconds, drawn forward and back",

@@ -48,7 +48,7 @@ def checked_images() -> list[tuple[Tensor, dict]]:
 @needs_check
 @pytest.mark.parametrize(("backbone", "key"), [("alex", "lpips_alex"), ("vgg16", "lpips_vgg16_fp16weights")])
 def test_lpips_gives_the_published_values(backbone: Backbone, key: str) -> None:
-    distance = LPIPS.load(backbone, WEIGHTS / FILES[backbone])
+    distance = LPIPS.load(backbone, WEIGHTS / FILES[backbone].names[-1])
     for image, values in checked_images():
         blocks = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4)
         assert float(distance(blocks, image)) == pytest.approx(values[key], abs=2e-5)
@@ -67,10 +67,10 @@ def test_lpips_weights_are_those_torchmetrics_ships() -> None:
     """Its linear layers; it has no backbones."""
     lpips = pytest.importorskip("torchmetrics.functional.image.lpips")
     for backbone, name in (("alex", "alex"), ("vgg16", "vgg")):
-        if not (WEIGHTS / FILES[backbone]).is_file():
-            pytest.skip(f"{FILES[backbone]} is not in {WEIGHTS}")
+        if not (WEIGHTS / FILES[backbone].names[-1]).is_file():
+            pytest.skip(f"{FILES[backbone].names[-1]} is not in {WEIGHTS}")
         theirs = torch.load(Path(lpips.__file__).parent / "lpips_models" / f"{name}.pth", "cpu", weights_only=True)
-        ours = LPIPS.load(backbone, WEIGHTS / FILES[backbone])
+        ours = LPIPS.load(backbone, WEIGHTS / FILES[backbone].names[-1])
         for index in range(5):
             weight = ours.get_submodule(f"lin{index}").weight
             torch.testing.assert_close(weight, theirs[f"lin{index}.model.1.weight"], rtol=2e-3, atol=1e-6)
@@ -157,7 +157,7 @@ def assert_worse_and_worse(figures: list[float]) -> None:
 
 
 def lpips(backbone: Backbone) -> LPIPS:
-    path = WEIGHTS / FILES[backbone]
+    path = WEIGHTS / FILES[backbone].names[-1]
     if not path.is_file():
         pytest.skip(f"{path} is not at hand")
     return LPIPS.load(backbone, path)

@@ -142,7 +142,7 @@ def test_where_weights_are_found(part_file: Path, tmp_path: Path, monkeypatch) -
             load_extractor(name)  # type: ignore[arg-type]
     (tmp_path / "inception_v3_2015-12-05_to_mixed_8_fp16.safetensors").symlink_to(part_file)
     assert load_extractor("inception-768").width == 768
-    with pytest.raises(WeightsError, match=r"no inception_v3_2015-12-05\.safetensors"):
+    with pytest.raises(WeightsError, match=r"needs inception_v3_2015-12-05\.safetensors"):
         load_extractor("inception-2048")
     with pytest.raises(RacError, match="not known"):
         load_extractor("inception")  # type: ignore[arg-type]

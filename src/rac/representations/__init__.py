@@ -12,10 +12,12 @@ from typing import Literal
 from ..errors import RacError, WeightsError
 from .efficientnet import EfficientNetLite0
 from .extractor import Extractor, Features, extract, figure_name, join
-from .inception import Inception768, Inception2048
-from .weight_files import find_weights
+from .inception import INCEPTION, INCEPTION_TO_MIXED_8, Inception768, Inception2048
+from .lpips import FILES
+from .weight_files import WeightFile, find_weights
 
 __all__ = [
+    "WEIGHT_FILES",
     "EfficientNetLite0",
     "Extractor",
     "ExtractorName",
@@ -30,8 +32,8 @@ __all__ = [
 
 ExtractorName = Literal["inception-2048", "inception-768", "efficientnet-lite0"]
 
-INCEPTION = "inception_v3_2015-12-05.safetensors"
-INCEPTION_TO_MIXED_8 = "inception_v3_2015-12-05_to_mixed_8_fp16.safetensors"
+WEIGHT_FILES: tuple[WeightFile, ...] = (*FILES.values(), INCEPTION, INCEPTION_TO_MIXED_8)
+"""All weight files that metrics and perceptual terms may ask for."""
 
 
 def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Extractor:
@@ -53,5 +55,5 @@ def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Ex
     if name == "inception-2048":
         return Inception2048(find_weights(weights, INCEPTION))
     if name == "inception-768":
-        return Inception768(find_weights(weights, INCEPTION_TO_MIXED_8, INCEPTION))
+        return Inception768(find_weights(weights, INCEPTION_TO_MIXED_8))
     raise RacError(f"extractor {name!r} is not known; expected inception-2048, inception-768 or efficientnet-lite0")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..storage import fit_tensors, read_tensors
 from .extractor import Features
+from .weight_files import Published, WeightFile
 
 SIDE = 299
 """Of the images the network sees."""
@@ -264,3 +265,27 @@ def fold_batch_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         folded[f"{layer.name}.weight"] = (weight * gain.view(-1, 1, 1, 1)).float()
         folded[f"{layer.name}.bias"] = (shift - mean * gain).float()
     return folded
+
+
+def _converted(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """pytorch-fid's tensors -> this module's. Raises `KeyError` for one that is missing."""
+    folded = fold_batch_norms(published)
+    for layer in layers(full=True):
+        if f"{layer.name}.weight" not in folded:
+            raise KeyError(layer.name)
+    return {**folded, "logits.weight": published["fc.weight"]}
+
+
+_PUBLISHED = Published(
+    ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth"),
+    "pytorch-fid and torch-fidelity, the Inception of 2015-12-05",
+)
+INCEPTION = WeightFile(
+    ("inception_v3_2015-12-05.safetensors",), "inception-2048 (FID, sFID, Inception Score)", (_PUBLISHED,), _converted
+)
+INCEPTION_TO_MIXED_8 = WeightFile(
+    ("inception_v3_2015-12-05.safetensors", "inception_v3_2015-12-05_to_mixed_8_fp16.safetensors"),
+    "inception-768 (FID-768, KID-768)",
+    (_PUBLISHED,),
+    _converted,
+)

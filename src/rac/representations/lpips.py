@@ -17,13 +17,40 @@ from torch import Tensor, nn
 
 from ..errors import RacError
 from ..storage import fit_tensors, read_tensors
-from .weight_files import find_weights
+from .weight_files import Published, Tensors, WeightFile, find_weights
 
 Backbone = Literal["alex", "vgg16"]
 
-FILES: dict[Backbone, str] = {
-    "alex": "lpips_alex_v0.1.safetensors",
-    "vgg16": "lpips_vgg16_v0.1_fp16.safetensors",
+
+def _converted(backbone: Tensors, linear: Tensors) -> dict[str, Tensor]:
+    """torchvision's classifier and the linear layers of the lpips package -> this module's tensors."""
+    places = sorted({int(name.split(".")[1]) for name in backbone if name.startswith("features.")})
+    parts = [(index, place, part) for index, place in enumerate(places) for part in ("weight", "bias")]
+    return {
+        **{f"conv{index}.{part}": backbone[f"features.{place}.{part}"] for index, place, part in parts},
+        **{f"lin{index}.weight": linear[f"lin{index}.model.1.weight"] for index in range(5)},
+    }
+
+
+FILES: dict[Backbone, WeightFile] = {
+    "alex": WeightFile(
+        ("lpips_alex_v0.1.safetensors",),
+        "LPIPS with AlexNet (metric lpips-alex)",
+        (
+            Published(("alexnet-owt-7be5be79.pth", "alexnet-owt-4df8aa71.pth"), "torchvision, AlexNet, IMAGENET1K_V1"),
+            Published(("alex.pth", "lpips_alex.pth"), "the lpips package, lpips/weights/v0.1/alex.pth"),
+        ),
+        _converted,
+    ),
+    "vgg16": WeightFile(
+        ("lpips_vgg16_v0.1.safetensors", "lpips_vgg16_v0.1_fp16.safetensors"),
+        "LPIPS with VGG16 (metric lpips-vgg16, and the perceptual term of training)",
+        (
+            Published(("vgg16-397923af.pth",), "torchvision, VGG16, IMAGENET1K_V1"),
+            Published(("vgg.pth", "lpips_vgg.pth"), "the lpips package, lpips/weights/v0.1/vgg.pth"),
+        ),
+        _converted,
+    ),
 }
 """Weight files: `conv{i}.weight`, `conv{i}.bias` of the backbone, and `lin{i}.weight`, 1 C 1 1, of its five layers."""
 

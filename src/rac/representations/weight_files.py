@@ -1,24 +1,118 @@
-"""Where the weights of metrics lie: nothing is downloaded, and nothing but small ones is shipped."""
+"""Where the weights of metrics and perceptual terms lie, as whom they are published, and how published files convert.
+
+Nothing is downloaded. The networks are read from safetensors alone; files that are published as pickles are converted
+once, without running code from them (`torch.load(weights_only=True)`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..errors import WeightsError
+from ..storage import write_tensors
 
 VARIABLE = "RAC_WEIGHTS_DIR"
 """Environment variable that names the folder of weight files."""
 
+Tensors = Mapping[str, Tensor]
 
-def find_weights(given: str | Path | None, *names: str) -> Path:
-    """The file `given`, or the first of `names` that lies in the weights folder. Raises `WeightsError`."""
+
+@dataclass(frozen=True)
+class Published:
+    """A file as its authors publish it."""
+
+    names: tuple[str, ...]
+    """File names under which it is known. Eight hexadecimal digits in one are the beginning of its SHA-256."""
+    source: str
+    """Who publishes it."""
+
+    def find(self, folder: Path) -> Path | None:
+        """The first of its names in `folder`; None if there is none."""
+        return next((folder / name for name in self.names if (folder / name).is_file()), None)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file of this library, and the published files that it is made of."""
+
+    names: tuple[str, ...]
+    """Accepted file names; the first is the one that conversion writes."""
+    purpose: str
+    """What needs it."""
+    published: tuple[Published, ...]
+    convert: Callable[..., dict[str, Tensor]]
+    """The tensors of the published files, in their order -> the tensors of this file."""
+
+
+def find_weights(given: str | Path | None, file: WeightFile) -> Path:
+    """The path `given`, or that of `file` in the weights folder. Raises `WeightsError` saying how to come by it."""
     if given is not None:
         return Path(given)
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        raise WeightsError(f"{' or '.join(names)} is needed; name the folder that holds it in {VARIABLE}")
-    found = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
-    if not found:
-        raise WeightsError(f"no {' or '.join(names)} in {folder}; name the folder that holds it in {VARIABLE}")
-    return found[0]
+    folder = weights_folder()
+    found = None if folder is None else located(file, folder)
+    if found is not None:
+        return found
+    where = f"in {folder}, the folder of weights" if folder is not None else "anywhere, for there is no home folder"
+    raise WeightsError(
+        f"{file.purpose} needs {file.names[0]}, which is not {where} (environment variable {VARIABLE}); "
+        "rac weights lists what it is made of and converts it"
+    )
+
+
+def located(file: WeightFile, folder: Path) -> Path | None:
+    """Where `file` lies in `folder`, under any of its names; None if it does not."""
+    return next((folder / name for name in file.names if (folder / name).is_file()), None)
+
+
+def weights_folder() -> Path | None:
+    """The folder that RAC_WEIGHTS_DIR names, else rac/weights in the user's cache; None without a home folder."""
+    if named := os.environ.get(VARIABLE):
+        return Path(os.path.expanduser(named))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache) / "rac" / "weights"
+
+
+def convert(file: WeightFile, source: Path, target: Path) -> Path | None:
+    """Make `file` in the folder `target` out of the published files in the folder `source`.
+
+    Returns the path written, whole or not at all, or None where a published file is missing.
+
+    Raises:
+        WeightsError: a published file is damaged, or holds other tensors than it should.
+    """
+    found = [published.find(source) for published in file.published]
+    present = [path for path in found if path is not None]
+    if len(present) < len(found):
+        return None
+    try:
+        tensors = file.convert(*(_unpickled(path) for path in present))
+    except KeyError as error:
+        names = " and ".join(path.name for path in present)
+        raise WeightsError(f"{names} lack the tensor {error}; download them again from their authors") from None
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / file.names[0]
+    write_tensors(path, {name: tensor.float().contiguous() for name, tensor in tensors.items()})
+    return path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler fails in many ways on what is no state dict
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(f"{path} is no state dict of tensors ({reason}); download it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors; download it again")
+    return tensors

@@ -15,10 +15,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ImageError, RacError
-from ..images import from_pixels, read_picture
+from ..images import PICTURE_SUFFIXES, from_pixels, read_picture
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""Of Pillow's many: the decoders of others, such as EPS, run foreign programs or have seen little hostile input."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""The picture formats that are taken, by Pillow's names. Pillow reads more, but some of its other decoders run foreign
+programs (EPS), or have seen little hostile input."""
 
 MESSAGE_BYTES = 2**16
 """The largest message, uploads apart: a page's own are below a thousand bytes."""
@@ -53,17 +54,30 @@ class Admitted(NamedTuple):
     """What was done to it, for its owner; empty if nothing."""
 
 
-def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
-    """Read an uploaded picture: bytes, format and pixels are checked before anything is decoded.
+def suffixes() -> tuple[str, ...]:
+    """The file suffixes that the page offers: those of `PICTURE_SUFFIXES` whose decoder is one of `FORMATS`."""
+    decoders = Image.registered_extensions()
+    return tuple(suffix for suffix in PICTURE_SUFFIXES if decoders.get(suffix) in FORMATS)
 
-    Grey, palette and transparent pictures are converted. Raises `ImageError`, which names the file but not its folder.
+
+def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
+    """Read an uploaded picture: its bytes, format and pixels are checked before anything is decoded.
+
+    Grey, palette and transparent pictures are converted to RGB.
+
+    Raises:
+        ImageError: the file is missing, above a limit, of another format, animated or damaged. The message names the
+            file but not its folder.
     """
     path = Path(path)
-    name, size = path.name, path.stat().st_size
-    if size > limits.upload_bytes:
-        raise ImageError(f"{name} has {size:,} bytes, more than the limit of {limits.upload_bytes:,}; save it smaller")
-    _check_header(path, name, limits.pixels)
-    picture = read_picture(path, convert=True, max_pixels=limits.pixels, name=name)
+    try:
+        picture = _read(path, limits)
+    except (RacError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path.name} is no longer on the server; upload it again") from None
+    except Exception as error:  # Pillow raises errors of any kind on damaged files, for a count of frames too
+        raise ImageError(f"{path.name} is damaged or cut short ({error}); export it again") from error
     before = picture.size
     if max(before) <= limits.side:
         return Admitted(from_pixels(np.asarray(picture)), "")
@@ -72,14 +86,27 @@ def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
     return Admitted(from_pixels(np.asarray(picture)), note)
 
 
-def _check_header(path: Path, name: str, pixels: int) -> None:
+def _read(path: Path, limits: Limits) -> Image.Image:
+    size = path.stat().st_size
+    if size > limits.upload_bytes:
+        raise ImageError(
+            f"{path.name} has {size:,} bytes, more than the limit of {limits.upload_bytes:,}; save it smaller"
+        )
+    _check_header(path, limits.pixels)
+    return read_picture(path, convert=True, max_pixels=limits.pixels, name=path.name)
+
+
+def _check_header(path: Path, pixels: int) -> None:
+    name = path.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
     except (UnidentifiedImageError, TypeError):
-        raise ImageError(f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, BMP or TIFF") from None
+        raise ImageError(
+            f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, BMP, TIFF, GIF or PPM file"
+        ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large ({error}); scale it down first") from None
     except (OSError, SyntaxError, ValueError) as error:

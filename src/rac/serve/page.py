@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -21,15 +22,21 @@ from torch import Tensor
 
 from ..errors import RacError
 from ..flow import Trajectory
-from ..images import PICTURE_SUFFIXES, crop, to_pixels
+from ..images import crop, to_pixels
 from ..report.document import Table
 from ..runtime import pick_device
 from .figures import Loaded, Version, decode_moved, reconstruct
-from .guard import Gate, Limits, admit
+from .guard import Gate, Limits, admit, suffixes
 
 GREATEST_STEPS = 16
+GREATEST_NOISE = 1.5
+"""Standard deviations of the noise on a latent, whose own deviation is about 1."""
+TABS = ("steps", "noise")
+ZOOMS = ("1x", "2x", "4x", "8x")
+UPLOAD_HEIGHT = 132
+"""Pixels of the field that takes an upload."""
 FILM_SIDE = 144
-"""Of the pictures of a film strip; they are there to be seen side by side, not to be judged."""
+"""The longer side, in pixels, of the pictures in a film strip."""
 
 Load = Callable[[str], Loaded]
 
@@ -55,6 +62,77 @@ def need_gradio() -> Any:
     return gradio
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Computes what the page shows, from what its controls hold. Needs no gradio."""
+
+    load: Load
+    names: tuple[str, ...]
+    limits: Limits
+    photographs: Mapping[str, Path]
+    device: str = "cpu"
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(
+        self, tab: str, upload: str | None, photograph: str | None, name: str, steps: object, sigma: object
+    ) -> str | None:
+        """Compute the HTML of `tab`, "steps" or "noise".
+
+        None stands for no change: the number that the tab needs is missing while its box is edited.
+
+        Raises:
+            RacError: the picture is refused, the coder is unknown, or the number lies outside its range.
+        """
+        path = upload or self.photographs.get(str(photograph))
+        if path is None:
+            return EMPTY
+        if (steps if tab == "steps" else sigma) is None:
+            return None
+        if name not in self.names:
+            raise RacError(f"there is no coder {name!r} here; choose one of {', '.join(self.names)}")
+        compute: Callable[[Loaded, Tensor], str]
+        if tab == "steps":
+            compute = partial(_steps_html, steps=whole_steps(steps))
+        else:
+            compute = partial(_noise_html, sigma=deviations(sigma))
+        with self.busy:
+            image, note = admit(path, self.limits)
+            loaded = self.load(name)
+            return _notes_html(note, _teacher_note(loaded)) + compute(loaded, image.to(pick_device(self.device)))
+
+
+def whole_steps(value: object) -> int:
+    """Check a number of steps. Raises `RacError` unless it is whole and from 1 to `GREATEST_STEPS`."""
+    if isinstance(value, (int, float)) and 1 <= value <= GREATEST_STEPS and float(value).is_integer():
+        return int(value)
+    raise RacError(f"{value} steps cannot be taken; give a whole number from 1 to {GREATEST_STEPS}")
+
+
+def deviations(value: object) -> float:
+    """Check the standard deviation of the noise. Raises `RacError` unless it lies in 0 to `GREATEST_NOISE`."""
+    if isinstance(value, (int, float)) and 0 <= value <= GREATEST_NOISE:
+        return float(value)
+    raise RacError(f"noise of {value} standard deviations cannot be added; give a number from 0 to {GREATEST_NOISE}")
+
+
+class Controls(NamedTuple):
+    """gradio's components: what visitors set, then the answers of the two tabs."""
+
+    upload: Any
+    photograph: Any
+    name: Any
+    zoom: Any
+    tabs: tuple[Any, Any]
+    steps: Any
+    sigma: Any
+    answers: tuple[Any, Any]
+
+    @property
+    def given(self) -> list[Any]:
+        """The inputs of `Answers`, after the tab."""
+        return [self.upload, self.photograph, self.name, self.steps, self.sigma]
+
+
 def build(
     load: Load,
     names: Sequence[str],
@@ -63,81 +141,100 @@ def build(
     photographs: Mapping[str, Path] | None = None,
     device: str = "cpu",
 ) -> Page:
-    """The page.
+    """Build the page.
 
-    `load` gives the coder of one of `names`, the first of which is chosen at first; `photographs` are offered beside
-    what visitors upload. The two endpoints are "reconstruct" and "perturb".
+    Args:
+        load: gives the coder of one of `names`.
+        names: the coders to choose from; the first is chosen at first.
+        limits: what a visitor may ask of the machine.
+        photographs: pictures offered beside what visitors upload, by name.
+        device: where pictures are put; `load` puts the coders there.
+
+    Programs can ask two endpoints, "reconstruct" and "perturb". Raises `RacError` where gradio is not installed.
     """
     gr = need_gradio()
-    photographs, busy = photographs or {}, threading.Lock()
-
-    def show(tab: str, upload: str | None, photograph: str | None, name: str, steps: float, sigma: float) -> list[Any]:
-        """What stands in both tabs, of which only the one in front is computed, and which that is."""
-        path = upload or photographs.get(photograph or "")
-        if path is None:
-            return [EMPTY, EMPTY, tab]
-        try:
-            with busy:
-                made = _answer(tab, admit(path, limits), load(name), int(steps), float(sigma), device)
-        except RacError as error:
-            raise gr.Error(str(error), duration=None, title="This cannot be shown", print_exception=False) from None
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            words = "this picture is too much for the machine; take a smaller one, or fewer steps"
-            raise gr.Error(words, title="Out of memory", print_exception=False) from None
-        return [made, gr.skip(), tab] if tab == "steps" else [gr.skip(), made, tab]
-
+    answers = Answers(load, tuple(names), limits, photographs or {}, device)
     with gr.Blocks(title="rac", analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
-        gr.HTML(HEADER, elem_classes="rac-header")
-        tab = gr.State("steps")
-        with gr.Row(equal_height=False, elem_classes="rac-main"):
-            with gr.Column(scale=1, min_width=280, elem_classes="rac-controls"):
-                upload = gr.File(label="Your picture", file_types=list(PICTURE_SUFFIXES), type="filepath", height=132)
+        controls = _lay_out(gr, answers)
+        _connect(gr, controls, answers)
+    blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    return Page(blocks, answers.busy)
+
+
+def _lay_out(gr: Any, page: Answers) -> Controls:
+    gr.HTML(HEADER, elem_classes="rac-header")
+    photographs = list(page.photographs)
+    with gr.Row(equal_height=False, elem_classes="rac-main"):
+        with gr.Column(scale=1, min_width=280, elem_classes="rac-controls"):
+            upload = gr.File(label="Your picture", file_types=list(suffixes()), type="filepath", height=UPLOAD_HEIGHT)
+            chosen = {"filterable": False, "min_width": 120}
+            with gr.Row(elem_classes="rac-choices"):
                 photograph = gr.Dropdown(
-                    list(photographs),
+                    photographs,
                     value=next(iter(photographs), None),
                     label="or a photograph",
                     visible=bool(photographs),
+                    **chosen,
                 )
-                name = gr.Dropdown(list(names), value=names[0], label="Coder")
-                zoom = gr.Radio(
-                    ["1x", "2x", "4x", "8x"],
-                    value="1x",
-                    label="Zoom",
-                    info="point at a picture",
-                    elem_classes="rac-zoom",
-                )
-                gr.HTML(_limits_in_words(limits), elem_classes="rac-note")
-            with gr.Column(scale=4, min_width=300), gr.Tabs():
-                with gr.Tab("Steps", id="steps") as first:
-                    steps = gr.Slider(1, GREATEST_STEPS, 4, step=1, label="Steps, each way")
-                    there_and_back = gr.HTML(EMPTY, elem_classes="rac-answer")
-                with gr.Tab("Moved latents", id="moved") as second:
-                    sigma = gr.Slider(0, 1.5, 0.5, step=0.05, label="Noise on the latent, in its own deviations")
-                    moved = gr.HTML(EMPTY, elem_classes="rac-answer")
-        given, shown = [upload, photograph, name, steps, sigma], [there_and_back, moved, tab]
-        # One at a time for the whole page, and of a slider's many values only the last.
-        one = {"concurrency_id": "coder", "concurrency_limit": 1, "trigger_mode": "always_last", "outputs": shown}
-        one["show_progress"] = "minimal"
-        hidden = {**one, "api_visibility": "private"}
-        # A tab is selected when the page opens, too.
-        gr.on([upload.change, photograph.input, name.input], show, [tab, *given], **hidden)
-        for front, label in ((first, "steps"), (second, "moved")):
-            front.select(partial(show, label), given, **hidden)
-        open_ = {**one, "api_visibility": "undocumented"}
-        steps.release(partial(show, "steps"), given, api_name="reconstruct", **open_)
-        sigma.release(partial(show, "moved"), given, api_name="perturb", **open_)
-        zoom.change(None, zoom, None, js=ZOOM)
-    blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
-    return Page(blocks, busy)
+                name = gr.Dropdown(list(page.names), value=page.names[0], label="Coder", **chosen)
+            zoom = gr.Radio(list(ZOOMS), value=ZOOMS[0], label="Zoom", elem_classes="rac-zoom")
+        with gr.Column(scale=4, min_width=300, elem_classes="rac-results"), gr.Tabs():
+            with gr.Tab("Steps", id="steps") as first:
+                steps = gr.Slider(1, GREATEST_STEPS, 4, step=1, label="Steps in each direction")
+                reconstruction = gr.HTML(EMPTY, elem_classes="rac-answer")
+            with gr.Tab("Noisy latent", id="noise") as second:
+                sigma = gr.Slider(0, GREATEST_NOISE, 0.5, step=0.05, label="Noise, standard deviations")
+                denoised = gr.HTML(EMPTY, elem_classes="rac-answer")
+    gr.HTML(f"<p class='rac-note'>{escape(_limits_in_words(page.limits))}</p>", elem_classes="rac-limits")
+    # `Answers` checks what is sent. gradio's own checks fail on an emptied box, and log a traceback for every refusal.
+    upload.preprocess = lambda file: None if file is None else file.path
+    for control in (photograph, name, steps, sigma):
+        control.preprocess = lambda value: value
+    return Controls(upload, photograph, name, zoom, (first, second), steps, sigma, (reconstruction, denoised))
+
+
+def _connect(gr: Any, controls: Controls, answers: Answers) -> None:
+    tab = gr.State("steps")
+
+    def show(front: str, *given: Any) -> list[Any]:
+        """What stands in both tabs, of which only the one in front is computed, and which that is."""
+        made = _in_gradio_errors(gr, partial(answers, front, *given))
+        shown = gr.skip() if made is None else made
+        return [shown, gr.skip(), front] if front == "steps" else [gr.skip(), shown, front]
+
+    # One at a time for the whole page, and of a slider's many values only the last.
+    one = {"concurrency_id": "coder", "concurrency_limit": 1, "trigger_mode": "always_last"}
+    one |= {"outputs": [*controls.answers, tab], "show_progress": "minimal"}
+    hidden = {**one, "api_visibility": "private"}
+    given = controls.given
+    # A tab is selected when the page opens, too.
+    gr.on([controls.upload.change, controls.photograph.input, controls.name.input], show, [tab, *given], **hidden)
+    sliders = (controls.steps, controls.sigma)
+    for front, label, slider, api_name in zip(controls.tabs, TABS, sliders, ("reconstruct", "perturb"), strict=True):
+        front.select(partial(show, label), given, **hidden)
+        # Of gradio's events only `change` comes for the mouse, the keyboard, the number box and the reset button alike.
+        slider.change(partial(show, label), given, api_name=api_name, api_visibility="undocumented", **one)
+    controls.zoom.change(None, controls.zoom, None, js=ON_ZOOM)
+
+
+def _in_gradio_errors(gr: Any, compute: Callable[[], str | None]) -> str | None:
+    """What `compute` gives; what the visitor can mend is told on the page, without a traceback in the log."""
+    try:
+        return compute()
+    except RacError as error:
+        raise gr.Error(str(error), duration=None, title="This cannot be shown", print_exception=False) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        words = "this picture is too much for the machine; take a smaller one, or fewer steps"
+        raise gr.Error(words, title="Out of memory", print_exception=False) from None
 
 
 def _limits_in_words(limits: Limits) -> str:
     return (
-        f"Pictures up to {limits.upload_bytes / 2**20:g} MB and {limits.pixels / 1e6:g} megapixels; above "
-        f"{limits.side} pixels a side they are scaled down. "
-        "They stay on the machine that serves this page, for an hour at most."
+        f"Pictures may have up to {limits.upload_bytes / 2**20:g} MB and {limits.pixels / 1e6:g} megapixels. "
+        f"If a side is longer than {limits.side} pixels, the picture is scaled down. "
+        "It stays on the machine that serves this page, for an hour at most."
     )
 
 
@@ -179,7 +276,7 @@ def serving(page: Page, host: str, port: int, limits: Limits) -> Iterator[str]:
                 },
                 theme=_theme(gr),
                 css=STYLE,
-                js=POINTER,
+                js=ON_LOAD,
             )
             yield url.rstrip("/")
         except OSError as error:
@@ -219,25 +316,32 @@ def free_port(host: str, port: int) -> int:
 # ------------------------------------------------------------------------------------------ answers
 
 
-def _answer(tab: str, admitted: Any, loaded: Loaded, steps: int, sigma: float, device: str) -> str:
-    image = admitted.image.to(pick_device(device))
-    notes = [admitted.note]
-    if tab == "steps":
-        made = reconstruct(loaded, image, steps)
-        if made.decoding is None:
-            notes.append(f"{loaded.name} decodes at once: the steps change nothing.")
-        body = pictures_html(image, made.versions) + figures_html(made.versions, "there and back")
-        body += film_html("Encoding: the image flows back to the seed state", made.encoding, image)
-        body += film_html("Decoding: the latent's seed state flows to the image", made.decoding, image)
-    else:
-        versions = decode_moved(loaded, image, sigma)
-        owner = "own" if loaded.teacher is None else "teacher's"
-        notes.append(f"All of these decode the same latent, the {owner}, moved by {sigma:g} of its deviation.")
-        body = pictures_html(image, versions) + figures_html(versions, "decoding alone")
-    if loaded.teacher is None and loaded.teacher_name:
-        notes.append(f"The teacher {loaded.teacher_name} is not to be had here.")
-    said = "".join(f"<p class='rac-note'>{escape(note)}</p>" for note in notes if note)
-    return said + body
+def _steps_html(loaded: Loaded, image: Tensor, steps: int) -> str:
+    made = reconstruct(loaded, image, steps)
+    note = f"{loaded.name} decodes in one pass; the number of steps changes nothing." if made.decoding is None else ""
+    return (
+        _notes_html(note)
+        + pictures_html(image, made.versions)
+        + figures_html(made.versions, "round trip")
+        + film_html("Encoding: from the image back to the seed state", made.encoding, image)
+        + film_html("Decoding: from the latent's seed state to the image", made.decoding, image)
+    )
+
+
+def _noise_html(loaded: Loaded, image: Tensor, sigma: float) -> str:
+    versions = decode_moved(loaded, image, sigma)
+    owner = f"latent of {loaded.name}" if loaded.teacher is None else "teacher's latent"
+    note = f"All decode the same input: the {owner} plus normal noise of {sigma:g} standard deviations."
+    return _notes_html(note) + pictures_html(image, versions) + figures_html(versions, "decoding")
+
+
+def _teacher_note(loaded: Loaded) -> str:
+    missing = loaded.teacher is None and loaded.teacher_name
+    return f"The teacher {loaded.teacher_name} is not available here, so it is not compared." if missing else ""
+
+
+def _notes_html(*notes: str) -> str:
+    return "".join(f"<p class='rac-note'>{escape(note)}</p>" for note in notes if note)
 
 
 def pictures_html(image: Tensor, versions: Sequence[Version]) -> str:
@@ -250,7 +354,8 @@ def pictures_html(image: Tensor, versions: Sequence[Version]) -> str:
         f"<figcaption><b>{escape(name)}</b><span>{escape(note)}</span></figcaption></figure>"
         for name, note, picture in cells
     )
-    return f"<div class='rac-pictures' style='--columns:{columns}'>{figures}</div>"
+    reached = "tabindex='0' role='group' aria-label='Pictures; when zoomed, the arrow keys move the part that is shown'"
+    return f"<div class='rac-pictures' style='--columns:{columns}' {reached}>{figures}</div>"
 
 
 def figures_html(versions: Sequence[Version], what: str) -> str:
@@ -267,7 +372,7 @@ def figures_html(versions: Sequence[Version], what: str) -> str:
         for one in versions
     )
     table = Table((what, "PSNR dB", "SSIM", "time", "evaluations", "GMACs"), rows)
-    return f"<div class='rac-table'>{table.to_html()}</div>"
+    return f"<div class='rac-table' tabindex='0' role='region' aria-label='Table'>{table.to_html()}</div>"
 
 
 def film_html(title: str, flow: Trajectory | None, image: Tensor) -> str:
@@ -279,7 +384,8 @@ def film_html(title: str, flow: Trajectory | None, image: Tensor) -> str:
         f"<figcaption>t = {time:.3g}</figcaption></figure>"
         for state, time in zip(flow.states, flow.times, strict=True)
     )
-    return f"<h3 class='rac-title'>{escape(title)}</h3><div class='rac-film'>{frames}</div>"
+    reached = f"tabindex='0' role='region' aria-label='{escape(title)}'"
+    return f"<h3 class='rac-title'>{escape(title)}</h3><div class='rac-film' {reached}>{frames}</div>"
 
 
 def _decibels(psnr: float) -> str:
@@ -314,19 +420,45 @@ def _theme(gr: Any) -> Any:
 
 
 HEADER = (
-    "<h1>Rectified Flow Auto Coder</h1><p>One velocity field: followed forwards it decodes a latent to an image, "
-    "followed backwards it is the encoder.</p>"
+    "<h1>Rectified Flow Auto Coder</h1><p>One network encodes and decodes: its flow turns a latent into an image, "
+    "and, followed backwards, an image into a latent.</p>"
 )
-EMPTY = "<p class='rac-empty'>Drop a picture, or choose a photograph.</p>"
+EMPTY = "<p class='rac-empty'>Upload a picture, or choose a photograph.</p>"
 
-ZOOM = "(zoom) => document.documentElement.style.setProperty('--rac-zoom', parseInt(zoom))"
-POINTER = """() => document.addEventListener('pointermove', (event) => {
-  const lens = event.target.closest && event.target.closest('.rac-lens');
-  if (!lens) return;
-  const box = lens.getBoundingClientRect(), root = document.documentElement.style;
-  root.setProperty('--rac-x', 100 * (event.clientX - box.left) / box.width + '%');
-  root.setProperty('--rac-y', 100 * (event.clientY - box.top) / box.height + '%');
-})"""
+ON_ZOOM = """(zoom) => {
+  const root = document.documentElement;
+  root.style.setProperty('--rac-zoom', parseInt(zoom));
+  root.classList.toggle('rac-zoomed', parseInt(zoom) > 1);
+}"""
+# The pointer, or the arrow keys, move the part of the pictures that is shown. Gradio keeps fractions of a step that
+# are typed; they become the number that is computed once the box is left or Enter pressed.
+ON_LOAD = """() => {
+  const root = document.documentElement;
+  let x = 50, y = 50;
+  const aim = (across, down) => {
+    [x, y] = [across, down].map((percent) => Math.min(Math.max(percent, 0), 100));
+    root.style.setProperty('--rac-x', x + '%');
+    root.style.setProperty('--rac-y', y + '%');
+  };
+  document.addEventListener('pointermove', (event) => {
+    const lens = event.target.closest && event.target.closest('.rac-lens');
+    if (!lens) return;
+    const box = lens.getBoundingClientRect();
+    aim(100 * (event.clientX - box.left) / box.width, 100 * (event.clientY - box.top) / box.height);
+  });
+  const moves = {ArrowLeft: [-10, 0], ArrowRight: [10, 0], ArrowUp: [0, -10], ArrowDown: [0, 10]};
+  document.addEventListener('keydown', (event) => {
+    const move = moves[event.key];
+    if (!move || !root.classList.contains('rac-zoomed') || !event.target.matches('.rac-pictures')) return;
+    event.preventDefault();
+    aim(x + move[0], y + move[1]);
+  });
+  document.addEventListener('change', ({target}) => {
+    if (target.type !== 'number' || target.step !== '1' || Number.isInteger(Number(target.value))) return;
+    target.value = Math.round(target.value);
+    target.dispatchEvent(new Event('input', {bubbles: true}));
+  });
+}"""
 
 STYLE = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -334,39 +466,61 @@ STYLE = """
 .rac-header p, .rac-note, .rac-empty { color: var(--body-text-color-subdued); }
 .rac-note { font-size: .85rem; line-height: 1.45; margin: .15rem 0 .5rem; }
 .rac-empty { padding: 3rem 1rem; text-align: center; }
+/* gradio takes the ring away from sliders, lists and zoom. */
+.gradio-container :is(input, button, [role=tab], [tabindex]):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 .rac-pictures { display: grid; gap: 1rem; margin: .5rem 0 1rem;
   grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
 .rac-pictures figure, .rac-film figure { margin: 0; }
-.rac-lens { overflow: hidden; border-radius: 8px; cursor: crosshair; touch-action: none;
-  background: var(--background-fill-secondary); }
+.rac-lens { overflow: hidden; border-radius: 8px; background: var(--background-fill-secondary); }
+.rac-zoomed .rac-lens { cursor: crosshair; touch-action: none; }
 .rac-lens img { display: block; width: 100%; height: auto; image-rendering: pixelated;
   transform-origin: var(--rac-x, 50%) var(--rac-y, 50%); transform: scale(var(--rac-zoom, 1)); }
 .rac-pictures figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem;
   font-size: .875rem; padding: .4rem .1rem; font-variant-numeric: tabular-nums; }
 .rac-pictures figcaption b { font-weight: 600; }
 .rac-pictures figcaption span, .rac-film figcaption { color: var(--body-text-color-subdued); }
-.rac-controls .download { pointer-events: none; }
-.rac-zoom label { padding: .3rem .55rem !important; }
+/* The page hands out no files: there is nothing behind gradio's link to the upload. */
+.rac-controls .download { visibility: hidden; }
+.rac-choices { flex-wrap: nowrap !important; }
+.rac-choices > * { min-width: 0 !important; }
+.rac-zoom { display: flex; align-items: center; gap: .75rem; }
+.rac-zoom > span { margin: 0 !important; }
+.rac-zoom .wrap { flex-wrap: nowrap !important; gap: .3rem !important; }
+.rac-zoom label { padding: .3rem .5rem !important; }
 /* They scroll: what is in them must not widen the page. */
 .rac-table, .rac-film { contain: inline-size; overflow-x: auto; }
 .rac-table :is(table, thead, tbody, tr) { border: 0 !important; }
 .rac-table table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
-.rac-table th, .rac-table td { padding: .35rem .75rem .35rem 0; text-align: right; white-space: nowrap;
+.rac-table th, .rac-table td { padding: .35rem 0 .35rem .75rem; text-align: right; white-space: nowrap;
   border: 0; border-bottom: 1px solid var(--border-color-primary); background: none; }
-.rac-table th { font-weight: 600; color: var(--body-text-color-subdued); }
-.rac-table th:first-child, .rac-table td:first-child { text-align: left; }
+.rac-table th { font-weight: 600; color: var(--body-text-color-subdued); vertical-align: bottom; }
+.rac-table th:first-child, .rac-table td:first-child { text-align: left; padding-left: 0; white-space: normal; }
 .rac-title { font-size: .95rem; font-weight: 600; margin: 1.4rem 0 .5rem; }
 .rac-film { display: flex; gap: .5rem; padding-bottom: .5rem; }
 .rac-film figure { flex: 0 0 auto; text-align: center; }
 .rac-film img { display: block; height: 112px; width: auto; border-radius: 5px; }
 .rac-film figcaption { font-size: .75rem; padding-top: .25rem; font-variant-numeric: tabular-nums; }
-@media (max-width: 640px) {
-  .rac-pictures { grid-template-columns: repeat(min(2, var(--columns)), minmax(0, 1fr)); gap: .6rem; }
-  .rac-film img { height: 88px; }
-}
-@media (max-width: 760px) {
+@media (max-width: 900px) {
   .rac-main { flex-direction: column !important; }
   .rac-main > * { width: 100% !important; min-width: 0 !important; flex: none !important; }
+  .rac-controls { gap: .6rem !important; }
+  .rac-controls .upload-container { height: 4rem !important; padding-top: 1.5rem; }
+  .rac-controls .upload-container .wrap { flex-direction: row; gap: .35rem; min-height: 0; padding: 0;
+    font-size: .875rem; }
+  .rac-controls .upload-container .icon-wrap { display: none; }
+}
+@media (max-width: 640px) {
+  .gradio-container > main { padding: .5rem .75rem !important; }
+  .rac-header h1 { font-size: 1.2rem; margin-top: 0; }
+  .rac-header p { font-size: .85rem; line-height: 1.35; }
+  .rac-answer .html-container { padding: 0 !important; }
+  .rac-pictures { gap: .4rem; }
+  .rac-pictures figcaption { font-size: .75rem; }
+  .rac-table table { font-size: .75rem; }
+  .rac-table th, .rac-table td { padding-left: .4rem; }
+  .rac-table th { white-space: normal; }
+  .rac-film img { height: 88px; }
 }
 """

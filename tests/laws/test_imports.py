@@ -16,7 +16,7 @@ import rac
 ROOT = Path(rac.__file__).parent
 
 # What each room may import of the package, itself and its own modules apart.
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "notices"}
 STATIONS = ["images", "latents", "states", "flow", "fields"]
 PLUMBING = {"config", "storage", "runtime", "draws", "hub"}
 CODERS = {*BASE, *STATIONS, *PLUMBING} - {"hub", "draws"}
@@ -24,12 +24,15 @@ TRAINING = {*BASE, *STATIONS, *PLUMBING, "coders", "generators", "objectives", "
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "notices": set(),
+    "rgb": {"errors"},
     "config": {"errors"},
     "runtime": {"errors"},
     "draws": {"errors"},
     "storage": {*BASE, "config"},
     # The stations see only those before them.
     **{name: {*BASE, *STATIONS[:place]} for place, name in enumerate(STATIONS)},
+    "images": {*BASE, "rgb"},
     "coders": CODERS,
     "generators": {*CODERS, "coders"},
     "hub": {*CODERS, "coders", "generators"},

@@ -21,6 +21,7 @@ from ..data import DataConfig, open_stream
 from ..errors import RacError
 from ..evaluate.report import Table
 from ..flow.grid import check_steps
+from ..images import check_size
 from ..objectives.klvae import KLVAEWeights
 from ..recipes import RECIPES, RACRecipe
 from ..train import TrainConfig
@@ -98,6 +99,7 @@ class Command:
         for name in ("size", "batch"):
             if getattr(self, name) < 1:
                 raise RacError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_size(self.size)
         if self.seconds < 0 or not self.jobs or not self.precision:
             raise RacError("--seconds must not be negative, and --jobs and --precision need at least one name each")
         if self.steps is not None:

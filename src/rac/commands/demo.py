@@ -18,7 +18,7 @@ from ..evaluate.reconstructions import rac_reconstructions
 from ..evaluate.report import Figure, Section, Table, html_report
 from ..evaluate.reversal import Reversal, euler_errors, reversals, slope
 from ..files import make_folder, write_bytes
-from ..images import read_image, write_picture
+from ..images import check_size, read_image, write_picture
 from ..runtime import pick_device
 from .common import DEFAULT_CODER, load_coder, load_teacher, need_rac, show, watched
 from .reconstruct import Results, comparison, means, per_image
@@ -46,6 +46,7 @@ class Command:
 
     def run(self) -> int:
         """Write the report, print its table; the exit code. Raises `RacError`."""
+        check_size(self.size)
         coder = need_rac(load_coder(self.model, self.device), self.model)
         teacher = load_teacher(coder, self.device)
         photographs = self._photographs()

@@ -13,14 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RacError
-from ..images import PICTURE_SUFFIXES
+from ..images import PICTURE_SUFFIXES, is_picture
 from .progress import Told, counting
 
 # Photographs among scikit-image's files; drawings, stereo twins and thumbnails are left out. Few pictures make a
@@ -199,12 +199,6 @@ class Folder:
         return (self.path / self.names[index]).read_bytes()
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file of this name is taken for a picture."""
-    pure = PurePosixPath(name)
-    return pure.suffix.lower() in PICTURE_SUFFIXES and not pure.name.startswith(".")
-
-
 def _sources(paths: Sequence[Path], told: Told) -> Iterator[Source]:
     total = 0
     for path in paths:
@@ -221,7 +215,7 @@ def _beyond(told: Told, before: int, done: int) -> None:
 
 
 def _sources_in(path: Path, told: Callable[[int], None]) -> list[Source]:
-    from .tars import Tar
+    from .tars import Tar, is_tar
 
     if is_spelled(path, "hf"):
         from .datasets import Rows
@@ -229,7 +223,9 @@ def _sources_in(path: Path, told: Callable[[int], None]) -> list[Source]:
         return [Rows.open(str(path))]
     if path.is_dir():
         folder = Folder.search(path)
-        return [folder] if folder.names else [Tar.open(tar, told) for tar in sorted(path.rglob("*.tar"))]
+        return (
+            [folder] if folder.names else [Tar.open(tar, told) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
+        )
     if not path.is_file():
         raise RacError(_why_not(path))
     if is_picture(path.name):

@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ImageError, RacError
-from ..images import from_pixels, read_picture
+from ..images import PICTURE_FORMATS, from_pixels, read_rgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = tuple(PICTURE_FORMATS)
 """Of Pillow's many: the decoders of others, such as EPS, run foreign programs or have seen little hostile input."""
 
 MESSAGE_BYTES = 2**16
@@ -56,20 +56,22 @@ class Admitted(NamedTuple):
 def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
     """Read an uploaded picture: bytes, format and pixels are checked before anything is decoded.
 
-    Grey, palette and transparent pictures are converted. Raises `ImageError`, which names the file but not its folder.
+    Grey, palette and transparent pictures are converted, which the note says. Raises `ImageError`, which names the file
+    but not its folder.
     """
     path = Path(path)
     name, size = path.name, path.stat().st_size
     if size > limits.upload_bytes:
         raise ImageError(f"{name} has {size:,} bytes, more than the limit of {limits.upload_bytes:,}; save it smaller")
     _check_header(path, name, limits.pixels)
-    picture = read_picture(path, convert=True, max_pixels=limits.pixels, name=name)
+    picture, was, done = read_rgb(path, max_pixels=limits.pixels, name=name)
+    notes = [f"Converted from {was} to 8-bit RGB ({done})."] if was else []
     before = picture.size
-    if max(before) <= limits.side:
-        return Admitted(from_pixels(np.asarray(picture)), "")
-    picture.thumbnail((limits.side, limits.side), Image.Resampling.LANCZOS)
-    note = f"Scaled down from {before[0]} x {before[1]} to {picture.width} x {picture.height} pixels for this page."
-    return Admitted(from_pixels(np.asarray(picture)), note)
+    if max(before) > limits.side:
+        picture.thumbnail((limits.side, limits.side), Image.Resampling.LANCZOS)
+        size = f"{picture.width} x {picture.height}"
+        notes.append(f"Scaled down from {before[0]} x {before[1]} to {size} pixels for this page.")
+    return Admitted(from_pixels(np.asarray(picture)), " ".join(notes))
 
 
 def _check_header(path: Path, name: str, pixels: int) -> None:
@@ -82,8 +84,10 @@ def _check_header(path: Path, name: str, pixels: int) -> None:
         raise ImageError(f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, BMP or TIFF") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large ({error}); scale it down first") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name} cannot be opened ({error}); export it again") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged header Pillow may raise anything
+        raise ImageError(f"{name} cannot be opened ({str(error) or type(error).__name__}); export it again") from error
     if width * height > pixels:
         raise ImageError(
             f"{name} has {width} x {height} pixels, {width * height / 1e6:.4g} million; "

@@ -79,14 +79,14 @@ def mend_planes(picture: Image.Image) -> None:
     """
     if isinstance(picture, TiffImagePlugin.TiffImageFile) and stored(picture).bits == 16:
         order = "B" if picture.tag_v2.prefix == b"MM" else "L"
-        picture.tile = [_deep_plane(order, *tile) for tile in picture.tile]
+        picture.tile = [
+            tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) if _is_plane(*tile) else tile
+            for tile in picture.tile
+        ]
 
 
-def _deep_plane(order: str, codec: str, extents: Any, offset: int, arguments: Any) -> Any:
-    plane, *others = arguments
-    if codec == "raw" and plane in tuple("RGBACMYK"):
-        plane = f"{plane};16{order}"
-    return codec, extents, offset, (plane, *others)
+def _is_plane(codec: str, extents: object, offset: int, arguments: Any) -> bool:
+    return codec == "raw" and arguments[0] in tuple("RGBACMYK")
 
 
 def to_rgb(picture: Image.Image, how: Stored, name: str) -> Rgb:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import RacError
+from .notices import spoken
 
 VERBS = {
     "reconstruct": "images through a coder and back: strips, trajectories, PSNR and SSIM",
@@ -37,8 +38,10 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; `arguments` are those of the process where none are given. Returns the exit code."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), spoken():
         warnings.showwarning = _warn
+        # Pillow's complaints of damaged files name no file; our errors do.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         except KeyboardInterrupt:

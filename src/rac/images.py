@@ -9,21 +9,39 @@ import io
 import math
 import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import index
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import ImageError, RacError
 from .files import write_bytes
+from .notices import warn_once
+from .rgb import Rgb, mend_planes, stored, to_rgb
 
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Names that `image_files` takes for pictures."""
+PICTURE_FORMATS: dict[str, tuple[str, ...]] = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg"),
+    "JPEG2000": (".j2k", ".jp2"),
+    "PNG": (".png",),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+"""The formats in which pictures are looked for, by Pillow's names, and their suffixes in small letters."""
+
+PICTURE_SUFFIXES = tuple(sorted(suffix for suffixes in PICTURE_FORMATS.values() for suffix in suffixes))
+"""Suffixes, in small letters, of the files that count as pictures wherever a folder or an archive is searched."""
 
 MAX_PIXELS = 2**26
 """The largest picture read unless the caller allows more: 67 megapixels, 0.8 GB as an image."""
@@ -35,20 +53,8 @@ _WRITERS: dict[str, tuple[str, dict[str, object]]] = {
     ".webp": ("WEBP", {"lossless": True}),
 }
 
-# What `convert` does with a mode that is not 8-bit RGB, in the words of the error that offers it.
-_CONVERSIONS = {
-    "1": ("black and white", "repeats it in the three channels"),
-    "L": ("grey", "repeats it in the three channels"),
-    "LA": ("grey with alpha", "lays it on white and repeats it in the three channels"),
-    "P": ("a palette picture", "looks its colours up, transparent ones on white"),
-    "PA": ("a palette picture with alpha", "looks its colours up, transparent ones on white"),
-    "RGBA": ("RGB with alpha", "lays it on white"),
-    "CMYK": ("CMYK", "turns it into RGB by the plain formula, without its colour profile"),
-    "YCbCr": ("YCbCr", "turns it into RGB"),
-    "LAB": ("L*a*b*", "turns it into RGB"),
-    "HSV": ("HSV", "turns it into RGB"),
-    "I": ("integer grey of 16 bits or more", "keeps the upper 8 of its 16 bits"),
-}
+_FAR = 16.0
+"""The largest value that `write_image` clamps without a warning. Decoded images reach 2 or 3."""
 
 
 # ------------------------------------------------------------------------------------------- files -> image
@@ -63,20 +69,25 @@ def read_image(
 ) -> Tensor:
     """Read a picture file, or an open binary one, as an image, 1 3 H W float32 in [-1, 1].
 
-    The orientation noted by a camera is applied; colour profiles are not. With `size` (an int for a square,
-    or (height, width)) the picture is scaled, antialiased, until it just covers that size, and the centre kept.
+    The orientation noted by a camera is applied; colour profiles are not. Whatever is not 8-bit RGB is converted:
+    grey is repeated in three channels, palettes are looked up, more than 8 bits are scaled to 8, transparent parts
+    are laid on white, CMYK is computed without its colour profile.
 
-    Only 8-bit RGB is taken as it is. Other modes lose something on the way to RGB, so they are refused unless
-    `convert`: grey is repeated, alpha laid on white, palettes looked up, CMYK computed without profile,
-    16 bits cut to 8.
+    Args:
+        path: The file.
+        size: A side for a square, or (height, width). The picture is scaled, antialiased, until it just covers that
+            size, and its centre is kept. None: the picture's own size.
+        convert: Convert without a message. Otherwise the logger `rac` warns of the first picture of each kind.
+        max_pixels: The most pixels that the picture, and `size`, may have.
 
     Raises:
         ImageError: the file is missing, not a picture, damaged, animated, has more than `max_pixels` (told from
-            its header, before anything is decoded) or is of a mode that needs `convert`.
+            its header, before anything is decoded) or holds values of unknown range, such as floats.
     """
+    wanted = None if size is None else check_size(size, max_pixels)
     picture = read_picture(path, convert=convert, max_pixels=max_pixels)
-    if size is not None:
-        picture = _cover(picture, (size, size) if isinstance(size, int) else size)
+    if wanted is not None:
+        picture = _cover(picture, wanted)
     return from_pixels(np.asarray(picture))
 
 
@@ -88,36 +99,76 @@ def read_picture(
     name: str | None = None,
     shrink: int = 1,
 ) -> Image.Image:
-    """Like `read_image`, but gives the upright 8-bit RGB `PIL.Image` and also takes an open binary file.
+    """Like `read_image`, but gives the upright 8-bit RGB `PIL.Image`.
 
-    `name` stands for the source in errors. With `shrink` 2, 4 or 8 a JPEG is decoded at that fraction of its size
+    `name` stands for the source in messages. With `shrink` 2, 4 or 8 a JPEG is decoded at that fraction of its size
     (rounded up), much faster; other formats are not. Raises `ImageError`.
     """
-    name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the picture")
-    with _opened(source, name, max_pixels) as picture:
+    name = _name(source, name)
+    picture, was, done = read_rgb(source, max_pixels=max_pixels, name=name, shrink=shrink)
+    if was and not convert:
+        warn_once(
+            f"picture: {was}",
+            f"{name} is {was}: converted to 8-bit RGB ({done}). "
+            "Further pictures of this kind are converted without a message",
+        )
+    return picture
+
+
+def read_rgb(
+    source: str | os.PathLike[str] | BinaryIO,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+    shrink: int = 1,
+) -> Rgb:
+    """Like `read_picture`, but gives what the picture was and what was done to it along with it, and logs nothing."""
+    name = _name(source, name)
+    with _decoding(name), _opened(source, name, max_pixels) as picture:
         _refuse_animation(picture, name)
-        if not convert:
-            _refuse_other_modes(picture, name)
-        try:
-            if shrink > 1 and picture.format == "JPEG":
-                picture.draft(None, (picture.width // shrink, picture.height // shrink))
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise errors of any kind on damaged files
-            raise ImageError(f"{name} is damaged or cut short ({error}); fetch or export it again") from error
-        return _to_rgb(upright, name)
+        mend_planes(picture)
+        how = stored(picture)
+        if shrink > 1 and picture.format == "JPEG":
+            picture.draft(None, (picture.width // shrink, picture.height // shrink))
+        picture.load()
+        return to_rgb(ImageOps.exif_transpose(picture), how, name)
 
 
 def upright_size(source: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of what `read_picture` would give, from the header alone. Raises `ImageError`."""
-    with _opened(source, name, max_pixels) as picture:
+    with _decoding(name), _opened(source, name, max_pixels) as picture:
         try:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         except Exception:  # a damaged EXIF block is the decoder's to refuse, or to overlook
             turned = False
         return picture.size[::-1] if turned else picture.size
+
+
+def check_size(size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width that `size`, the side of a square or (height, width), stands for.
+
+    Raises `ImageError` unless they are whole numbers of at least 1, with at most `max_pixels` pixels.
+    """
+    try:
+        height, width = map(index, size if isinstance(size, Sequence) else (size, size))
+    except (TypeError, ValueError):
+        raise ImageError(
+            f"size {size!r} must be a whole number, or (height, width) of them; 256 is a good start"
+        ) from None
+    if height < 1 or width < 1:
+        raise ImageError(f"size {height} x {width} of an image must be at least 1 x 1")
+    if height * width > max_pixels:
+        raise ImageError(
+            f"size {height} x {width} asks for {height * width:,} pixels, more than the limit of {max_pixels:,}; "
+            f"take a square of at most {math.isqrt(max_pixels):,}"
+        )
+    return height, width
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name or path counts as a picture: by its suffix, in any case; hidden ones do not."""
+    pure = PurePath(name)
+    return pure.suffix.lower() in PICTURE_SUFFIXES and not pure.name.startswith(".")
 
 
 def image_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -130,15 +181,30 @@ def image_files(path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ImageError(f"{path} does not exist; give a picture file or a folder of them")
-    found = path.iterdir()
-    files = sorted(
-        file
-        for file in found
-        if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+    try:
+        found = sorted(path.iterdir())
+    except OSError as error:
+        raise ImageError(f"{path} cannot be searched ({error.strerror or error}); change its permissions") from None
+    files = [file for file in found if is_picture(file.name) and file.is_file()]
     if not files:
         raise ImageError(f"{path} holds no pictures; looked for {' '.join(PICTURE_SUFFIXES)}")
     return files
+
+
+def _name(source: str | os.PathLike[str] | BinaryIO, name: str | None) -> str:
+    return name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the picture")
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into an `ImageError`: on damaged files anything asked of it may raise anything."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"{name} is damaged or cut short ({reason}); fetch or export it again") from error
 
 
 def _opened(source: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: int) -> Image.Image:
@@ -179,45 +245,9 @@ def _refuse_animation(picture: Image.Image, name: str) -> None:
         raise ImageError(f"{name} has {frames} frames; save the one you want as a PNG")
 
 
-def _refuse_other_modes(picture: Image.Image, name: str) -> None:
-    if picture.mode != "RGB":
-        what, conversion = _describe(picture.mode)
-    elif picture.has_transparency_data:
-        what, conversion = "RGB with a transparent colour", "lays it on white"
-    elif isinstance(picture, ImageFile.ImageFile) and any(";16" in str(tile.args) for tile in picture.tile):
-        # Pillow would hand 16-bit RGB over as 8-bit without a word; only the raw mode of its tiles tells.
-        what, conversion = "RGB of 16 bits", "keeps the upper 8 bits"
-    else:
-        return
-    mend = f"--convert (convert=True) {conversion}" if conversion else "save it as 8-bit RGB"
-    raise ImageError(f"{name} is {what} (mode {picture.mode}), expected 8-bit RGB; {mend}")
-
-
-def _describe(mode: str) -> tuple[str, str]:
-    return _CONVERSIONS.get(mode.split(";")[0], ("of an unusual kind", ""))
-
-
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB out of any mode; a no-op for 8-bit RGB, so strict and converted reading agree on it."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ImageError(f"{name} has integers outside 0 to 65535 ({picture.mode}); save it as 8-bit RGB")
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
-    elif not _describe(picture.mode)[1] and picture.mode != "RGB":
-        raise ImageError(f"{name} is of mode {picture.mode}, whose range is not known; save it as 8-bit RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
 def _cover(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale until the picture just covers `size` (height, width), keep the centre; one resampling."""
     height, width = size
-    if height < 1 or width < 1:
-        raise ImageError(f"size {height} x {width} of an image must be at least 1 x 1")
     scale = max(height / picture.height, width / picture.width)
     box_width, box_height = min(width / scale, picture.width), min(height / scale, picture.height)
     # Whole offsets: a crop without scaling then copies pixels instead of blending neighbours.
@@ -230,21 +260,43 @@ def _cover(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 # ----------------------------------------------------------------------------------------- image <-> pixels
 
 
-def from_pixels(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 pixels, H W 3 or B H W 3 -> image, B 3 H W float32 in [-1, 1] (B = 1 for a single picture)."""
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != 3:
-        raise ImageError(f"pixels are uint8 of H W 3 or B H W 3, not {pixels.dtype} of {pixels.shape}")
-    batch = torch.from_numpy(np.array(pixels if pixels.ndim == 4 else pixels[None]))
-    return batch.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+def from_pixels(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 pixels, H W 3 or B H W 3 -> image, B 3 H W float32 in [-1, 1] (B = 1 for a single picture).
+
+    Raises `ImageError` for another shape or type; a tensor 3 H W comes into shape by `.movedim(-3, -1)`.
+    """
+    given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
+    if str(given.dtype) not in ("uint8", "torch.uint8") or given.ndim not in (3, 4) or given.shape[-1] != 3:
+        raise ImageError(
+            f"pixels are uint8 of H W 3 or B H W 3, not {given.dtype} of {tuple(given.shape)}; "
+            "a tensor with its channels first comes into shape by .movedim(-3, -1)"
+        )
+    batch = given if isinstance(given, Tensor) else torch.from_numpy(given)
+    return (batch if batch.ndim == 4 else batch[None]).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+
+
+def check_image(image: Tensor) -> None:
+    """Raise `ImageError` unless `image` is a tensor B 3 H W of floats. Its values are not looked at."""
+    if not isinstance(image, Tensor):
+        raise ImageError(f"an image is a tensor 1 3 H W in [-1, 1], not a {type(image).__name__}; {_MAKE_ONE}")
+    if not image.is_floating_point():
+        raise ImageError(f"an image holds floats in [-1, 1], not {str(image.dtype).split('.')[-1]}; {_MAKE_ONE}")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ImageError(f"an image has shape B 3 H W, not {tuple(image.shape)}; {_MAKE_ONE}")
+
+
+_MAKE_ONE = "rac.read_image reads one, rac.images.from_pixels makes one of uint8 pixels H W 3"
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     """Image, 1 3 H W or 3 H W in [-1, 1] -> uint8 pixels H W 3: clamped, then rounded to the nearest level.
 
-    `to_pixels(from_pixels(pixels))` gives `pixels` back. Raises `ImageError` for another shape or NaN.
+    `to_pixels(from_pixels(pixels))` gives `pixels` back. Raises `ImageError` for another shape, a type that is no
+    float, and NaN.
     """
+    check_image(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
     single = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
-    if single.ndim != 3 or single.shape[0] != 3:
+    if single.ndim != 3:
         raise ImageError(f"one image is 1 3 H W or 3 H W, not {tuple(image.shape)}; write a batch one by one")
     single = single.detach().float().cpu()
     if not torch.isfinite(single).all():
@@ -260,12 +312,26 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 def write_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     """Write an image, 1 3 H W or 3 H W in [-1, 1] (clamped), as 8-bit RGB. The suffix chooses the format.
 
-    PNG and WebP are lossless, JPEG has quality 95. The file appears complete or not at all.
+    PNG and WebP are lossless, JPEG has quality 95. The file appears complete or not at all. Warns of values far
+    outside [-1, 1].
 
     Raises:
-        ImageError: another suffix, another shape, NaN in the image, no permission, no folder, a full disk.
+        ImageError: another suffix, another shape, a type that is no float, NaN in the image, values of pixels
+            (from 0 up to 255), no permission, no folder, a full disk.
     """
-    write_picture(Image.fromarray(to_pixels(image)), path)
+    pixels = to_pixels(image)
+    _check_range(image)
+    write_picture(Image.fromarray(pixels), path)
+
+
+def _check_range(image: Tensor) -> None:
+    low, high = (float(value) for value in torch.aminmax(image.detach())) if image.numel() else (0.0, 0.0)
+    if max(-low, high) <= _FAR:
+        return
+    found = f"the image has values from {low:.4g} to {high:.4g}, where [-1, 1] was expected"
+    if low >= 0:
+        raise ImageError(f"{found}; if they are pixels from 0 to 255, divide by 127.5 and subtract 1")
+    warnings.warn(f"{found}; they were clamped", stacklevel=3)
 
 
 def write_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:

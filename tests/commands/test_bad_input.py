@@ -33,6 +33,13 @@ def animated_gif(path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
+def cut_pages(path: Path) -> None:
+    """A TIFF whose second page is cut off: Pillow raises TypeError when asked for the number of pages."""
+    pages = [photograph(60) for _ in range(3)]
+    pages[0].save(path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 # file name: (how it is made, words of the one line)
 BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.png": (lambda path: None, "does not exist"),
@@ -42,12 +49,18 @@ BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "one-pixel.png": (lambda path: Image.new("RGB", (1, 1)).save(path), "too small"),
     "huge.png": (lambda path: Image.new("1", (20_000, 20_000)).save(path), "too large"),
     "animated.gif": (animated_gif, "3 frames"),
-    "cmyk.jpg": (lambda path: photograph().convert("CMYK").save(path), "CMYK"),
-    "sixteen-bit.png": (lambda path: Image.fromarray(np.zeros((24, 24), np.uint16)).save(path), "16"),
-    "rgba.png": (lambda path: photograph().convert("RGBA").save(path), "--convert"),
-    "grey.png": (lambda path: photograph().convert("L").save(path), "--convert"),
+    "float.tiff": (lambda path: Image.fromarray(np.zeros((24, 24), np.float32)).save(path), "range is not known"),
+    "cut-pages.tiff": (cut_pages, "damaged or cut short"),
 }
-CONVERTIBLE = ("cmyk.jpg", "sixteen-bit.png", "rgba.png", "grey.png")
+
+# file name: (how it is made, what stderr says of it)
+OTHER_KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cmyk.jpg": (lambda path: photograph().convert("CMYK").save(path), "is CMYK"),
+    "sixteen-bit.png": (lambda path: Image.fromarray(np.zeros((24, 24), np.uint16)).save(path), "is 16-bit grey"),
+    "rgba.png": (lambda path: photograph().convert("RGBA").save(path), "laid on white"),
+    "grey.png": (lambda path: photograph().convert("L").save(path), "is grey"),
+    "palette.gif": (lambda path: photograph().quantize(16).save(path), "is palette"),
+}
 
 
 def one_line(ran, *words: object) -> None:  # type: ignore[no-untyped-def]
@@ -70,25 +83,43 @@ def test_bad_picture(tmp_path: Path, run, coder_dir: Path, name: str, verb: str)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("name", CONVERTIBLE)
-def test_convert_mends(tmp_path: Path, run, coder_dir: Path, name: str) -> None:  # type: ignore[no-untyped-def]
-    BAD_PICTURES[name][0](tmp_path / name)
-    ran = run("encode", tmp_path / name, "--model", coder_dir, "--out", tmp_path / "out", "--convert")
-    assert ran.code == 0, ran
-    assert len(list((tmp_path / "out").iterdir())) == 1
+@pytest.mark.parametrize("verb", ["encode", "reconstruct"])
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_other_kinds_are_converted_and_said_once(tmp_path: Path, run, coder_dir: Path, name: str, verb: str) -> None:  # type: ignore[no-untyped-def]
+    make, words = OTHER_KINDS[name]
+    folder = tmp_path / "pictures"
+    for copy in ("a", "b"):
+        (folder / copy).with_suffix(Path(name).suffix).parent.mkdir(exist_ok=True)
+        make((folder / copy).with_suffix(Path(name).suffix))
+    options = ("--model", coder_dir, "--out", tmp_path / "out", "--device", "cpu")
+    for _ in range(2):  # each run says it
+        ran = run(verb, folder, *options)
+        assert ran.code == 0, ran
+        assert ran.err.count("\n") == 1
+        assert ran.err.startswith(f"rac: {folder / 'a'}")
+        assert words in ran.err
+    ran = run(verb, folder, *options, "--convert")
+    assert (ran.code, ran.err) == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct"])
+def test_a_size_that_no_memory_holds(tmp_path: Path, run, photo: Path, coder_dir: Path, verb: str) -> None:  # type: ignore[no-untyped-def]
+    ran = run(verb, photo, "--model", coder_dir, "--out", tmp_path / "out", "--size", 100_000)
+    one_line(ran, "100000 x 100000", "at most 8,192")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_goes_on_and_reports_at_the_end(tmp_path: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for name in ("text.png", "grey.png", "animated.gif"):
+    for name in ("text.png", "cut-pages.tiff", "animated.gif"):
         BAD_PICTURES[name][0](folder / name)
     photograph().save(folder / "good.png")
     photograph(32).save(folder / "zebra.png")
     ran = run("encode", folder, "--model", coder_dir, "--out", tmp_path / "out")
     assert ran.code == 1
     assert ran.err.splitlines()[0] == "rac: 3 of 5 files failed:"
-    for line, name in zip(ran.err.splitlines()[1:], ("animated.gif", "grey.png", "text.png"), strict=True):
+    for line, name in zip(ran.err.splitlines()[1:], ("animated.gif", "cut-pages.tiff", "text.png"), strict=True):
         assert name in line
     assert sorted(os.listdir(tmp_path / "out")) == ["good.safetensors", "zebra.safetensors"]
 

@@ -17,13 +17,13 @@ ROOT = Path(rac.__file__).parent
 
 # From the ground up.
 ROOMS = [
-    *("errors", "files", "config", "runtime", "draws", "progress", "storage"),
+    *("errors", "files", "notices", "rgb", "config", "runtime", "draws", "progress", "storage"),
     *("images", "latents", "states", "flow", "fields", "representations", "coders", "generators"),
     *("objectives", "report", "hub", "data", "train", "evaluate", "recipes", "experiments"),
     *("integrations", "serve", "commands", "cli", "__main__"),
 ]
 # What each room may import of the package, itself and its own modules apart.
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "notices"}
 STATIONS = ["images", "latents", "states", "flow", "fields"]
 PLUMBING = {"config", "storage", "runtime", "draws", "progress", "hub"}
 CODERS = {*BASE, *STATIONS, *PLUMBING, "representations"} - {"hub", "draws"}
@@ -31,6 +31,8 @@ TRAINING = {*BASE, *STATIONS, *PLUMBING, "representations", "report", "coders", 
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "notices": set(),
+    "rgb": {"errors"},
     "config": {"errors"},
     "runtime": {"errors"},
     "draws": {"errors"},
@@ -39,6 +41,9 @@ MAY_IMPORT = {
     # The stations see only those before them.
     **{name: {*BASE, *STATIONS[:place]} for place, name in enumerate(STATIONS)},
     "representations": {*BASE, "config", "runtime", "storage"},
+    "notices": set(),
+    "rgb": {"errors"},
+    "images": {*BASE, "rgb"},
     "coders": CODERS,
     "generators": {*CODERS, "coders"},
     "report": {"errors", "images", "flow"},

@@ -21,6 +21,7 @@ from ..data import DataConfig, open_stream
 from ..errors import RacError
 from ..experiments.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
 from ..flow.grid import check_steps
+from ..images import check_size
 from ..objectives.klvae import KLVAEWeights
 from ..progress import watched
 from ..recipes import RECIPES, RACRecipe
@@ -100,6 +101,7 @@ class Command:
         for name in ("size", "batch"):
             if getattr(self, name) < 1:
                 raise RacError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_size(self.size)
         if self.seconds < 0 or not self.jobs or not self.precision:
             raise RacError("--seconds must not be negative, and --jobs and --precision need at least one name each")
         if self.steps is not None:

@@ -15,7 +15,7 @@ from ..data.files import find_pictures
 from ..evaluate.demo_report import INTRODUCTION, STEPS, sections
 from ..evaluate.one_image import Results, means, per_image, rac_reconstructions
 from ..files import make_folder, write_bytes
-from ..images import read_image, write_picture
+from ..images import check_size, read_image, write_picture
 from ..progress import watched
 from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device
@@ -42,6 +42,7 @@ class Command:
 
     def run(self) -> int:
         """Write the report, print its table; the exit code. Raises `RacError`."""
+        check_size(self.size)
         coder = need_rac(load_coder(self.model, self.device), self.model)
         teacher = load_teacher(coder, self.device)
         photographs = self._photographs()

@@ -17,7 +17,7 @@ from ..files import make_folder
 from ..flow import FixedPoint
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
-from ..images import image_files, read_image
+from ..images import check_size, image_files, read_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
 from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac, stems
@@ -46,7 +46,7 @@ class Command:
     size: int | None = None
     """Scale and crop images to squares of this side. None: as they are."""
     convert: bool = False
-    """Take grey, palette, CMYK, 16-bit and transparent pictures too, converted to RGB."""
+    """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
     """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
     blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
@@ -57,6 +57,8 @@ class Command:
         """Encode; the exit code. Raises `RacError` if nothing could be done."""
         if self.steps is not None:
             check_steps(self.steps)
+        if self.size is not None:
+            check_size(self.size)
         files = image_files(self.path)
         coder = load_coder(self.model, self.device)
         if self.exact:

@@ -17,7 +17,7 @@ from ..coders.protocol import Coder
 from ..data.files import find_pictures
 from ..errors import RacError
 from ..files import make_folder
-from ..images import read_image
+from ..images import check_size, read_image
 from ..integrations.export import (
     SUFFIX,
     Check,
@@ -67,6 +67,7 @@ class Command:
 
     def run(self) -> int:
         """Write the files and check them; the exit code. Raises `RacError`."""
+        check_size(self.size)
         if self.format == "onnx":
             need("onnx", "onnxscript")
         coder = load_coder(self.model, "cpu")

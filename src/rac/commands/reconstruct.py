@@ -26,7 +26,7 @@ from ..evaluate.one_image import (
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
-from ..images import image_files, read_image, write_picture
+from ..images import check_size, image_files, read_image, write_picture
 from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
 from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
@@ -53,7 +53,7 @@ class Command:
     size: int | None = None
     """Scale and crop images to squares of this side. None: as they are."""
     convert: bool = False
-    """Take grey, palette, CMYK, 16-bit and transparent pictures too, converted to RGB."""
+    """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
     """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
     blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
@@ -66,6 +66,8 @@ class Command:
             raise RacError("--steps needs at least one number of steps, such as 1 2 4 8")
         for number in self.steps:
             check_steps(number)
+        if self.size is not None:
+            check_size(self.size)
         files = image_files(self.path)
         coder = load_coder(self.model, self.device)
         teacher = load_teacher(coder, self.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import RacError
+from ..images import check_size
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DataConfig:
         for name, least in (("size", 1), ("held_out", 1), ("cached_crops", 0), ("keep_mb", 0)):
             if getattr(self, name) < least:
                 raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
+        check_size(self.size)
         for side in self.further_sizes:
             replace(self, size=side, further_sizes=())  # which checks it
         smallest = self.size if self.smallest_crop is None else self.smallest_crop

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RacError
-from ..images import PICTURE_SUFFIXES
+from ..images import PICTURE_SUFFIXES, is_picture
 from ..progress import ProgressFn, counting
 from .datasets import Rows
-from .pictures import Names, Pictures, Source, is_picture
-from .tars import Tar
+from .pictures import Names, Pictures, Source
+from .tars import Tar, is_tar
 
 # Photographs among scikit-image's files; drawings, stereo twins and thumbnails are left out. Few pictures make a
 # poor lottery, so the ones to hold out (the first quarter) are chosen: an object, an animal, a street scene.
@@ -94,7 +94,9 @@ def _sources_in(path: Path, told: Callable[[int], None]) -> list[Source]:
         return [Rows.open(str(path))]
     if path.is_dir():
         folder = Folder.search(path)
-        return [folder] if folder.names else [Tar.open(tar, told) for tar in sorted(path.rglob("*.tar"))]
+        return (
+            [folder] if folder.names else [Tar.open(tar, told) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
+        )
     if not path.is_file():
         raise RacError(_why_not(path))
     if is_picture(path.name):

@@ -8,13 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..images import PICTURE_SUFFIXES
 
 
 class Names(Sequence[str]):
@@ -136,9 +134,3 @@ def _order_of_digests(digests: bytearray) -> NDArray[np.int64]:
     """Places of 32-byte strings in their order, equal ones in the order they came."""
     words = np.frombuffer(digests, ">u8").reshape(-1, 4)
     return np.lexsort(words.T[::-1])
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file of this name is taken for a picture."""
-    pure = PurePosixPath(name)
-    return pure.suffix.lower() in PICTURE_SUFFIXES and not pure.name.startswith(".")

@@ -151,13 +151,13 @@ class Crops(ABC):
         region = choose(size)
         # Half of what would be right is left to the resampling, which is better at it.
         shrink = next((shrink for shrink in (8, 4, 2) if region.side >= 2 * shrink * self.config.size), 1)
-        opened = read_picture(io.BytesIO(encoded), convert=True, name=name, shrink=shrink)
+        opened = read_picture(io.BytesIO(encoded), name=name, shrink=shrink)
         return cut(opened, region, self.config.size, 1 if opened.size == size else shrink)
 
     def _open(self, picture: PictureLike) -> Image.Image:
         if isinstance(picture, Picture) and picture in self._kept:
             return self._kept[picture]
-        opened = read_picture(io.BytesIO(picture.read()), convert=True, name=picture.label)
+        opened = read_picture(io.BytesIO(picture.read()), name=picture.label)
         # Pictures come equally often, so keeping those that came first serves as well as any cleverer choice.
         size = 3 * opened.width * opened.height
         if isinstance(picture, Picture) and size <= self._room:

@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,15 +19,25 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RacError
 from ..files import make_folder, write_bytes
-from .pictures import Names, is_picture
+from ..images import is_picture
+from .pictures import Names
 
 WORTH_KEEPING = 1_000
 """Pictures from which on an index is kept: fewer are found again at once."""
 
 _FORMAT = 1
 
+TAR_SUFFIX = ".tar"
+"""Suffix, in small letters, of the files that count as tar files where a folder is searched."""
+
 _Index = dict[str, NDArray[Any]]
 """names: letters of `Names`, uint8; offsets and sizes of the pictures in the file, in bytes, int64."""
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file of this name counts as a tar file: by its suffix, in any case; hidden ones do not."""
+    pure = PurePosixPath(name)
+    return pure.suffix.lower() == TAR_SUFFIX and not pure.name.startswith(".")
 
 
 class Tar:
@@ -53,10 +63,7 @@ class Tar:
             found = _read_index(kept, made_of)
             if found is None:
                 found = _scan(path, told)
-                if len(found["offsets"]) >= WORTH_KEEPING:
-                    with suppress(RacError):  # an index is a convenience
-                        make_folder(kept.parent)
-                        write_bytes(kept, safetensors.numpy.save(found, {"made_of": made_of}))
+                _keep_index(kept, found, made_of)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise RacError(
                 f"{path} cannot be read as a tar file ({error}); give an uncompressed, complete .tar, or a folder"
@@ -86,7 +93,9 @@ class _Member(NamedTuple):
 
 def _scan(path: Path, told: Callable[[int], None]) -> _Index:
     found: list[_Member] = []
-    with tarfile.open(path, "r:") as tar:
+    with _header():
+        tar = tarfile.open(path, "r:")  # noqa: SIM115  # which reads the first header
+    with tar:
         for _, sample in itertools.groupby(_pictures(tar), key=lambda member: _key(member.name)):
             found += _plain(list(sample))
             if len(found) % 100 == 0:
@@ -100,10 +109,30 @@ def _scan(path: Path, told: Callable[[int], None]) -> _Index:
 
 
 def _pictures(tar: tarfile.TarFile) -> Iterator[_Member]:
-    while (member := tar.next()) is not None:
+    end = 0
+    while True:
+        with _header():
+            member = tar.next()
+        if member is None:
+            return
+        if tar.offset <= end:  # a size below zero, by which tarfile goes back, and round for ever
+            raise tarfile.ReadError(f"the member at byte {member.offset:,} ends before it begins")
+        end = tar.offset
         if member.isfile() and not member.issparse() and is_picture(member.name):
-            yield _Member(member.name, member.offset_data, member.size)
+            # A zero would end the name early where names are kept.
+            yield _Member(member.name.replace("\0", "?"), member.offset_data, member.size)
         tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member, half a kilobyte each
+
+
+@contextmanager
+def _header() -> Iterator[None]:
+    """Turn whatever tarfile raises on a damaged header, MemoryError among it, into its own error."""
+    try:
+        yield
+    except (tarfile.TarError, OSError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"damaged header: {str(error) or type(error).__name__}") from error
 
 
 def _key(name: str) -> str:
@@ -129,15 +158,29 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
             raise tarfile.ReadError(f"no member begins at byte {tar.offset:,}, where one should")
 
 
-def _index_file(path: Path) -> Path:
+def _index_file(path: Path) -> Path | None:
+    """Where the index of the tar file `path` is kept; None for a user without a home directory."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.environ.get("RAC_CACHE_DIR") or Path(cache) / "rac").expanduser() / "tars"
+    try:
+        folder = Path(os.environ.get("RAC_CACHE_DIR") or Path(cache) / "rac").expanduser() / "tars"
+    except RuntimeError:
+        return None
     return folder / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.safetensors"
 
 
-def _read_index(path: Path, made_of: str) -> _Index | None:
+def _keep_index(kept: Path | None, found: _Index, made_of: str) -> None:
+    if kept is None or len(found["offsets"]) < WORTH_KEEPING:
+        return
+    with suppress(RacError):  # an index is a convenience
+        make_folder(kept.parent)
+        write_bytes(kept, safetensors.numpy.save(found, {"made_of": made_of}))
+
+
+def _read_index(kept: Path | None, made_of: str) -> _Index | None:
+    if kept is None:
+        return None
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(kept, "np") as file:
             if (file.metadata() or {}).get("made_of") != made_of:
                 return None
             return {name: file.get_tensor(name) for name in ("names", "offsets", "sizes")}

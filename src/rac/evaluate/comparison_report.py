@@ -360,7 +360,7 @@ def _views(data: Sequence[Path]) -> dict[str, Tensor]:
     """The first pictures, cropped to squares of up to `VIEW_SIDE`; larger ones to a multiple of 32."""
     found = {}
     for file in islice(find_pictures(data), VIEWS):
-        picture = read_picture(io.BytesIO(file.read()), convert=True, name=file.name)
+        picture = read_picture(io.BytesIO(file.read()), name=file.name)
         side = min(VIEW_SIDE, *picture.size)
         side -= side % 32 if side > 32 else 0
         found[file.name] = _image(Framing(side, "centre").cut(picture, file.name)[0])

@@ -150,9 +150,9 @@ class References:
     ) -> References:
         """The first `count` images (all if None) of folders, tar files or single pictures; `find_pictures` orders them.
 
-        Without paths: scikit-image's photographs. Pictures of any mode are converted to RGB. Raises `RacError` for an
-        empty folder, for fewer images than `count` or than 2, and for a picture that is damaged, too small or, where
-        nothing is cropped, of another size; it names the file.
+        Without paths: scikit-image's photographs. Pictures of other modes are converted as `read_image` does. Raises
+        `RacError` for an empty folder, for fewer images than `count` or than 2, and for a picture that is damaged, too
+        small or, where nothing is cropped, of another size; it names the file.
         """
         files = find_pictures(paths)
         name = ", ".join(path.name for path in paths) or "scikit-image photographs"
@@ -204,7 +204,7 @@ def _cut_all(files: Sequence[Picture], framing: Framing) -> Iterator[Named]:
             encoded = file.read()
         except OSError as error:
             raise RacError(f"{file.label} cannot be read ({error.strerror or error}); check its permissions") from error
-        images = framing.cut(read_picture(io.BytesIO(encoded), convert=True, name=file.name), file.name)
+        images = framing.cut(read_picture(io.BytesIO(encoded), name=file.name), file.name)
         for index, image in enumerate(images):
             yield file.name if len(images) == 1 else f"{file.name}#{index}", np.asarray(image)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 
@@ -49,7 +50,7 @@ class TimeGrid:
     @classmethod
     def random(cls, steps: int, generator: torch.Generator) -> TimeGrid:
         """0, then `steps` - 1 sorted uniform draws of `generator` (on the CPU), then 1 (RAC, section 3.2)."""
-        check_steps(steps)
+        steps = check_steps(steps)
         while True:
             inner = torch.rand(steps - 1, generator=generator, dtype=torch.float64).sort().values.tolist()
             nodes = (0.0, *inner, 1.0)
@@ -69,7 +70,11 @@ class TimeGrid:
 
 
 def check_steps(steps: int) -> int:
-    """Return `steps`, or raise `RacError` unless it is a whole number of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    """Return `steps` as an int, or raise `RacError` unless it is a whole number of at least 1."""
+    try:
+        number = 0 if isinstance(steps, bool) else index(steps)  # takes numpy's integers, too
+    except TypeError:
+        number = 0
+    if number < 1:
         raise RacError(f"steps {steps!r} must be a whole number of at least 1; 4 is a good start")
-    return steps
+    return number

@@ -15,11 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ImageError, RacError
-from ..images import PICTURE_SUFFIXES, from_pixels, read_picture
+from ..images import PICTURE_FORMATS, from_pixels, read_rgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""The picture formats that are taken, by Pillow's names. Pillow reads more, but some of its other decoders run foreign
-programs (EPS), or have seen little hostile input."""
+FORMATS = tuple(PICTURE_FORMATS)
+"""Of Pillow's many: the decoders of others, such as EPS, run foreign programs or have seen little hostile input."""
 
 MESSAGE_BYTES = 2**16
 """The largest message, uploads apart: a page's own are below a thousand bytes."""
@@ -54,16 +53,10 @@ class Admitted(NamedTuple):
     """What was done to it, for its owner; empty if nothing."""
 
 
-def suffixes() -> tuple[str, ...]:
-    """The file suffixes that the page offers: those of `PICTURE_SUFFIXES` whose decoder is one of `FORMATS`."""
-    decoders = Image.registered_extensions()
-    return tuple(suffix for suffix in PICTURE_SUFFIXES if decoders.get(suffix) in FORMATS)
-
-
 def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
     """Read an uploaded picture: its bytes, format and pixels are checked before anything is decoded.
 
-    Grey, palette and transparent pictures are converted to RGB.
+    Grey, palette and transparent pictures are converted to RGB, which the note says.
 
     Raises:
         ImageError: the file is missing, above a limit, of another format, animated or damaged. The message names the
@@ -71,29 +64,31 @@ def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
     """
     path = Path(path)
     try:
-        picture = _read(path, limits)
+        picture, was, done = _read(path, limits)
     except (RacError, MemoryError):
         raise
     except FileNotFoundError:
         raise ImageError(f"{path.name} is no longer on the server; upload it again") from None
     except Exception as error:  # Pillow raises errors of any kind on damaged files, for a count of frames too
         raise ImageError(f"{path.name} is damaged or cut short ({error}); export it again") from error
+    notes = [f"Converted from {was} to 8-bit RGB ({done})."] if was else []
     before = picture.size
-    if max(before) <= limits.side:
-        return Admitted(from_pixels(np.asarray(picture)), "")
-    picture.thumbnail((limits.side, limits.side), Image.Resampling.LANCZOS)
-    note = f"Scaled down from {before[0]} x {before[1]} to {picture.width} x {picture.height} pixels for this page."
-    return Admitted(from_pixels(np.asarray(picture)), note)
+    if max(before) > limits.side:
+        picture.thumbnail((limits.side, limits.side), Image.Resampling.LANCZOS)
+        size = f"{picture.width} x {picture.height}"
+        notes.append(f"Scaled down from {before[0]} x {before[1]} to {size} pixels for this page.")
+    return Admitted(from_pixels(np.asarray(picture)), " ".join(notes))
 
 
-def _read(path: Path, limits: Limits) -> Image.Image:
+def _read(path: Path, limits: Limits) -> tuple[Image.Image, str, str]:
+    """The picture, what it was if not 8-bit RGB, and how it was converted; as `read_rgb`."""
     size = path.stat().st_size
     if size > limits.upload_bytes:
         raise ImageError(
             f"{path.name} has {size:,} bytes, more than the limit of {limits.upload_bytes:,}; save it smaller"
         )
     _check_header(path, limits.pixels)
-    return read_picture(path, convert=True, max_pixels=limits.pixels, name=path.name)
+    return read_rgb(path, max_pixels=limits.pixels, name=path.name)
 
 
 def _check_header(path: Path, pixels: int) -> None:
@@ -109,8 +104,10 @@ def _check_header(path: Path, pixels: int) -> None:
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large ({error}); scale it down first") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name} cannot be opened ({error}); export it again") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged header Pillow may raise anything
+        raise ImageError(f"{name} cannot be opened ({str(error) or type(error).__name__}); export it again") from error
     if width * height > pixels:
         raise ImageError(
             f"{name} has {width} x {height} pixels, {width * height / 1e6:.4g} million; "

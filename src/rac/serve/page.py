@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ..errors import RacError
 from ..flow import Trajectory
-from ..images import crop, to_pixels
+from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
 from ..runtime import pick_device
 from .figures import Loaded, Version, decode_moved, reconstruct
-from .guard import Gate, Limits, admit, suffixes
+from .guard import Gate, Limits, admit
 
 GREATEST_STEPS = 16
 GREATEST_NOISE = 1.5
@@ -166,7 +166,7 @@ def _lay_out(gr: Any, page: Answers) -> Controls:
     photographs = list(page.photographs)
     with gr.Row(equal_height=False, elem_classes="rac-main"):
         with gr.Column(scale=1, min_width=280, elem_classes="rac-controls"):
-            upload = gr.File(label="Your picture", file_types=list(suffixes()), type="filepath", height=UPLOAD_HEIGHT)
+            upload = gr.File(label="Your picture", file_types=list(PICTURE_SUFFIXES), type="filepath", height=UPLOAD_HEIGHT)
             chosen = {"filterable": False, "min_width": 120}
             with gr.Row(elem_classes="rac-choices"):
                 photograph = gr.Dropdown(

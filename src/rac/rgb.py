@@ -7,7 +7,7 @@ hold values whose range no file states; those are refused.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -80,8 +80,9 @@ def mend_planes(picture: Image.Image) -> None:
     if isinstance(picture, TiffImagePlugin.TiffImageFile) and stored(picture).bits == 16:
         order = "B" if picture.tag_v2.prefix == b"MM" else "L"
         picture.tile = [
-            tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) if _is_plane(*tile) else tile
+            tile._replace(args=(f"{arguments[0]};16{order}", *arguments[1:])) if _is_plane(*tile) else tile
             for tile in picture.tile
+            for arguments in [cast(tuple[Any, ...], tile.args)]
         ]
 
 

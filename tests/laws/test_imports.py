@@ -41,8 +41,6 @@ MAY_IMPORT = {
     # The stations see only those before them.
     **{name: {*BASE, *STATIONS[:place]} for place, name in enumerate(STATIONS)},
     "representations": {*BASE, "config", "runtime", "storage"},
-    "notices": set(),
-    "rgb": {"errors"},
     "images": {*BASE, "rgb"},
     "coders": CODERS,
     "generators": {*CODERS, "coders"},

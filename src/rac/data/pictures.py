@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-
 class Names(Sequence[str]):
     """Many names in little more memory than their letters take."""
 

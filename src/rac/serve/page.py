@@ -166,7 +166,9 @@ def _lay_out(gr: Any, page: Answers) -> Controls:
     photographs = list(page.photographs)
     with gr.Row(equal_height=False, elem_classes="rac-main"):
         with gr.Column(scale=1, min_width=280, elem_classes="rac-controls"):
-            upload = gr.File(label="Your picture", file_types=list(PICTURE_SUFFIXES), type="filepath", height=UPLOAD_HEIGHT)
+            upload = gr.File(
+                label="Your picture", file_types=list(PICTURE_SUFFIXES), type="filepath", height=UPLOAD_HEIGHT
+            )
             chosen = {"filterable": False, "min_width": 120}
             with gr.Row(elem_classes="rac-choices"):
                 photograph = gr.Dropdown(

@@ -14,12 +14,13 @@ import torch
 
 import rac
 from rac.coders.klvae import KLVAEConfig
+from rac.commands.serve import Command
 from rac.errors import RacError
 from rac.evaluate.one_image import rac_reconstructions
 from rac.evaluate.robustness import correction_curve
 from rac.serve.figures import MOVED_STEPS, Loaded, decode_moved, reconstruct
 from rac.serve.guard import Limits
-from rac.serve.page import build, free_port, serving
+from rac.serve.page import EMPTY, Answers, build, free_port, serving
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,63 @@ def test_coders_without_a_flow_or_a_teacher(loaded: Loaded, images) -> None:  # 
     assert [one.evaluations for one in decode_moved(alone, image, 0.5)] == list(MOVED_STEPS)
 
 
+# ------------------------------------------------------------------------------------------ without gradio
+
+
+@pytest.fixture
+def picture(tmp_path: Path, images) -> Path:  # type: ignore[no-untyped-def]
+    path = tmp_path / "picture.png"
+    rac.write_image(images(1, 18, 25), path)
+    return path
+
+
+@pytest.fixture
+def answers(loaded: Loaded) -> Answers:
+    return Answers(lambda _: loaded, ("tiny",), Limits(side=32), {})
+
+
+def test_the_number_that_is_shown_is_computed(answers: Answers, picture: Path) -> None:
+    """The boxes of numbers send whole numbers as floats; a tab asks nothing of the other one's number."""
+    for steps in (3, 3.0):
+        answer = answers("steps", str(picture), None, "tiny", steps, None)
+        assert answer is not None
+        assert "RAC, 3 steps" in answer
+    answer = answers("noise", str(picture), None, "tiny", 2.5, 0)
+    assert answer is not None
+    assert "noise of 0 standard deviations" in answer
+
+
+def test_an_emptied_box_changes_nothing(answers: Answers, picture: Path) -> None:
+    assert answers("steps", str(picture), None, "tiny", None, 0.5) is None
+    assert answers("noise", str(picture), None, "tiny", 4, None) is None
+
+
+@pytest.mark.parametrize("steps", [2.5, 0, 17, -1, 10**400, float("nan"), float("inf"), "4", [4]])
+def test_steps_that_cannot_be_taken(answers: Answers, picture: Path, steps: object) -> None:
+    with pytest.raises(RacError, match="give a whole number from 1 to 16"):
+        answers("steps", str(picture), None, "tiny", steps, 0.5)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, 1.6, float("nan"), "0.5"])
+def test_noise_that_cannot_be_added(answers: Answers, picture: Path, sigma: object) -> None:
+    with pytest.raises(RacError, match=r"give a number from 0 to 1\.5"):
+        answers("noise", str(picture), None, "tiny", 4, sigma)
+
+
+def test_other_requests_that_no_control_makes(answers: Answers, picture: Path) -> None:
+    with pytest.raises(RacError, match="no coder 'large' here; choose one of tiny"):
+        answers("steps", str(picture), None, "large", 4, 0.5)
+    assert answers("steps", None, "unknown", "tiny", 4, 0.5) == EMPTY
+
+
+def test_what_scrolls_or_moves_is_reached_by_the_keyboard(answers: Answers, picture: Path) -> None:
+    answer = answers("steps", str(picture), None, "tiny", 2, 0.5) or ""
+    for part in ("rac-pictures", "rac-table", "rac-film"):
+        tags = re.findall(rf"<div class='{part}'[^>]*>", answer)
+        assert tags, part
+        assert all("tabindex='0'" in tag and "aria-label=" in tag for tag in tags), part
+
+
 def test_ports() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -92,6 +150,12 @@ def test_ports() -> None:
         free_port("127.0.0.1", 70_000)
     with pytest.raises(RacError, match="cannot be had"):
         free_port("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("wrong", [{"max_megabytes": float("nan")}, {"max_megapixels": float("inf")}])
+def test_limits_are_finite(wrong: dict[str, float]) -> None:
+    with pytest.raises(RacError, match="must be a finite number"):
+        Command(**wrong).run()  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------ through gradio
@@ -106,14 +170,7 @@ def url(loaded: Loaded):  # type: ignore[no-untyped-def]
         yield address
 
 
-@pytest.fixture
-def picture(tmp_path: Path, images) -> Path:  # type: ignore[no-untyped-def]
-    path = tmp_path / "picture.png"
-    rac.write_image(images(1, 18, 25), path)
-    return path
-
-
-def ask(url: str, path: Path, steps: int = 2) -> str:
+def ask(url: str, path: Path, steps: float | None = 2) -> str:
     from gradio_client import Client, handle_file
 
     client = Client(url, verbose=False, analytics_enabled=False)
@@ -143,6 +200,24 @@ def test_the_page_refuses_in_words(url: str, tmp_path: Path, images) -> None:  #
     heavy = httpx.post(url + "/gradio_api/upload", files={"files": b"0" * 200_000})
     assert heavy.status_code == 413
     assert "save the picture smaller" in heavy.text
+
+
+def test_refused_numbers_leave_no_traceback(url: str, picture: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    for steps in (2.5, 99, -1):
+        with pytest.raises(Exception, match="whole number from 1 to 16"):
+            ask(url, picture, steps)
+    ask(url, picture, None)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_sliders_answer_the_keyboard(loaded: Loaded) -> None:
+    """gradio's `release` comes for the mouse alone, `change` for every way of setting a value."""
+    pytest.importorskip("gradio", reason="gradio, which makes the page, is not installed")
+    blocks = build(lambda _: loaded, ["tiny"], Limits()).blocks
+    sliders = {key for key, block in blocks.blocks.items() if block.get_block_name() == "slider"}
+    events = {target for function in blocks.fns.values() for target in function.targets if target[0] in sliders}
+    assert events == {(slider, "change") for slider in sliders}
+    assert len(sliders) == 2
 
 
 def test_many_visitors_are_served_in_turn(url: str, tmp_path: Path, images) -> None:  # type: ignore[no-untyped-def]

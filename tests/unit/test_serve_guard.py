@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import struct
 import zlib
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 import rac
 from rac.errors import ImageError, RacError
-from rac.serve.guard import MESSAGE_BYTES, Gate, Limits, admit
+from rac.serve.guard import MESSAGE_BYTES, Gate, Limits, admit, suffixes
 
 
 def png_of(width: int, height: int, data: bytes = b"") -> bytes:
@@ -86,6 +87,33 @@ def test_grey_and_transparent_ones_are_taken(tmp_path: Path) -> None:
     for mode in ("L", "RGBA", "P"):
         Image.new(mode, (20, 20)).save(tmp_path / "x.png")
         assert admit(tmp_path / "x.png", Limits()).image.shape == (1, 3, 20, 20)
+
+
+@pytest.mark.parametrize("suffix", suffixes())
+def test_every_suffix_that_is_offered_is_taken(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (20, 16), "red").save(tmp_path / f"x{suffix}")
+    assert admit(tmp_path / f"x{suffix}", Limits()).image.shape == (1, 3, 16, 20)
+
+
+def test_common_suffixes_are_offered() -> None:
+    assert {".png", ".jpg", ".webp", ".tif", ".ppm"} <= set(suffixes())
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+def test_damaged_files_of_several_frames_are_named(tmp_path: Path) -> None:
+    """Pillow's error depends on where the file is cut; a `TypeError` for the count of frames is among them."""
+    whole = io.BytesIO()
+    pages = [Image.effect_noise((24, 24), sigma).convert("RGB") for sigma in (20, 60, 90)]
+    pages[0].save(whole, "TIFF", save_all=True, append_images=pages[1:])
+    for kept in range(0, len(whole.getvalue()), 100):
+        (tmp_path / "scan.tif").write_bytes(whole.getvalue()[:kept])
+        with pytest.raises(ImageError, match=r"^scan\.tif .*$"):
+            admit(tmp_path / "scan.tif", Limits())
+
+
+def test_an_upload_that_was_deleted_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"gone\.png is no longer on the server; upload it again"):
+        admit(tmp_path / "gone.png", Limits())
 
 
 @pytest.mark.parametrize("wrong", [{"upload_bytes": 0}, {"pixels": 0}, {"waiting": 0}, {"side": 8}])

@@ -1,8 +1,9 @@
-"""`rac serve`: a page in the browser to drop pictures on."""
+"""`rac serve`: a web page that shows what coders make of a picture."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,41 +14,46 @@ from pathlib import Path
 from .. import hub
 from ..coders.rac import RAC
 from ..data.files import photographs
+from ..errors import RacError
 from ..serve.figures import Loaded
 from ..serve.guard import Limits
 from ..serve.page import build, need_gradio, serving
 from .shared import DEFAULT_CODER, load_coder, load_teacher
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
-"""Of scikit-image's, where it is installed."""
+"""Names of the scikit-image photographs that the page offers, where scikit-image is installed."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A page on which a picture goes through the teacher and RAC, and the number of steps is a slider.
+    """Serve a web page that compares a picture with what the teacher and RAC make of it.
 
-    It listens to this machine alone unless --host says otherwise; it has no passwords. Ctrl-C ends it.
+    Sliders set the number of steps and the noise on the latent. Only this machine can open the page unless --host says
+    otherwise. There are no passwords. Ctrl-C ends the server.
     """
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets every machine of the network in."""
+    """Address to listen at; with 0.0.0.0 every machine that reaches this one can open the page."""
     port: int = 7860
-    """0 takes a free one."""
+    """Port to listen at; 0 takes a free one."""
     model: str | None = None
-    """A directory or hub name to show first, beside the shipped coders."""
+    """A coder to show first, beside the shipped ones: a directory or a hub name."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
+    """Where the coders run: auto, cpu, cuda, cuda:1 or mps."""
     max_side: int = Limits.side
-    """Larger pictures are scaled down until their longer side has this many pixels."""
+    """Longest side in pixels; larger pictures are scaled down to it."""
     max_megapixels: float = Limits.pixels / 1e6
-    """Larger uploads are refused before they are decoded."""
+    """Most megapixels of an upload; larger ones are refused before they are decoded."""
     max_megabytes: float = Limits.upload_bytes / 2**20
-    """Larger uploads are refused."""
+    """Most megabytes of an upload; larger ones are refused."""
     max_waiting: int = Limits.waiting
-    """Requests in the queue, one of which is worked on; further ones are told to come back."""
+    """Most requests that wait while one is worked on; further ones are refused with a message."""
 
     def run(self) -> int:
-        """Serve until Ctrl-C, which raises `KeyboardInterrupt` once all is closed. Raises `RacError`."""
+        """Serve until Ctrl-C, which raises `KeyboardInterrupt` once the server is closed. Raises `RacError`."""
+        for option, value in (("max-megabytes", self.max_megabytes), ("max-megapixels", self.max_megapixels)):
+            if not math.isfinite(value):
+                raise RacError(f"--{option} {value} must be a finite number; 16 is a good start")
         limits = Limits(
             int(self.max_megabytes * 2**20), int(self.max_megapixels * 1e6), self.max_side, self.max_waiting
         )
@@ -75,11 +81,11 @@ class Shelf:
 
     @property
     def names(self) -> list[str]:
-        """What visitors choose from, the one to begin with first."""
+        """Names to choose from; the first is shown first."""
         return list(self._sources)
 
     def load(self, name: str) -> Loaded:
-        """The coder called `name` and its teacher. Raises `WeightsError`."""
+        """Load the coder called `name` and its teacher. Raises `WeightsError`."""
         if name not in self._loaded:
             coder = load_coder(self._sources[name], self._device)
             teacher = load_teacher(coder, self._device) if isinstance(coder, RAC) else None
@@ -88,7 +94,7 @@ class Shelf:
 
 
 def examples() -> dict[str, Path]:
-    """Photographs to begin with, by name; none without scikit-image."""
+    """Return the paths of the photographs that the page offers, by name; empty without scikit-image."""
     if importlib.util.find_spec("skimage") is None:
         return {}
     folder = photographs()
@@ -98,7 +104,7 @@ def examples() -> dict[str, Path]:
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """What a service manager sends ends the server as a person would."""
+    """Let SIGTERM, which service managers send, end the server as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return

@@ -1,4 +1,4 @@
-"""What the page lets in: pictures within limits, and requests that the page itself makes."""
+"""Checks of uploaded pictures and of requests, made before the page acts on them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Limits:
 
     upload_bytes: int = 16 * 2**20
     pixels: int = 24_000_000
-    """Of a picture as it is uploaded, told from its header before anything is decoded."""
+    """Most pixels of an upload, read from its header before anything is decoded."""
     side: int = 256
-    """Larger pictures are scaled down until their longer side has this many pixels."""
+    """Longest side in pixels; larger pictures are scaled down to it."""
     waiting: int = 32
-    """Requests in the queue; one is worked on at a time."""
+    """Most requests that wait; one is worked on at a time."""
 
     def __post_init__(self) -> None:
         for name in ("upload_bytes", "pixels", "waiting"):
@@ -144,10 +144,10 @@ HEADERS = (
 
 
 class Gate:
-    """ASGI middleware: only what the page needs comes through.
+    """ASGI middleware that lets through only what the page needs.
 
-    gradio can do more than this page: hand out files, fetch addresses that a request names, save links. None of it is
-    reachable here, and a message that names an address in place of an uploaded file is refused.
+    gradio can hand out files, fetch addresses that a request names, and save links. The page needs none of this, so it
+    is closed here. A message that names an address in place of an uploaded file is refused.
     """
 
     def __init__(self, app: App, upload_bytes: int) -> None:
@@ -155,7 +155,7 @@ class Gate:
         self.upload_bytes = upload_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Pass an ASGI request on to the app, or refuse it."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""How the page looks and what its controls do. gradio is imported when a page is made."""
+"""The web page of `rac serve`: its layout and what its controls do. gradio is imported when a page is built."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ Load = Callable[[str], Loaded]
 
 
 class Page(NamedTuple):
-    """What `serving` serves."""
+    """A page that `serving` can serve."""
 
     blocks: Any
-    """gradio's, with the queue."""
+    """gradio's `Blocks`, with the queue set up."""
     busy: threading.Lock
     """Held while a picture is worked on."""
 
 
 def need_gradio() -> Any:
-    """gradio, told to keep to itself. Raises `RacError` where it is not installed."""
+    """Import gradio, with its usage statistics switched off. Raises `RacError` where it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -242,9 +242,9 @@ def _limits_in_words(limits: Limits) -> str:
 
 @contextmanager
 def serving(page: Page, host: str, port: int, limits: Limits) -> Iterator[str]:
-    """Serve `page` at the address given while the context lasts; gives its URL. `port` 0 takes a free one.
+    """Serve `page` while the context lasts, and give its URL. `port` 0 takes a free port.
 
-    Raises `RacError` where the address cannot be had.
+    Raises `RacError` where the server cannot listen at this address.
     """
     gr = need_gradio()
     from starlette.middleware import Middleware
@@ -294,7 +294,10 @@ def serving(page: Page, host: str, port: int, limits: Limits) -> Iterator[str]:
 
 
 def free_port(host: str, port: int) -> int:
-    """`port` if it is free, any free one for 0. Raises `RacError` if it is taken, or `host` is not ours."""
+    """Return `port` if it is free, or a free one for 0.
+
+    Raises `RacError` if the port is taken or `host` is not this machine.
+    """
     if not 0 <= port <= 65_535:
         raise RacError(f"port {port} must lie in 0 to 65535; 7860 is a good start")
     try:
@@ -305,10 +308,10 @@ def free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except socket.gaierror:
         raise RacError(
-            f"host {host!r} is not known; 127.0.0.1 is this machine alone, 0.0.0.0 all that reach it"
+            f"host {host!r} is not known; 127.0.0.1 serves this machine alone, 0.0.0.0 all that reach it"
         ) from None
     except PermissionError:
-        raise RacError(f"port {port} is not for ordinary users; choose one above 1023 with --port") from None
+        raise RacError(f"port {port} is reserved for the system; choose one above 1023 with --port") from None
     except OSError as error:
         taken = error.errno == 98 or "in use" in str(error)
         mend = "is in use; choose another with --port, or 0 for any" if taken else f"cannot be had ({error.strerror})"
@@ -347,7 +350,7 @@ def _notes_html(*notes: str) -> str:
 
 
 def pictures_html(image: Tensor, versions: Sequence[Version]) -> str:
-    """The original and its versions side by side, in lenses that move together."""
+    """Lay out the original and its versions side by side; zoomed, they show the same part."""
     cells = [("original", f"{image.shape[-1]} x {image.shape[-2]}", image)]
     cells += [(one.name, f"{_decibels(one.psnr)} dB", one.image) for one in versions]
     columns = 3 if len(cells) in (3, 5, 6) else len(cells)
@@ -361,7 +364,7 @@ def pictures_html(image: Tensor, versions: Sequence[Version]) -> str:
 
 
 def figures_html(versions: Sequence[Version], what: str) -> str:
-    """PSNR, SSIM, time and cost of each version."""
+    """Tabulate PSNR, SSIM, time and cost of each version."""
     rows = tuple(
         (
             one.name,
@@ -378,7 +381,7 @@ def figures_html(versions: Sequence[Version], what: str) -> str:
 
 
 def film_html(title: str, flow: Trajectory | None, image: Tensor) -> str:
-    """The states of a flow, first three channels, in the order in which they were walked."""
+    """Show the first three channels of the states of a flow, in the order of computation."""
     if flow is None:
         return ""
     frames = "".join(
@@ -464,6 +467,7 @@ ON_LOAD = """() => {
 
 STYLE = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container > .main { padding: 1rem clamp(.75rem, 4vw - .25rem, 2rem) !important; }
 .rac-header h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; margin: .6rem 0 .15rem; }
 .rac-header p, .rac-note, .rac-empty { color: var(--body-text-color-subdued); }
 .rac-note { font-size: .85rem; line-height: 1.45; margin: .15rem 0 .5rem; }
@@ -484,11 +488,8 @@ STYLE = """
 .rac-pictures figcaption span, .rac-film figcaption { color: var(--body-text-color-subdued); }
 /* The page hands out no files: there is nothing behind gradio's link to the upload. */
 .rac-controls .download { visibility: hidden; }
-.rac-choices { flex-wrap: nowrap !important; }
-.rac-choices > * { min-width: 0 !important; }
-.rac-zoom { display: flex; align-items: center; gap: .75rem; }
-.rac-zoom > span { margin: 0 !important; }
-.rac-zoom .wrap { flex-wrap: nowrap !important; gap: .3rem !important; }
+.rac-choices .form { flex-direction: column; }
+.rac-zoom .wrap { gap: .3rem !important; }
 .rac-zoom label { padding: .3rem .5rem !important; }
 /* They scroll: what is in them must not widen the page. */
 .rac-table, .rac-film { contain: inline-size; overflow-x: auto; }
@@ -508,13 +509,15 @@ STYLE = """
   .rac-main { flex-direction: column !important; }
   .rac-main > * { width: 100% !important; min-width: 0 !important; flex: none !important; }
   .rac-controls { gap: .6rem !important; }
+  .rac-choices .form { flex-flow: row nowrap; }
+  .rac-zoom { display: flex; align-items: center; gap: .75rem; }
+  .rac-zoom > span { margin: 0 !important; }
   .rac-controls .upload-container { height: 4rem !important; padding-top: 1.5rem; }
   .rac-controls .upload-container .wrap { flex-direction: row; gap: .35rem; min-height: 0; padding: 0;
     font-size: .875rem; }
   .rac-controls .upload-container .icon-wrap { display: none; }
 }
 @media (max-width: 640px) {
-  .gradio-container > main { padding: .5rem .75rem !important; }
   .rac-header h1 { font-size: 1.2rem; margin-top: 0; }
   .rac-header p { font-size: .85rem; line-height: 1.35; }
   .rac-answer .html-container { padding: 0 !important; }

@@ -7,7 +7,7 @@ hold values whose range no file states; those are refused.
 from __future__ import annotations
 
 import re
-from typing import Any, cast, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, TiffImagePlugin

@@ -7,7 +7,7 @@ hold values whose range no file states; those are refused.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -79,15 +79,13 @@ def mend_planes(picture: Image.Image) -> None:
     """
     if isinstance(picture, TiffImagePlugin.TiffImageFile) and stored(picture).bits == 16:
         order = "B" if picture.tag_v2.prefix == b"MM" else "L"
-        picture.tile = [
-            tile._replace(args=(f"{arguments[0]};16{order}", *arguments[1:])) if _is_plane(*tile) else tile
-            for tile in picture.tile
-            for arguments in [cast(tuple[Any, ...], tile.args)]
-        ]
+        picture.tile = [_deep_plane(tile, order) for tile in picture.tile]
 
 
-def _is_plane(codec: str, extents: object, offset: int, arguments: Any) -> bool:
-    return codec == "raw" and arguments[0] in tuple("RGBACMYK")
+def _deep_plane(tile: Any, order: str) -> Any:
+    if tile.codec_name != "raw" or tile.args[0] not in tuple("RGBACMYK"):
+        return tile
+    return tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
 
 
 def to_rgb(picture: Image.Image, how: Stored, name: str) -> Rgb:

@@ -75,8 +75,8 @@ def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
     before = picture.size
     if max(before) > limits.side:
         picture.thumbnail((limits.side, limits.side), Image.Resampling.LANCZOS)
-        size = f"{picture.width} x {picture.height}"
-        notes.append(f"Scaled down from {before[0]} x {before[1]} to {size} pixels for this page.")
+        after = f"{picture.width} x {picture.height}"
+        notes.append(f"Scaled down from {before[0]} x {before[1]} to {after} pixels for this page.")
     return Admitted(from_pixels(np.asarray(picture)), " ".join(notes))
 
 

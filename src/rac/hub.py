@@ -11,7 +11,7 @@ from torch import Tensor
 from .coders.adapter import WEIGHTS, Adapter, DeepCompressionCoder, TinyCoder
 from .coders.klvae import KLVAE
 from .coders.protocol import Coder
-from .coders.rac import HEADER, RAC, is_drop_in
+from .coders.rac import DROP_IN, FORMAT, RAC
 from .coders.taesd import TAESD
 from .config import read_json
 from .errors import RacError, WeightsError
@@ -49,8 +49,10 @@ def load(name_or_dir: str | Path) -> Coder:
         path = download(name)
     if (path / "recipe.json").is_file() and (path / "coder").is_dir():
         path = path / "coder"
-    if path.is_dir() and (_is_rac(path) or is_drop_in(path)):
+    if path.is_dir() and _says(path, "format") == FORMAT:
         return RAC.load(path)
+    if path.is_dir() and _says(path, "_class_name") == DROP_IN:
+        return RAC.load_drop_in(path)
     if path.exists():
         return load_adapter(path)
     near = difflib.get_close_matches(name, available(), n=3, cutoff=0.4)
@@ -70,12 +72,10 @@ def save(coder: Coder, directory: str | Path) -> None:
     coder.save(directory)
 
 
-def _is_rac(directory: Path) -> bool:
+def _says(directory: Path, key: str) -> object:
     config = directory / CONFIG
-    if not config.is_file():
-        return False
-    data = read_json(config)
-    return isinstance(data, dict) and data.get("format") == HEADER["format"]
+    data = read_json(config) if config.is_file() else None
+    return data.get(key) if isinstance(data, dict) else None
 
 
 def _on_hub(name: str) -> bool:

@@ -21,7 +21,7 @@ FIELD = LocalFieldConfig(widths=(16,) * 4, blocks=(3, 3, 3, 1), down=(8, 8, 8), 
 
 def coder_of(teacher: TAESD, field: FieldConfig, spread: str = "beside") -> RAC:
     torch.manual_seed(0)
-    coder = RAC(RACConfig(replace(teacher.spec, range=(-1.0, 1.0)), field, 4, spread))
+    coder = RAC(RACConfig(teacher.spec, field, 4, spread), teacher.statistics)
     return coder.requires_grad_(False)
 
 
@@ -29,7 +29,7 @@ def coder_of(teacher: TAESD, field: FieldConfig, spread: str = "beside") -> RAC:
 def test_one_step_does_what_the_decoder_does(pooled):
     torch.manual_seed(1)
     teacher = TAESD(TAESDConfig(latent_channels=5, pooled=pooled, width=16)).double().requires_grad_(False)
-    clamp = 3 * teacher.spec.scale
+    clamp = 3 * float(teacher.statistics.scale)
     coder = coder_of(teacher, replace(FIELD, pooled=pooled, clamp=clamp)).double()
     latent = 2 * torch.randn(2, 5, 3, 4).double()
     copy_decoder(teacher, coder)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import rac
 from rac.errors import RacError, WeightsError
 from rac.fields import LdmFieldConfig
-from rac.latents import LatentSpec
+from rac.latents import Statistics
 
 
 @pytest.fixture
 def saved(make_rac, tmp_path):
     coder = make_rac(
-        lively=0.1, contraction="projector", teacher="a/teacher", spec=LatentSpec(4, 4, 0.5, mean=(0.1,) * 4)
+        lively=0.1, contraction="projector", teacher="a/teacher", statistics=Statistics.scaled(0.5, mean=(0.1,) * 4)
     )
     rac.save(coder, tmp_path / "coder")
     return coder, tmp_path / "coder"

@@ -15,7 +15,7 @@ from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.errors import RacError, WeightsError
 from rac.hub import load_adapter
-from rac.latents import LatentSpec
+from rac.latents import LatentSpec, Statistics
 
 
 def tiny() -> TinyCoder:
@@ -45,10 +45,10 @@ def taesd() -> TAESD:
 
 
 KINDS: dict[Callable[[], Adapter], LatentSpec] = {
-    tiny: LatentSpec(4, 5, scale=2.0),
-    deep_compression: LatentSpec(2, 4, scale=0.5),
-    kl: LatentSpec(4, 3, scale=0.25, shift=0.5),
-    taesd: LatentSpec(8, 4, scale=1 / 0.85, range=(0.0, 1.0)),
+    tiny: LatentSpec(4, 5, statistics=Statistics.of(0.0, 2.0).hash()),
+    deep_compression: LatentSpec(2, 4, statistics=Statistics.of(0.0, 0.5).hash()),
+    kl: LatentSpec(4, 3, statistics=Statistics.of(0.5, 0.25).hash()),
+    taesd: LatentSpec(8, 4, statistics=Statistics.of(0.0, 1 / 0.85).hash()),
 }
 every_kind = pytest.mark.parametrize("build", KINDS, ids=lambda build: build.__name__)
 
@@ -109,13 +109,14 @@ def test_black_and_white_come_back_and_the_network_sees_its_own_range(pixel_rang
     class Identity(TAESD):
         def __init__(self) -> None:
             super().__init__(TAESDConfig(latent_channels=3, width=1))
-            self.spec = LatentSpec(1, 3, scale=2.0, shift=0.3, range=pixel_range)
+            self.set_statistics(Statistics.of(0.3, 2.0), LatentSpec(1, 3))
+            self.pixel_range = pixel_range
 
-        def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
             self.seen = (pixels.min().item(), pixels.max().item())
             return pixels
 
-        def _decode(self, raw_latent: torch.Tensor) -> torch.Tensor:
+        def _decode_pixels(self, raw_latent: torch.Tensor) -> torch.Tensor:
             return raw_latent
 
     coder = Identity()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import from_json, to_json
 from ..errors import WeightsError
 from ..fields.conv import ResidualBlock, context
-from ..latents import LatentSpec
+from ..latents import LatentSpec, Statistics
 from ..storage import fit_tensors
 from .adapter import Adapter
 
@@ -44,11 +44,11 @@ class TAESDConfig:
 class TAESD(Adapter):
     """A coder of the TAESD family."""
 
+    pixel_range = (0.0, 1.0)
+
     def __init__(self, config: TAESDConfig) -> None:
-        scale = 1 / POOLED_LATENT_STD if config.pooled else 1.0
-        super().__init__(
-            TAESDNetwork(config), LatentSpec(FACTOR, config.latent_channels, scale=scale, range=(0.0, 1.0))
-        )
+        statistics = Statistics.of(0.0, 1 / POOLED_LATENT_STD if config.pooled else 1.0)
+        super().__init__(TAESDNetwork(config), LatentSpec(FACTOR, config.latent_channels), statistics)
         self._config = config
 
     @classmethod
@@ -71,10 +71,10 @@ class TAESD(Adapter):
         fit_tensors(coder.network.decoder, _read_pth(decoder), str(decoder))
         return coder
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.network.encoder(pixels)
 
-    def _decode(self, raw_latent: Tensor) -> Tensor:
+    def _decode_pixels(self, raw_latent: Tensor) -> Tensor:
         return self.network.decoder(raw_latent)
 
 

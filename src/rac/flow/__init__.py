@@ -8,6 +8,7 @@ from .integrate import Field, Trajectory, integrate
 from .invert import FixedPoint
 from .path import PathSample, straight
 from .solvers import RK4, Euler, Heun, MeanEuler, Midpoint, ReversibleHeun, Solver
+from .walk import Walk
 
 __all__ = [
     "RK4",
@@ -22,6 +23,7 @@ __all__ = [
     "Solver",
     "TimeGrid",
     "Trajectory",
+    "Walk",
     "integrate",
     "straight",
 ]

@@ -23,6 +23,8 @@ from .files import explained, make_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+DIFFUSERS = "diffusion_pytorch_model"
+"""What the names of weight files begin with that diffusers wrote."""
 
 
 def write_directory(
@@ -105,12 +107,38 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Reads the tensors of model.safetensors. Raises `WeightsError`."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise WeightsError(f"{directory} holds no weights; expected {WEIGHTS} beside {CONFIG}")
-    return read_tensors(path)[0]
+def read_weights(directory: Path, stem: str = "model") -> tuple[dict[str, Tensor], str]:
+    """Reads the tensors of `stem`.safetensors, of its shards or of its only variant; and the name of the file.
+
+    Raises `WeightsError` where there are none, or several variants, and for pickled weights.
+    """
+    whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    # "model.fp16.safetensors" and, in shards, "model.safetensors.index.fp16.json"
+    others = [*directory.glob(f"{stem}.*.safetensors"), *directory.glob(f"{stem}.safetensors.index.*.json")]
+    variants = sorted(file for file in others if "-of-" not in file.name)
+    found = next((file for file in (whole, index) if file.is_file()), None)
+    if found is None and len(variants) > 1:
+        names = ", ".join(file.name for file in variants)
+        raise WeightsError(f"{directory} holds several variants of its weights, {names}; leave one of them")
+    if found is None and variants:
+        found = variants[0]
+    if found is None:
+        if pickles := sorted(file.name for file in directory.glob("*.bin")):
+            raise WeightsError(
+                f"{directory} holds only pickled weights ({pickles[0]}), which can run code when read; "
+                "convert them with diffusers: save_pretrained(directory, safe_serialization=True)"
+            )
+        raise WeightsError(f"{directory} has a {CONFIG} but holds no weights; expected {whole.name} beside it")
+    if found.suffix != ".json":
+        return read_tensors(found)[0], str(found)
+    with as_weights_error():
+        shards = read_json(found)
+    if not isinstance(shards, dict) or not isinstance(shards.get("weight_map"), dict):
+        raise WeightsError(f"{found} lists no shards under weight_map; save the coder again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, shards["weight_map"].values()))):
+        tensors |= read_tensors(directory / Path(name).name)[0]
+    return tensors, str(found)
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_taef2 import WEIGHTS, needs_weights
 
+import rac
 from rac.coders.rac import RAC, RACConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.warm_start import copy_decoder
 from rac.errors import RacError
 from rac.fields import FieldConfig, LocalFieldConfig, TinyFieldConfig
-from rac.hub import load_adapter
 from rac.recipes import RECIPES, RACRecipe
 
 FIELD = LocalFieldConfig(widths=(16,) * 4, blocks=(3, 3, 3, 1), down=(8, 8, 8), down_blocks=(0, 0, 0), patch=1)
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused():
 
 @needs_weights
 def test_the_recipes_field_is_the_real_decoder():
-    teacher = load_adapter(WEIGHTS)
+    teacher = rac.load(WEIGHTS)
     recipe = RECIPES["rac-taef2"][1]
     assert isinstance(teacher, TAESD)
     assert isinstance(recipe, RACRecipe)

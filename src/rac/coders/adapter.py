@@ -6,6 +6,7 @@ A subclass says how its network encodes pixels to raw moments and decodes raw la
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightsError
+from ..errors import RacError, WeightsError
 from ..flow import Walk
 from ..latents import LatentSpec, Statistics
-from ..storage import write_directory
+from ..storage import CONFIG, DIFFUSERS, fit_tensors, read_settings, read_weights, write_directory
 from .protocol import Coder, Decoded, Keep, Network
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = f"{DIFFUSERS}.safetensors"
 
 
 class Adapter(Coder):
@@ -41,6 +42,19 @@ class Adapter(Coder):
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Builds the coder with random weights from what `config` gave. Raises `WeightsError`."""
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Reads what `save` or diffusers wrote: float32, in evaluation mode, frozen. Raises `WeightsError`."""
+        directory = Path(directory)
+        config = read_settings(directory)
+        tensors, source = read_weights(directory, DIFFUSERS)
+        try:
+            coder = cls.from_config(config)
+        except RacError as error:
+            raise WeightsError(f"cannot tell the coder from {directory / CONFIG}: {error}") from error
+        fit_tensors(coder.network, _modern_names(tensors), source)
+        return coder.eval().requires_grad_(False)
 
     @property
     @abstractmethod
@@ -146,3 +160,10 @@ class DeepCompressionCoder(DiffusersCoder):
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latent
+
+
+def _modern_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Attention tensors under today's names; files from before diffusers 0.15, such as sd-vae-ft-mse, have others."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    pattern = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+    return {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in tensors.items()}

@@ -21,15 +21,13 @@ from ..latents import LatentSpec, Statistics, read_spec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
 from ..storage import (
     CONFIG,
-    WEIGHTS,
+    DIFFUSERS,
     as_weights_error,
     fit_tensors,
     read_settings,
-    read_tensors,
     read_weights,
     write_directory,
 )
-from .adapter import WEIGHTS as DROP_IN_WEIGHTS
 from .adapter import statistics_of
 from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
@@ -170,29 +168,33 @@ class RAC(Coder):
         """
         directory = Path(directory)
         data, said_by = read_settings(directory), str(directory / CONFIG)
+        if unknown := data.keys() - {"format", "version", "config"}:
+            raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; leave them out")
         for name, known in (("format", (FORMAT,)), ("version", (1, VERSION))):
             if data.get(name) not in known:
                 raise WeightsError(
                     f"{said_by} has {name} {data.get(name)!r}, expected {known[-1]!r}; it was written by another "
                     "program or version"
                 )
-        tensors = read_weights(directory)
+        tensors, source = read_weights(directory)
         values = {name: tensors.pop(STATISTICS + name, None) for name in ("shift", "scale")}
         statistics = None
         if values["shift"] is not None and values["scale"] is not None:
             statistics = Statistics(values["shift"], values["scale"])
-        return cls._built(data.get("config"), tensors, statistics, said_by, str(directory / WEIGHTS))
+        return cls._built(data.get("config"), tensors, statistics, said_by, source)
 
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> RAC:
         """Reads what `AutoencoderRAC.save_pretrained` wrote. Raises `WeightsError` as `load`."""
         directory = Path(directory)
-        data, source = read_settings(directory), directory / DROP_IN_WEIGHTS
-        tensors = {name.removeprefix("coder."): tensor for name, tensor in read_tensors(source)[0].items()}
+        data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
+        tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
         with as_weights_error():
             statistics = statistics_of(data)
-        config = {**data["rac"], "steps": data.get("num_inference_steps", RACConfig.steps)}
-        return cls._built(config, tensors, statistics, str(directory / CONFIG), str(source))
+        config = data.get("rac")
+        if isinstance(config, dict):
+            config = {**config, "steps": data.get("num_inference_steps", RACConfig.steps)}
+        return cls._built(config, tensors, statistics, str(directory / CONFIG), source)
 
     @classmethod
     def _built(

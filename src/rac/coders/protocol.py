@@ -396,6 +396,8 @@ def check_image(image: Tensor) -> None:
     """
     if image.ndim != 4 or image.shape[1] != 3:
         raise RacError(f"an image has shape B 3 H W, not {tuple(image.shape)}; rac.read_image gives one")
+    if 0 in image.shape[-2:]:
+        raise RacError(f"an image of {image.shape[-1]} x {image.shape[-2]} is too small; it has no pixels")
     if not image.is_floating_point():
         raise RacError(
             f"an image holds floating-point numbers in [-1, 1], not {image.dtype}; rac.images.from_pixels makes one of "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rac.coders.rac import RAC, RACConfig
 from rac.fields import TinyFieldConfig
-from rac.latents import LatentSpec
+from rac.latents import LatentSpec, Statistics
 
 DATA = Path(os.environ.get("RAC_DATA_DIR") or Path(__file__).parents[2] / "shared")
 if (DATA / "weights").is_dir():
@@ -123,7 +123,12 @@ def images() -> Callable[..., Tensor]:
     return smooth_images
 
 
-def untrained_rac(lively: float = 0.0, dtype: torch.dtype = torch.float32, **changes: object) -> RAC:
+def untrained_rac(
+    lively: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    statistics: Statistics | None = None,
+    **changes: object,
+) -> RAC:
     """A RAC of a few hundred weights at f = 4, c = 4, C = 4; `lively` > 0 moves its weights off the identity flow."""
     settings = {
         "spec": LatentSpec(4, 4),
@@ -132,7 +137,7 @@ def untrained_rac(lively: float = 0.0, dtype: torch.dtype = torch.float32, **cha
         "spread": "nearest",
     }
     torch.manual_seed(0)
-    coder = RAC(RACConfig(**{**settings, **changes})).to(dtype)
+    coder = RAC(RACConfig(**{**settings, **changes}), statistics).to(dtype)
     if lively:
         with torch.no_grad():
             for parameter in coder.field.parameters():
@@ -142,7 +147,7 @@ def untrained_rac(lively: float = 0.0, dtype: torch.dtype = torch.float32, **cha
 
 @pytest.fixture(scope="session")
 def make_rac() -> Callable[..., RAC]:
-    """`make_rac(lively=0.0, dtype=float32, **RACConfig fields)`: a tiny coder with random weights."""
+    """`make_rac(lively=0.0, dtype=float32, statistics=None, **RACConfig fields)`: a tiny coder with random weights."""
     return untrained_rac
 
 

@@ -1,94 +1,236 @@
 """Station 2: raw latents, as a coder's network makes them, and latents, as everyone else sees them.
 
 A latent is normalised: roughly zero mean and unit variance, B c h w with h = H / factor. The statistics belong to the
-coder, never to a data set, and travel with it in its `LatentSpec`.
+coder, never to a data set. They are buffers of it (`Statistics`), and its `LatentSpec` carries their hash.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .config import from_json
 from .errors import RacError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Statistics(nn.Module):
+    """The shift and scale between raw latents and latents.
+
+    latent = (raw - shift) * scale, and raw = latent / scale + shift.
+
+    Both have the shape () for all channels alike, (c) for one number per channel, or (c, h, w) for one per channel and
+    position; the last is interpolated bilinearly for a latent of another height and width.
+
+    They are buffers that stay float32 where the coder is narrowed to half precision. They are no part of `state_dict`,
+    which holds what is learned (checkpoints, averaged weights, hashes of weights); `Coder.save` writes them.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shift: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        shift, scale = torch.broadcast_tensors(*(value.detach().to("cpu", torch.float32) for value in (shift, scale)))
+        if shift.ndim not in (0, 1, 3):
+            raise RacError(f"statistics have the shape (), (c) or (c, h, w), not {tuple(shift.shape)}")
+        for name, values in (("shift", shift), ("scale", scale)):
+            if not torch.isfinite(values).all():
+                raise RacError(f"the {name} of a latent's statistics must be finite, not {_first(values)}")
+        if (scale == 0).any():
+            raise RacError(
+                "scale 0 would make every latent zero; expected the teacher's scaling factor, such as 0.18215"
+            )
+        self.register_buffer("shift", shift.clone(), persistent=False)
+        self.register_buffer("scale", scale.clone(), persistent=False)
+
+    @classmethod
+    def identity(cls) -> Self:
+        """Returns the statistics that leave raw latents as they are."""
+        return cls.of(0.0, 1.0)
+
+    @classmethod
+    def of(cls, shift: float | Sequence[float] | Tensor, scale: float | Sequence[float] | Tensor) -> Self:
+        """Makes statistics of numbers, one or one per channel, or of tensors of shape (), (c) or (c, h, w).
+
+        Raises `RacError` for another shape, a value that is not finite, and a scale of 0.
+        """
+        return cls(*(torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (shift, scale)))
+
+    @classmethod
+    def scaled(
+        cls,
+        scale: float,
+        shift: float = 0.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Self:
+        """Makes statistics in diffusers' terms: latent = ((raw - shift) * scale - mean) / std.
+
+        `mean` and `std` have one number per channel and are of the scaled latent; None: 0 and 1. Raises `RacError` for
+        a scale of 0, a std that is not positive, and values that are not finite.
+        """
+        if std is not None and not min(std) > 0:
+            raise RacError(f"std must be positive in every channel, not {min(std)}")
+        if scale == 0:
+            return cls.of(shift, scale)  # which says what is wrong
+        means, stds = (torch.tensor(one, dtype=torch.float64, device="cpu") for one in (mean or 0.0, std or 1.0))
+        return cls.of(shift + means / scale, scale / stds)
+
+    def normalise(self, raw_latent: Tensor) -> Tensor:
+        """Raw latent -> latent, both B c h w: (raw - shift) * scale."""
+        return (raw_latent - _fitted(self.shift, raw_latent)) * _fitted(self.scale, raw_latent)
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """Latent -> raw latent, as the coder's own network takes it, both B c h w; the inverse of `normalise`."""
+        return latent / _fitted(self.scale, latent) + _fitted(self.shift, latent)
+
+    def hash(self) -> str:
+        """Returns 16 hexadecimal digits that are equal if and only if shapes and float32 values are."""
+        digest = hashlib.sha256()
+        for values in (self.shift, self.scale):
+            numbers = values.detach().to("cpu", torch.float32) + 0.0  # no negative zero
+            digest.update(f"{tuple(numbers.shape)}".encode())
+            digest.update(numbers.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def copy(self) -> Statistics:
+        """Returns statistics of the same values, on the CPU."""
+        return Statistics(self.shift, self.scale)
+
+    def extra_repr(self) -> str:
+        """Shows the shape, or the two numbers."""
+        shape = tuple(self.shift.shape)
+        return f"shape {shape}" if shape else f"shift {self.shift.item():.6g}, scale {self.scale.item():.6g}"
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: getattr(self, name) for name in ("shift", "scale")}
+        super()._apply(function, recurse)
+        for name, values in before.items():
+            if (moved := getattr(self, name)).dtype.itemsize < torch.float32.itemsize:
+                setattr(self, name, values.to(moved.device))
+        return self
+
+
+def _fitted(values: Tensor, latent: Tensor) -> Tensor:
+    """Statistics of shape (), (c) or (c, h, w) in a form that meets a latent B c h w."""
+    if values.ndim == 0:
+        return values
+    values = values.to(latent.dtype)
+    if values.ndim == 1:
+        return values.view(-1, 1, 1)
+    if values.shape[-2:] == latent.shape[-2:]:
+        return values
+    return F.interpolate(values[None], latent.shape[-2:], mode="bilinear", align_corners=False)[0]
+
+
+def _first(values: Tensor) -> float:
+    """The first value that is not finite."""
+    return float(values[~torch.isfinite(values)].flatten()[0])
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What one must know of a coder to use its latents.
-
-    `latent = ((raw_latent - shift) * scale - mean) / std`, the last two per channel where given. This covers SD
-    (scale 0.18215), FLUX and SD3 (scale and shift) and the VAEs that publish per-channel statistics.
-
-    Raises `RacError` for a factor or channels below 1, scale 0, statistics of another number of channels, a std that
-    is not positive, and an empty range.
-    """
+    """What one must know to exchange latents with a coder. Raises `RacError` for a number below 1."""
 
     factor: int
     """Downsampling factor f: an image of H x W has a latent of H/f x W/f."""
     channels: int
     """Latent channels c."""
-    scale: float = 1.0
-    """Factor of the raw latent, less its shift: diffusers' `scaling_factor`."""
-    shift: float = 0.0
-    """Taken off the raw latent first: diffusers' `shift_factor`."""
-    mean: tuple[float, ...] | None = None
-    """One value per channel, of the scaled latent; None: 0."""
-    std: tuple[float, ...] | None = None
-    """One value per channel, of the scaled latent; None: 1."""
-    range: tuple[float, float] = (-1.0, 1.0)
-    """Pixel range the coder's own network works in. Its adapter converts; images outside are always [-1, 1]."""
+    side: int | None = None
+    """Sites on each side of a latent, for coders of one resolution; None: any height and width."""
+    statistics: str | None = None
+    """`Statistics.hash` of the coder's statistics; None: not known. A coder's own spec always has it."""
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.channels < 1:
             raise RacError(f"factor {self.factor} and channels {self.channels} of a latent must be at least 1")
-        if self.scale == 0:
-            raise RacError(
-                "scale 0 would make every latent zero; expected the teacher's scaling factor, such as 0.18215"
-            )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != self.channels:
-                raise RacError(
-                    f"{name} has {len(values)} values for {self.channels} latent channels; give one per channel"
-                )
-        if self.std is not None and min(self.std) <= 0:
-            raise RacError(f"std must be positive in every channel, not {min(self.std)}")
-        if not self.range[0] < self.range[1]:
-            raise RacError(f"range {self.range} must be (low, high) with low < high")
+        if self.side is not None and self.side < 1:
+            raise RacError(f"side {self.side} of a latent must be at least 1, or None for any")
+
+    def differences(self, other: LatentSpec) -> list[str]:
+        """Returns in words how this spec differs from `other`, such as "channels 4, not 16"; nothing where latents of
+        one are latents of the other. Statistics that are not known count as equal."""
+        found = [
+            f"{name} {getattr(self, name)}, not {getattr(other, name)}"
+            for name in ("factor", "channels", "side")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        if None not in (self.statistics, other.statistics) and self.statistics != other.statistics:
+            found.append(f"statistics {self.statistics}, not {other.statistics}")
+        return found
+
+    def compatible(self, other: LatentSpec) -> bool:
+        """Whether latents of one spec are latents of the other."""
+        return not self.differences(other)
 
     def check(self, latent: Tensor) -> None:
-        """Raise `RacError` unless `latent` is a finite B c h w tensor of this coder."""
+        """Raises `RacError` unless `latent` is a floating-point tensor B c h w of this coder, and finite.
+
+        Values are looked at on the CPU alone, and not while a function is compiled or transformed.
+        """
         if latent.ndim != 4:
             raise RacError(f"a latent has 4 dimensions B c h w, not {latent.ndim} (shape {tuple(latent.shape)})")
+        if not latent.is_floating_point():
+            raise RacError(f"a latent holds floating-point numbers, not {latent.dtype}; give what encode returned")
         if latent.shape[1] != self.channels:
             raise RacError(
                 f"the latent has {latent.shape[1]} channels, this coder's have {self.channels}; "
                 "decode it with the coder (or the teacher) it was encoded with"
             )
-        if not torch.isfinite(latent).all():
+        sides = tuple(latent.shape[-2:])
+        if 0 in sides or (self.side is not None and sides != (self.side, self.side)):
+            wanted = "at least 1 x 1" if self.side is None else f"{self.side} x {self.side}"
+            raise RacError(f"the latent is {sides[0]} x {sides[1]}, this coder's are {wanted}")
+        if may_read(latent) and not torch.isfinite(latent).all():
             bad = int((~torch.isfinite(latent)).sum())
             raise RacError(f"the latent holds {bad} values that are NaN or infinite; encode the image again")
 
 
-def normalise(raw_latent: Tensor, spec: LatentSpec) -> Tensor:
-    """Raw latent -> latent, both B c h w: ((raw - shift) * scale - mean) / std."""
-    latent = (raw_latent - spec.shift) * spec.scale
-    if spec.mean is not None:
-        latent = latent - _per_channel(spec.mean, latent)
-    if spec.std is not None:
-        latent = latent / _per_channel(spec.std, latent)
-    return latent
+def may_read(tensor: Tensor) -> bool:
+    """Whether a decision may depend on the values of `tensor`, and costs no wait for a device.
+
+    It may not while torch compiles or exports, under `torch.func` transforms, and for tensors without values.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
-def denormalise(latent: Tensor, spec: LatentSpec) -> Tensor:
-    """Latent -> raw latent, as the coder's own network takes it, both B c h w; the inverse of `normalise`."""
-    if spec.std is not None:
-        latent = latent * _per_channel(spec.std, latent)
-    if spec.mean is not None:
-        latent = latent + _per_channel(spec.mean, latent)
-    return latent / spec.scale + spec.shift
+# ------------------------------------------------------------------------------------------- the first version on disk
 
 
-def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+@dataclass(frozen=True)
+class _NumberedSpec:
+    """A spec of the first format version, which held the statistics as numbers."""
+
+    factor: int
+    channels: int
+    scale: float = 1.0
+    shift: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    range: tuple[float, float] = (-1.0, 1.0)
+
+
+def read_spec(data: Mapping[str, Any], source: str) -> tuple[LatentSpec, Statistics | None]:
+    """Reads the JSON of a spec: of this version, or of the first, whose numbers give the statistics as well.
+
+    Raises `RacError` naming `source` where it does not fit.
+    """
+    if not isinstance(data, dict) or not {"scale", "shift", "mean", "std", "range"} & data.keys():
+        return from_json(LatentSpec, data, source), None
+    old = from_json(_NumberedSpec, data, source)
+    statistics = Statistics.scaled(old.scale, old.shift, old.mean, old.std)
+    return LatentSpec(old.factor, old.channels, statistics=statistics.hash()), statistics

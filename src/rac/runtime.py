@@ -47,6 +47,18 @@ def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]
 
 
 @contextmanager
+def plain_defaults() -> Iterator[None]:
+    """New tensors are float32 and on the CPU inside, whatever torch's defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def reproducible() -> Iterator[None]:
     """Without gradients, in full float32, by algorithms that do not depend on timing or on an autocast outside."""
     precision = torch.get_float32_matmul_precision()

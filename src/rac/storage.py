@@ -6,23 +6,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .config import from_json, read_json
+from .config import read_json
 from .errors import RacError, WeightsError
 from .files import explained, make_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-
-T = TypeVar("T")
+DIFFUSERS = "diffusion_pytorch_model"
+"""What the names of weight files begin with that diffusers wrote."""
 
 
 def write_directory(
@@ -31,18 +33,20 @@ def write_directory(
     tensors: Mapping[str, Tensor],
     weights: str = WEIGHTS,
     dtype: torch.dtype | None = None,
+    *,
+    exact: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write `config` to config.json and `tensors` to the file `weights`, floats as `dtype` where one is given.
+    """Writes `config` to config.json and `tensors` to the file `weights`, floats as `dtype` where one is given.
 
-    Both are complete before either takes its name; files of these names are replaced, others in the directory stay.
-    Raises `WeightsError` where the system refuses.
+    `exact` are further tensors, which keep their type. Both files are complete before either takes its name; files of
+    these names are replaced, others in the directory stay. Raises `WeightsError` where the system refuses.
     """
     folder = make_folder(directory, WeightsError)
     with explained(folder / weights, WeightsError):
         staging = folder / f".saving-{os.getpid()}.tmp"
         try:
             staging.mkdir()
-            write_tensors(staging / weights, tensors, dtype)
+            write_tensors(staging / weights, {**as_type(tensors, dtype), **exact})
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in (weights, CONFIG):
                 os.replace(staging / name, folder / name)
@@ -50,12 +54,17 @@ def write_directory(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """One safetensors file, on disk when this returns (not atomic: write to a name that nobody reads yet)."""
-    ready = {
-        name: (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).detach().contiguous()
+def as_type(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Returns `tensors` with their floats as `dtype`; None: as they are."""
+    return {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes one safetensors file, on disk when this returns (not atomic: write to a name that nobody reads yet)."""
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # Not save_file: it makes files that only their owner can read.
     with open(path, "wb") as file:
         file.write(to_bytes(ready, {"format": "pt"}))
@@ -63,22 +72,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
         os.fsync(file.fileno())
 
 
-def read_config(directory: Path, header: Mapping[str, Any], cls: type[T], key: str = "config") -> T:
-    """Read `header` and, under `key`, a `cls` from config.json. Raises `WeightsError` naming what does not fit."""
-    path = directory / CONFIG
+@contextmanager
+def as_weights_error() -> Iterator[None]:
+    """Turns a `RacError` of the block into a `WeightsError` of the same words."""
     try:
-        data = read_json(path)
-        for name, value in header.items():
-            if not isinstance(data, dict) or data.get(name) != value:
-                found = data.get(name) if isinstance(data, dict) else None
-                raise RacError(
-                    f"{path} has {name} {found!r}, expected {value!r}; it was written by another program or version"
-                )
-        return from_json(cls, data.get(key), str(path))
+        yield
     except WeightsError:
         raise
     except RacError as error:
         raise WeightsError(str(error)) from None
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Reads the JSON object in config.json. Raises `WeightsError`."""
+    path = directory / CONFIG
+    with as_weights_error():
+        data = read_json(path)
+    if not isinstance(data, dict):
+        raise WeightsError(f"{path} holds {data!r}, expected a JSON object; save the coder again")
+    return data
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,13 +107,38 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def load_tensors(module: nn.Module, directory: Path) -> None:
-    """Fill `module` from model.safetensors, all of it and nothing else. Raises `WeightsError` where it does not fit."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise WeightsError(f"{directory} holds no weights; expected {WEIGHTS} beside {CONFIG}")
-    tensors, _ = read_tensors(path)
-    fit_tensors(module, tensors, str(path))
+def read_weights(directory: Path, stem: str = "model") -> tuple[dict[str, Tensor], str]:
+    """Reads the tensors of `stem`.safetensors, of its shards or of its only variant; and the name of the file.
+
+    Raises `WeightsError` where there are none, or several variants, and for pickled weights.
+    """
+    whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    # "model.fp16.safetensors" and, in shards, "model.safetensors.index.fp16.json"
+    others = [*directory.glob(f"{stem}.*.safetensors"), *directory.glob(f"{stem}.safetensors.index.*.json")]
+    variants = sorted(file for file in others if "-of-" not in file.name)
+    found = next((file for file in (whole, index) if file.is_file()), None)
+    if found is None and len(variants) > 1:
+        names = ", ".join(file.name for file in variants)
+        raise WeightsError(f"{directory} holds several variants of its weights, {names}; leave one of them")
+    if found is None and variants:
+        found = variants[0]
+    if found is None:
+        if pickles := sorted(file.name for file in directory.glob("*.bin")):
+            raise WeightsError(
+                f"{directory} holds only pickled weights ({pickles[0]}), which can run code when read; "
+                "convert them with diffusers: save_pretrained(directory, safe_serialization=True)"
+            )
+        raise WeightsError(f"{directory} has a {CONFIG} but holds no weights; expected {whole.name} beside it")
+    if found.suffix != ".json":
+        return read_tensors(found)[0], str(found)
+    with as_weights_error():
+        shards = read_json(found)
+    if not isinstance(shards, dict) or not isinstance(shards.get("weight_map"), dict):
+        raise WeightsError(f"{found} lists no shards under weight_map; save the coder again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, shards["weight_map"].values()))):
+        tensors |= read_tensors(directory / Path(name).name)[0]
+    return tensors, str(found)
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -212,7 +212,7 @@ def test_latent_of_wrong_size(latent_file: Path, run) -> None:  # type: ignore[n
 def test_latent_of_another_coder(tmp_path: Path, latent_file: Path, run, make_rac) -> None:  # type: ignore[no-untyped-def]
     other = make_rac(spec=rac.LatentSpec(4, 3))
     rac.save(other, tmp_path / "other")
-    one_line(run("decode", latent_file, "--model", tmp_path / "other"), "3 channels at factor 4, not 4 at 4")
+    one_line(run("decode", latent_file, "--model", tmp_path / "other"), "channels 3, not 4")
 
 
 def test_cut_foreign_and_missing_latents(tmp_path: Path, latent_file: Path, run) -> None:  # type: ignore[no-untyped-def]

@@ -15,18 +15,18 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
 import rac
-from rac.coders.adapter import spec_of
+from rac.coders.adapter import statistics_of
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.tiling import tiled
 from rac.errors import RacError
 from rac.fields import LdmFieldConfig, LocalFieldConfig
 from rac.integrations.diffusers import AutoencoderRAC
-from rac.latents import LatentSpec, denormalise, normalise
+from rac.latents import Statistics
 
 diffusers.utils.logging.disable_progress_bar()
 
-SPEC = LatentSpec(4, 4, scale=0.5, shift=0.3)
-STATISTICS = LatentSpec(4, 4, scale=0.4, shift=0.3, mean=(0.1, -0.2, 0.3, 0.0), std=(1.5, 0.5, 1.0, 2.0))
+PLAIN = Statistics.of(0.3, 0.5)
+PER_CHANNEL = Statistics.scaled(0.4, 0.3, mean=(0.1, -0.2, 0.3, 0.0), std=(1.5, 0.5, 1.0, 2.0))
 LOCAL = LocalFieldConfig(widths=(8, 8), blocks=(1, 1), down=(8,), down_blocks=(1,), patch=2, embedding=8)
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed: no text encoder")
@@ -34,7 +34,7 @@ needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transforme
 
 @pytest.fixture(scope="module")
 def coder(make_rac):
-    return make_rac(lively=0.05, spec=SPEC).eval().requires_grad_(False)
+    return make_rac(lively=0.05, statistics=PLAIN).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def raw_latents(batch: int = 2, height: int = 4, width: int = 6) -> Tensor:
 
 def test_raw_latents_of_the_teacher_come_and_go(coder, vae, images) -> None:
     z, x = raw_latents(), images(2, 16, 24)
-    assert torch.equal(vae.decode(z).sample, coder.decode(normalise(z, SPEC)))
+    assert torch.equal(vae.decode(z).sample, coder.decode(PLAIN.normalise(z)))
     encoded = vae.encode(x)
-    assert torch.equal(encoded.latents, denormalise(coder.encode(x), SPEC))
+    assert torch.equal(encoded.latents, PLAIN.denormalise(coder.encode(x)))
     for same in (encoded.latent_dist.mode(), encoded.latent_dist.mean, encoded.latent_dist.sample()):
         assert torch.equal(same, encoded.latents)
     assert not encoded.latent_dist.std.any()
@@ -64,10 +64,10 @@ def test_raw_latents_of_the_teacher_come_and_go(coder, vae, images) -> None:
 
 def test_steps_by_attribute_argument_and_config(coder, vae, images, tmp_path) -> None:
     z, x = raw_latents(), images(1, 16, 16)
-    expected = coder.decode(normalise(z, SPEC), steps=2)
+    expected = coder.decode(PLAIN.normalise(z), steps=2)
     assert not torch.equal(vae.decode(z).sample, expected)
     assert torch.equal(vae.decode(z, num_inference_steps=2).sample, expected)
-    assert torch.equal(vae.encode(x, num_inference_steps=2).latents, denormalise(coder.encode(x, steps=2), SPEC))
+    assert torch.equal(vae.encode(x, num_inference_steps=2).latents, PLAIN.denormalise(coder.encode(x, steps=2)))
     vae.num_inference_steps = 2
     assert torch.equal(vae.decode(z).sample, expected)
     vae.save_pretrained(tmp_path)
@@ -81,18 +81,16 @@ def test_steps_by_attribute_argument_and_config(coder, vae, images, tmp_path) ->
             vae.decode(z, num_inference_steps=wrong)
 
 
-@pytest.mark.parametrize("spec", [LatentSpec(4, 4), SPEC, STATISTICS])
-def test_the_config_says_what_the_teachers_would(spec, make_rac) -> None:
-    config = AutoencoderRAC.from_rac(make_rac(spec=spec)).config
-    found = spec_of(config)
-    assert (found.factor, found.channels, found.scale, found.shift) == (4, 4, spec.scale, spec.shift)
-    assert (found.mean is None, found.std) == (spec.mean is None, spec.std)
-    assert found.mean is None or found.mean == pytest.approx(spec.mean)
+@pytest.mark.parametrize("statistics", [Statistics.identity(), PLAIN, PER_CHANNEL])
+def test_the_config_says_what_the_teachers_would(statistics, make_rac) -> None:
+    config = AutoencoderRAC.from_rac(make_rac(statistics=statistics)).config
+    assert statistics_of(config).hash() == statistics.hash()
+    assert (config.latent_channels, 2 ** (len(config.block_out_channels) - 1)) == (4, 4)
 
 
 def test_a_pipeline_with_statistics_gives_what_the_rac_expects(make_rac) -> None:
     """SDXL's line before the decoder, and its inverse in img2img, from latents that a generator learned."""
-    coder = make_rac(lively=0.05, spec=LatentSpec(4, 4, 0.4, 0.0, STATISTICS.mean, STATISTICS.std)).eval()
+    coder = make_rac(lively=0.05, statistics=PER_CHANNEL).eval()
     vae, latent = AutoencoderRAC.from_rac(coder), raw_latents()
     mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
     z = latent * std / vae.config.scaling_factor + mean
@@ -102,7 +100,7 @@ def test_a_pipeline_with_statistics_gives_what_the_rac_expects(make_rac) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, {"field": LOCAL, "spread": "beside"}, {"contraction": "projector"}], ids=str)
 def test_half_precision(dtype, changes, make_rac, images, tmp_path) -> None:
-    whole = AutoencoderRAC.from_rac(make_rac(lively=0.05, spec=SPEC, **changes))
+    whole = AutoencoderRAC.from_rac(make_rac(lively=0.05, statistics=PLAIN, **changes))
     whole.save_pretrained(tmp_path)
     vae = AutoencoderRAC.from_pretrained(tmp_path, torch_dtype=dtype)
     assert vae.dtype == dtype
@@ -112,7 +110,7 @@ def test_half_precision(dtype, changes, make_rac, images, tmp_path) -> None:
     torch.testing.assert_close(decoded.float(), whole.decode(z).sample, atol=0.03, rtol=0.03)
     torch.testing.assert_close(encoded.float(), whole.encode(x).latents, atol=0.03, rtol=0.03)
     # The states are float32: an untrained field, whose flow is the identity, loses nothing on the way.
-    still = AutoencoderRAC.from_rac(make_rac(spec=SPEC)).to(dtype)
+    still = AutoencoderRAC.from_rac(make_rac(statistics=PLAIN)).to(dtype)
     assert torch.equal(still.decode(z).sample, still.float().decode(z).sample)
 
 
@@ -165,7 +163,7 @@ def test_saved_and_loaded_gives_the_same_bits(coder, vae, tmp_path) -> None:
     again = AutoencoderRAC.from_pretrained(tmp_path)
     assert not again.training
     assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
-    assert torch.equal(rac.load(tmp_path).decode(normalise(z, SPEC)), vae.decode(z).sample)
+    assert torch.equal(rac.load(tmp_path).decode(PLAIN.normalise(z)), vae.decode(z).sample)
     assert "4 channels at 1/4" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
     vae.save_pretrained(tmp_path)
@@ -242,7 +240,7 @@ def test_dit_pipeline(coder, vae, tmp_path, monkeypatch) -> None:
     made = sampled(pipeline, [1, 2])
     assert made.shape == (2, 16, 16, 3)
     (z,) = seen
-    np.testing.assert_allclose(made, as_pixels(coder.decode(normalise(z, SPEC))), atol=1e-6)
+    np.testing.assert_allclose(made, as_pixels(coder.decode(PLAIN.normalise(z))), atol=1e-6)
     monkeypatch.undo()
 
     pipeline.save_pretrained(tmp_path)
@@ -262,7 +260,7 @@ def test_a_saved_pipeline_wants_the_module_imported(imported, vae, tmp_path) -> 
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if imported:
         assert ran.returncode == 0, ran.stderr
-        assert str(SPEC) in ran.stdout
+        assert str(vae.spec) in ran.stdout
     else:
         assert "rac.integrations.diffusers" in ran.stderr
 
@@ -309,7 +307,7 @@ def test_stable_diffusion_pipeline(coder, vae, text_parts, tmp_path) -> None:
     latents = pipeline("a b", output_type="latent", generator=torch.Generator().manual_seed(0), **options).images
     assert latents.shape == (1, 4, 4, 6)
     made = sampled(pipeline, "a b", height=16, width=24)
-    expected = as_pixels(coder.decode(normalise(latents / SPEC.scale, SPEC)))
+    expected = as_pixels(coder.decode(PLAIN.normalise(latents / PLAIN.scale)))
     np.testing.assert_allclose(made, expected, atol=1e-6)
     pipeline.save_pretrained(tmp_path)
     again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
@@ -328,13 +326,16 @@ def test_image_to_image_starts_from_the_encoder(coder, vae, text_parts, images, 
     image = images(1, 16, 24)
     made = sampled(pipeline, "a b", image=image / 2 + 0.5, strength=0.5)
     assert made.shape == (1, 16, 24, 3)
-    expected = denormalise(coder.encode(image), SPEC) * SPEC.scale
+    expected = PLAIN.denormalise(coder.encode(image)) * PLAIN.scale
     torch.testing.assert_close(noised[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_shipped_coder_takes_its_teachers_place(images) -> None:
     vae, teacher = AutoencoderRAC.from_rac("rac-f8d8"), rac.load("klvae-f8d8")
-    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_channels"):
+    assert statistics_of(vae.config).hash() == teacher.statistics.hash()
+    for name in ("scaling_factor", "shift_factor"):
+        assert vae.config[name] == pytest.approx(teacher.network.config[name], rel=1e-6), name
+    for name in ("latents_mean", "latents_std", "latent_channels"):
         assert vae.config[name] == teacher.network.config[name], name
     assert len(vae.config.block_out_channels) == len(teacher.network.config.block_out_channels)
     image = images(1, 64, 64)
@@ -345,9 +346,11 @@ def test_shipped_coder_takes_its_teachers_place(images) -> None:
 
 def test_ldm_field_builds_on_nothing(make_rac, tmp_path) -> None:
     """from_pretrained builds the network without memory first, which a field must bear."""
-    coder = make_rac(lively=0.05, spec=SPEC, field=LdmFieldConfig(widths=(8, 8, 8), layers_per_block=1, groups=4))
+    coder = make_rac(
+        lively=0.05, statistics=PLAIN, field=LdmFieldConfig(widths=(8, 8, 8), layers_per_block=1, groups=4)
+    )
     AutoencoderRAC.from_rac(coder).save_pretrained(tmp_path)
     z = raw_latents()
     assert torch.equal(
-        AutoencoderRAC.from_pretrained(tmp_path).decode(z).sample, coder.eval().decode(normalise(z, SPEC))
+        AutoencoderRAC.from_pretrained(tmp_path).decode(z).sample, coder.eval().decode(PLAIN.normalise(z))
     )

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import rac
 from rac.coders.adapter import TinyCoder
 from rac.coders.taesd import TAESD, TAESDConfig
-from rac.hub import load_adapter
 from rac.images import from_pixels
 
 SHARED = Path(os.environ.get("RAC_DATA_DIR", Path(__file__).parents[3] / "shared"))
@@ -40,14 +40,14 @@ def test_agrees_with_autoencoder_tiny(latent_channels: int) -> None:
 
 @needs_weights
 def test_taef2_is_recognised() -> None:
-    coder = load_adapter(WEIGHTS)
+    coder = rac.load(WEIGHTS)
     assert coder.config == {"_class_name": "TAESD", "latent_channels": 32, "pooled": True, "width": 64}
     assert sum(parameter.numel() for parameter in coder.parameters()) == 2_677_027
 
 
 @needs_weights
 def test_taef2_gives_black_and_white_back() -> None:
-    coder = load_adapter(WEIGHTS)
+    coder = rac.load(WEIGHTS)
     for value in (-1.0, 1.0):
         square = torch.full((1, 3, 64, 64), value)
         assert (coder.reconstruct(square) - square).abs().mean() < 0.05
@@ -65,7 +65,7 @@ def test_taef2_reaches_its_published_figures(size: int, psnr: float, ssim: float
     A mistaken pixel range costs more than 5 dB. The published SSIM is scikit-image's, with its uniform window.
     """
     structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
-    coder, images = load_adapter(WEIGHTS), _photographs(size)
+    coder, images = rac.load(WEIGHTS), _photographs(size)
     with torch.no_grad():
         latents = torch.cat([coder.encode(image) for image in images.split(4)])
         decoded = torch.cat([coder.decode(latent) for latent in latents.split(4)]).clamp(-1, 1)

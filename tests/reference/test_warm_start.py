@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_taef2 import WEIGHTS, needs_weights
 
+import rac
 from rac.coders.rac import RAC, RACConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.warm_start import copy_decoder
 from rac.errors import RacError
 from rac.fields import FieldConfig, LocalFieldConfig, TinyFieldConfig
-from rac.hub import load_adapter
 from rac.recipes import RECIPES, RACRecipe
 
 FIELD = LocalFieldConfig(widths=(16,) * 4, blocks=(3, 3, 3, 1), down=(8, 8, 8), down_blocks=(0, 0, 0), patch=1)
@@ -21,7 +21,7 @@ FIELD = LocalFieldConfig(widths=(16,) * 4, blocks=(3, 3, 3, 1), down=(8, 8, 8), 
 
 def coder_of(teacher: TAESD, field: FieldConfig, spread: str = "beside") -> RAC:
     torch.manual_seed(0)
-    coder = RAC(RACConfig(replace(teacher.spec, range=(-1.0, 1.0)), field, 4, spread))
+    coder = RAC(RACConfig(teacher.spec, field, 4, spread), teacher.statistics)
     return coder.requires_grad_(False)
 
 
@@ -29,7 +29,7 @@ def coder_of(teacher: TAESD, field: FieldConfig, spread: str = "beside") -> RAC:
 def test_one_step_does_what_the_decoder_does(pooled):
     torch.manual_seed(1)
     teacher = TAESD(TAESDConfig(latent_channels=5, pooled=pooled, width=16)).double().requires_grad_(False)
-    clamp = 3 * teacher.spec.scale
+    clamp = 3 * float(teacher.statistics.scale)
     coder = coder_of(teacher, replace(FIELD, pooled=pooled, clamp=clamp)).double()
     latent = 2 * torch.randn(2, 5, 3, 4).double()
     copy_decoder(teacher, coder)
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused():
 
 @needs_weights
 def test_the_recipes_field_is_the_real_decoder():
-    teacher = load_adapter(WEIGHTS)
+    teacher = rac.load(WEIGHTS)
     recipe = RECIPES["rac-taef2"][1]
     assert isinstance(teacher, TAESD)
     assert isinstance(recipe, RACRecipe)

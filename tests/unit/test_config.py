@@ -36,9 +36,9 @@ class Outer:
     [
         Outer(),
         Outer(Inner((3, 4), "n"), Path("/tmp/c"), "y", 0.1 + 0.2, (1.5, 2.0)),
-        RACConfig(LatentSpec(8, 4, 0.18215), LdmFieldConfig.scaled(0.1), spread="nearest"),
+        RACConfig(LatentSpec(8, 4, 16), LdmFieldConfig.scaled(0.1), spread="nearest"),
         RACConfig(
-            LatentSpec(2, 3, 2.0, 0.1, (0.0, 1.0, 2.0), (1.0, 0.3, 1.7), (0.0, 1.0)),
+            LatentSpec(2, 3, statistics="0123456789abcdef"),
             TinyFieldConfig(widths=(4, 4), blocks=(0, 1), taesd_range=True),
             contraction="projector",
             teacher="a/b",
@@ -70,7 +70,7 @@ def edited(**changes: object) -> dict:
         (edited(field=None), "kind None"),
         (edited(spread="wide"), "spread"),
         (edited(spec={"factor": 8}), "channels"),
-        (edited(spec={"factor": 8, "channels": 4, "scale": 0}), "scale 0"),
+        (edited(spec={"factor": 8, "channels": 4, "side": 0}), "side 0"),
         (edited(steps="many"), "steps"),
         ({}, "spec"),
         (None, "settings"),

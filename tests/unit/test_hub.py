@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rac
+from rac.coders.klvae import KLVAEConfig
 from rac.errors import RacError, WeightsError
-from rac.fields import LdmFieldConfig
-from rac.latents import LatentSpec
+from rac.fields import LdmFieldConfig, TinyFieldConfig
+from rac.latents import Statistics
 
 
 @pytest.fixture
 def saved(make_rac, tmp_path):
     coder = make_rac(
-        lively=0.1, contraction="projector", teacher="a/teacher", spec=LatentSpec(4, 4, 0.5, mean=(0.1,) * 4)
+        lively=0.1, contraction="projector", teacher="a/teacher", statistics=Statistics.scaled(0.5, mean=(0.1,) * 4)
     )
     rac.save(coder, tmp_path / "coder")
     return coder, tmp_path / "coder"
@@ -210,3 +211,99 @@ def test_the_folder_of_a_run_is_its_coder(make_rac, tmp_path):
     (tmp_path / "run" / "recipe.json").write_text("{}")
     loaded = rac.load(tmp_path / "run")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in coder.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------- layouts of files
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "fp16", "max_shard_size": "10KB"}],
+    ids=["variant", "shards", "both"],
+)
+@pytest.mark.parametrize("kind", ["rac", "klvae"])
+def test_what_diffusers_wrote_is_read_in_any_layout(make_rac, images, tmp_path, kind, options):
+    from rac.integrations.diffusers import AutoencoderRAC
+
+    if kind == "rac":
+        coder = make_rac(lively=0.1, statistics=Statistics.of(0.3, 0.5), field=LARGER)
+        AutoencoderRAC.from_rac(coder).save_pretrained(tmp_path, **options)
+    else:
+        coder = KLVAEConfig(widths=(8, 16, 16), latent_channels=4).build()
+        coder.network.save_pretrained(tmp_path, **options)
+    assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    again, image = rac.load(tmp_path), images(1, 16, 16)
+    assert torch.equal(again.encode(image), coder.eval().encode(image))
+    assert again.spec == coder.spec
+
+
+LARGER = TinyFieldConfig(widths=(16, 16, 16), blocks=(1, 1, 1))
+
+
+def test_several_variants_are_named(tmp_path):
+    network = KLVAEConfig(widths=(8, 8)).build().network
+    for variant in ("fp16", "bf16"):
+        network.save_pretrained(tmp_path, variant=variant)
+    with pytest.raises(WeightsError, match=r"several variants.*bf16.*fp16"):
+        rac.load(tmp_path)
+    network.save_pretrained(tmp_path)
+    assert rac.load(tmp_path).spec.factor == 2
+
+
+def test_a_pipeline_that_was_saved_with_a_rac_is_its_coder(make_rac, images, tmp_path):
+    from rac.integrations.diffusers import AutoencoderRAC
+
+    coder, image = make_rac(lively=0.1).eval(), images(1, 16, 16)
+    AutoencoderRAC.from_rac(coder).save_pretrained(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert torch.equal(rac.load(tmp_path).encode(image), coder.encode(image))
+
+
+# ------------------------------------------------------------------------------------- versions and defaults
+
+
+def test_the_first_version_and_the_second_give_the_same_bits(images, tmp_path):
+    """What ships has the first version's numbers in its config.json."""
+    for name in ("rac-64", "rac-taef2", "rac-f8d8"):
+        coder = rac.load(name)
+        assert json.loads((rac.hub.SHIPPED / name / "config.json").read_text())["version"] == 1
+        rac.save(coder, tmp_path / name)
+        again = rac.load(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["version"] == 2
+        assert again.spec == coder.spec
+        assert again.statistics.hash() == coder.statistics.hash() == coder.spec.statistics
+        latent = coder.encode(images(1, 32, 32))
+        assert torch.equal(again.encode(images(1, 32, 32)), latent)
+        assert torch.equal(again.statistics.denormalise(latent), coder.statistics.denormalise(latent))
+        assert torch.equal(again.decode(latent), coder.decode(latent))
+
+
+def test_statistics_that_are_not_those_of_the_spec_are_refused(saved):
+    file = saved[1] / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "statistics.scale": tensors["statistics.scale"] * 2}, file)
+    with pytest.raises(WeightsError, match=r"the statistics have hash \w+, the spec names"):
+        rac.load(saved[1])
+
+
+def test_unknown_keys_of_a_config_are_named(saved):
+    """Those of diffusers' classes are named by diffusers' log."""
+    edit(saved[1], colour="red")
+    with pytest.raises(WeightsError, match="unknown keys, colour"):
+        rac.load(saved[1])
+
+
+@pytest.mark.parametrize("name", ["rac-64", "klvae-f8d4"])
+def test_torchs_defaults_change_nothing(name, images):
+    expected, image = rac.load(name), images(1, 16, 16)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = rac.load(name)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.empty(1).is_meta
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert {(tensor.dtype, tensor.device.type) for tensor in found.state_dict().values()} == {(torch.float32, "cpu")}
+    assert torch.equal(found.encode(image), expected.encode(image))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import rac
 from rac.coders.adapter import WEIGHTS
 from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.draws import Draws
 from rac.errors import RacError
-from rac.hub import load_adapter
 from rac.objectives.klvae import KLVAEWeights, klvae_terms
 
 
@@ -70,7 +70,7 @@ def test_statistics_make_the_latents_standard(coder: KLVAE, images: torch.Tensor
 def test_statistics_travel_with_the_weights(coder: KLVAE, images: torch.Tensor, tmp_path: Path) -> None:
     coder.fit_statistics([images])
     coder.save(tmp_path)
-    assert load_adapter(tmp_path).spec == coder.spec
+    assert rac.load(tmp_path).spec == coder.spec
 
 
 def test_statistics_need_images_that_differ(coder: KLVAE) -> None:
@@ -87,7 +87,7 @@ def test_half_precision_on_disk_is_float32_in_memory(coder: KLVAE, dtype: torch.
     coder.to(memory_format=torch.channels_last).save(tmp_path / "whole")
     coder.save(tmp_path / "half", dtype)
     assert (tmp_path / "half" / WEIGHTS).stat().st_size < 0.6 * (tmp_path / "whole" / WEIGHTS).stat().st_size
-    loaded = load_adapter(tmp_path / "half").network.state_dict()
+    loaded = rac.load(tmp_path / "half").network.state_dict()
     for name, tensor in coder.network.state_dict().items():
         assert torch.equal(loaded[name], tensor.to(dtype).float())
 

@@ -299,7 +299,7 @@ def test_a_foreign_teacher_is_refused_and_both_are_named(config: DataConfig, tmp
     with pytest.raises(RacError, match=r"latents of the teacher halving \(weights \w+\), not of other \(weights \w+\)"):
         open_stream(asked, teacher=Halving(0.4), teacher_name="other")
     other = Halving()
-    other.spec = LatentSpec(4, 3, scale=2.0)
+    other.spec = LatentSpec(4, 3, statistics="0123456789abcdef")
     with pytest.raises(RacError, match="not of other"):
         open_stream(asked, teacher=other, teacher_name="other")
 

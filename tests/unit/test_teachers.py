@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rac
 from rac.coders.adapter import WEIGHTS, Adapter, DeepCompressionCoder, TinyCoder
 from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.errors import RacError, WeightsError
-from rac.hub import load_adapter
-from rac.latents import LatentSpec
+from rac.latents import LatentSpec, Statistics
 
 
 def tiny() -> TinyCoder:
@@ -45,10 +45,10 @@ def taesd() -> TAESD:
 
 
 KINDS: dict[Callable[[], Adapter], LatentSpec] = {
-    tiny: LatentSpec(4, 5, scale=2.0),
-    deep_compression: LatentSpec(2, 4, scale=0.5),
-    kl: LatentSpec(4, 3, scale=0.25, shift=0.5),
-    taesd: LatentSpec(8, 4, scale=1 / 0.85, range=(0.0, 1.0)),
+    tiny: LatentSpec(4, 5, statistics=Statistics.of(0.0, 2.0).hash()),
+    deep_compression: LatentSpec(2, 4, statistics=Statistics.of(0.0, 0.5).hash()),
+    kl: LatentSpec(4, 3, statistics=Statistics.of(0.5, 0.25).hash()),
+    taesd: LatentSpec(8, 4, statistics=Statistics.of(0.0, 1 / 0.85).hash()),
 }
 every_kind = pytest.mark.parametrize("build", KINDS, ids=lambda build: build.__name__)
 
@@ -84,7 +84,7 @@ def test_any_size_comes_back_cropped(build: Callable[[], Adapter]) -> None:
 def test_saves_and_loads_bit_for_bit(build: Callable[[], Adapter], tmp_path: Path) -> None:
     coder = build().eval()
     coder.save(tmp_path)
-    loaded = load_adapter(tmp_path)
+    loaded = rac.load(tmp_path)
     assert type(loaded) is type(coder)
     assert loaded.spec == coder.spec
     assert not loaded.training
@@ -109,13 +109,14 @@ def test_black_and_white_come_back_and_the_network_sees_its_own_range(pixel_rang
     class Identity(TAESD):
         def __init__(self) -> None:
             super().__init__(TAESDConfig(latent_channels=3, width=1))
-            self.spec = LatentSpec(1, 3, scale=2.0, shift=0.3, range=pixel_range)
+            self.set_statistics(Statistics.of(0.3, 2.0), LatentSpec(1, 3))
+            self.pixel_range = pixel_range
 
-        def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
             self.seen = (pixels.min().item(), pixels.max().item())
             return pixels
 
-        def _decode(self, raw_latent: torch.Tensor) -> torch.Tensor:
+        def _decode_pixels(self, raw_latent: torch.Tensor) -> torch.Tensor:
             return raw_latent
 
     coder = Identity()
@@ -151,8 +152,8 @@ def test_reads_what_diffusers_wrote_and_a_pipelines_directory(tmp_path: Path) ->
     coder.network.save_pretrained(tmp_path / "vae")
     (tmp_path / "model_index.json").write_text("{}")
     image = photo(1, 3, 16, 16)
-    assert torch.equal(load_adapter(tmp_path).encode(image), coder.encode(image))
-    assert torch.equal(load_adapter(tmp_path / "vae").encode(image), coder.encode(image))
+    assert torch.equal(rac.load(tmp_path).encode(image), coder.encode(image))
+    assert torch.equal(rac.load(tmp_path / "vae").encode(image), coder.encode(image))
 
 
 def test_reads_attention_under_its_old_names(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_reads_attention_under_its_old_names(tmp_path: Path) -> None:
         tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / WEIGHTS)
     image = photo(1, 3, 16, 16)
-    assert torch.equal(load_adapter(tmp_path).encode(image), coder.encode(image))
+    assert torch.equal(rac.load(tmp_path).encode(image), coder.encode(image))
 
 
 def write_pair(coder: TAESD, folder: Path, name: str) -> None:
@@ -178,12 +179,12 @@ def test_tells_the_member_of_the_taesd_family(config: TAESDConfig, tmp_path: Pat
     coder = TAESD(config)
     write_pair(coder, tmp_path, "tae")
     for source in (tmp_path, tmp_path / "tae_encoder.pth", tmp_path / "tae_decoder.pth"):
-        loaded = load_adapter(source)
+        loaded = rac.load(source)
         assert loaded.config == coder.config
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     write_pair(coder, tmp_path, "taf")
     with pytest.raises(WeightsError, match=r"several.*tae_encoder\.pth, taf_encoder\.pth"):
-        load_adapter(tmp_path)
+        rac.load(tmp_path)
 
 
 def cut(path: Path) -> None:
@@ -213,20 +214,21 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
         (leave_a_pickle, r"pickled weights \(diffusion_pytorch_model.bin\).*save_pretrained"),
         (lambda coder: cut(coder / WEIGHTS), "not a whole safetensors file"),
         (lambda coder: cut(coder / "config.json"), "not readable JSON"),
-        (lambda coder: (coder / "config.json").write_text("[]"), "expected one of AutoencoderKL"),
-        (edit_config(_class_name="VQModel"), "'VQModel', expected one of AutoencoderKL"),
-        (edit_config(_class_name=["AutoencoderKL"]), "expected one of AutoencoderKL"),
+        (lambda coder: (coder / "config.json").write_text("[]"), "expected a JSON object"),
+        (edit_config(_class_name="VQModel"), "'VQModel', expected one of rac, AutoencoderRAC, AutoencoderKL"),
+        (edit_config(_class_name=["AutoencoderKL"]), "expected one of rac, AutoencoderRAC, AutoencoderKL"),
         (edit_config(latent_channels=4), r"shape \(8, 3, 3, 3\), the configuration asks for \(8, 4, 3, 3\)"),
         (edit_config(layers_per_block=2), "lacks tensor"),
         (edit_config(block_out_channels="wide"), "cannot build AutoencoderKL"),
         (edit_config(scaling_factor="large"), "cannot build AutoencoderKL"),
+        (edit_config(scaling_factor=float("nan")), "must be finite, not nan"),
         (lambda coder: shutil.rmtree(coder) or coder.mkdir(), "holds no coder; expected config.json"),
     ],
 )
 def test_broken_directories_are_refused_in_one_line(harm: Callable[[Path], None], message: str, saved: Path) -> None:
     harm(saved)
     with pytest.raises(WeightsError, match=message) as error:
-        load_adapter(saved)
+        rac.load(saved)
     assert str(saved) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -238,7 +240,7 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
     def refused(source: Path, message: str) -> None:
         with pytest.raises(WeightsError, match=message) as error:
-            load_adapter(source)
+            rac.load(source)
         assert "\n" not in str(error.value)
 
     cut(encoder)
@@ -258,20 +260,20 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
     decoder.unlink()
     refused(encoder, "tae_decoder.pth does not exist")
     encoder.rename(tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "is no teacher")
+    refused(tmp_path / "weights.pt", "is no coder")
 
 
 @pytest.mark.parametrize("name", ["nowhere/to-be-found", "a/b/c", "no such name"])
 def test_offline_and_unknown_names_are_refused_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=f"{name} is no directory here.*check the name") as error:
-        load_adapter(name)
+    with pytest.raises(WeightsError, match=f"{name}.*(check the name|nor shipped)") as error:
+        rac.load(name)
     assert "\n" not in str(error.value)
 
 
 def test_a_hub_name_is_loaded_from_the_snapshot(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(saved))
-    assert isinstance(load_adapter("org/name"), KLVAE)
+    assert isinstance(rac.load("org/name"), KLVAE)
 
 
 def test_wrong_tensors_are_refused() -> None:
@@ -296,5 +298,5 @@ def test_diffusers_opens_what_is_saved(saved: Path) -> None:
     assert network.config.scaling_factor == 0.25
     assert all(
         torch.equal(a, b)
-        for a, b in zip(network.state_dict().values(), load_adapter(saved).network.state_dict().values(), strict=True)
+        for a, b in zip(network.state_dict().values(), rac.load(saved).network.state_dict().values(), strict=True)
     )

@@ -1,11 +1,12 @@
 """What every foreign autoencoder needs to become a coder: its size, its pixel range and its statistics hidden.
 
-A subclass says how its network encodes pixels to raw latents and back; `Adapter` does the rest.
+A subclass says how its network encodes pixels to raw moments and decodes raw latents; `Adapter` does the rest.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,32 +16,45 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RacError, WeightsError
-from ..flow import Solver, TimeGrid
-from ..images import pad_to_multiple
-from ..latents import LatentSpec, denormalise, normalise
-from ..storage import write_directory
-from .protocol import Coder
+from ..flow import Walk
+from ..latents import LatentSpec, Statistics
+from ..storage import CONFIG, DIFFUSERS, fit_tensors, read_settings, read_weights, write_directory
+from .protocol import Coder, Decoded, Keep, Network
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = f"{DIFFUSERS}.safetensors"
 
 
 class Adapter(Coder):
-    """A coder around a network with habits of its own: images B 3 H W in [-1, 1], latents normalised."""
+    """A coder around a network with an `encoder` and a `decoder` and habits of its own, both ways taken at once."""
 
     network: Any
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    """What the network takes and gives for images in [-1, 1]."""
 
-    def __init__(self, network: nn.Module, spec: LatentSpec) -> None:
-        super().__init__()
+    def __init__(self, network: nn.Module, spec: LatentSpec, statistics: Statistics | None = None) -> None:
+        super().__init__(spec, statistics)
         self.network = network
-        self.spec = spec
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build the coder with random weights from what `config` gave. Raises `WeightsError`."""
+        """Builds the coder with random weights from what `config` gave. Raises `WeightsError`."""
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Reads what `save` or diffusers wrote: float32, in evaluation mode, frozen. Raises `WeightsError`."""
+        directory = Path(directory)
+        config = read_settings(directory)
+        tensors, source = read_weights(directory, DIFFUSERS)
+        try:
+            coder = cls.from_config(config)
+        except RacError as error:
+            raise WeightsError(f"cannot tell the coder from {directory / CONFIG}: {error}") from error
+        fit_tensors(coder.network, _modern_names(tensors), source)
+        return coder.eval().requires_grad_(False)
 
     @property
     @abstractmethod
@@ -48,42 +62,42 @@ class Adapter(Coder):
         """All that `from_config` needs, as plain JSON; `_class_name` names the kind of coder."""
 
     @abstractmethod
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Pixels in the network's range, sides divisible by the factor -> raw latent."""
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels in the network's range, sides divisible by the factor -> raw moments."""
 
     @abstractmethod
-    def _decode(self, raw_latent: Tensor) -> Tensor:
+    def _decode_pixels(self, raw_latent: Tensor) -> Tensor:
         """Raw latent -> pixels in the network's range."""
 
-    def encode(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """Image B 3 H W in [-1, 1] -> latent B c ceil(H/f) ceil(W/f); other sizes are padded by reflection."""
-        self._refuse_flow(steps, solver)
-        return normalise(self._encode(self._pixels(image)).to(image.dtype), self.spec)
+    def _moments(self, image: Tensor) -> Tensor:
+        half, middle = self.affine()
+        # Out of autocast's half precision, in which the posterior's exponentials overflow.
+        return self._encode_pixels(image * half + middle).to(image.dtype)
 
-    def decode(self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """Latent B c h w -> image B 3 h*f w*f in about [-1, 1], unclamped. Raises `RacError` as `LatentSpec.check`."""
-        self._refuse_flow(steps, solver)
-        self.spec.check(latent)
-        half, middle = _affine(self.spec.range)
-        return (self._decode(denormalise(latent, self.spec)).to(latent.dtype) - middle) / half
+    def _decode(self, latent: Tensor, walk: Walk | None, noise: Tensor | None, keep: Keep) -> Decoded:
+        half, middle = self.affine()
+        pixels = self._decode_pixels(self.statistics.denormalise(latent)).to(latent.dtype)
+        return Decoded((pixels - middle) / half, 1)
 
-    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and the weights (as `dtype`, if given); `load_adapter` reads them back, to float32.
+    def affine(self) -> tuple[float, float]:
+        """Returns half-width and middle of the network's range: pixels = image * half + middle."""
+        low, high = self.pixel_range
+        return (high - low) / 2, (high + low) / 2
 
-        Both files are complete before either takes its name. Raises `RacError` if the directory cannot be written.
-        """
+    def networks(self) -> dict[str, Network]:
+        """Returns the encoder and the decoder."""
+        factor, channels = self.spec.factor, self.spec.channels
+
+        def latent_shape(height: int, width: int) -> tuple[tuple[int, ...], ...]:
+            return ((1, channels, height // factor, width // factor),)
+
+        return {
+            "encoder": Network(self.network.encoder, lambda height, width: ((1, 3, height, width),), "encode"),
+            "decoder": Network(self.network.decoder, latent_shape, "decode"),
+        }
+
+    def _save(self, directory: Path, dtype: torch.dtype | None) -> None:
         write_directory(directory, self.config, self.network.state_dict(), WEIGHTS, dtype)
-
-    def _refuse_flow(self, steps: int | TimeGrid | None, solver: Solver | None) -> None:
-        if steps is not None or solver is not None:
-            raise RacError(f"a {type(self).__name__} codes at once; leave out steps and solver, or load a RAC")
-
-    def _pixels(self, image: Tensor) -> Tensor:
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise RacError(f"an image has shape B 3 H W, not {tuple(image.shape)}; rac.read_image gives one")
-        padded, _ = pad_to_multiple(image, self.spec.factor)
-        half, middle = _affine(self.spec.range)
-        return padded * half + middle
 
 
 class DiffusersCoder(Adapter):
@@ -92,11 +106,14 @@ class DiffusersCoder(Adapter):
     network_class: ClassVar[str]
 
     def __init__(self, network: Any) -> None:
-        super().__init__(network, spec_of(network.config))
+        config = network.config
+        widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+        spec = LatentSpec(2 ** (len(widths) - 1), config["latent_channels"])
+        super().__init__(network, spec, statistics_of(config))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build the network from a diffusers config. Raises `WeightsError` if it does not fit the class."""
+        """Builds the network from a diffusers config. Raises `WeightsError` if it does not fit the class."""
         import diffusers
 
         try:
@@ -110,33 +127,21 @@ class DiffusersCoder(Adapter):
         """The network's own configuration, as diffusers writes it."""
         return json.loads(self.network.to_json_string())
 
-    def _decode(self, raw_latent: Tensor) -> Tensor:
+    def _decode_pixels(self, raw_latent: Tensor) -> Tensor:
         return self.network.decode(raw_latent).sample
 
 
-def spec_of(config: Mapping[str, Any]) -> LatentSpec:
-    """Read a diffusers autoencoder's statistics.
+def statistics_of(config: Mapping[str, Any]) -> Statistics:
+    """Reads the statistics in a diffusers autoencoder's config. Raises `RacError` where they make no sense.
 
-    Its pipelines normalise by (raw - shift) * scale or, where per-channel statistics are given, by
-    (raw - mean) * scale / std; in the terms of `LatentSpec`, that mean is (mean - shift) * scale.
+    Pipelines normalise by (raw - shift) * scale or, where per-channel statistics are given, by
+    (raw - mean) * scale / std.
     """
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
     scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    return LatentSpec(
-        factor=2 ** (len(widths) - 1),
-        channels=config["latent_channels"],
-        scale=scale,
-        shift=shift,
-        mean=None if mean is None else tuple((value - shift) * scale for value in mean),
-        std=None if std is None else tuple(std),
-    )
-
-
-def _affine(pixel_range: tuple[float, float]) -> tuple[float, float]:
-    """Half-width and middle of a range: pixels = image * half + middle."""
-    low, high = pixel_range
-    return (high - low) / 2, (high + low) / 2
+    if mean is not None:
+        shift = 0.0
+    return Statistics.scaled(scale, shift, None if mean is None else [value * scale for value in mean], std)
 
 
 class TinyCoder(DiffusersCoder):
@@ -144,7 +149,7 @@ class TinyCoder(DiffusersCoder):
 
     network_class = "AutoencoderTiny"
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latents
 
 
@@ -153,5 +158,12 @@ class DeepCompressionCoder(DiffusersCoder):
 
     network_class = "AutoencoderDC"
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latent
+
+
+def _modern_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Attention tensors under today's names; files from before diffusers 0.15, such as sd-vae-ft-mse, have others."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    pattern = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+    return {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in tensors.items()}

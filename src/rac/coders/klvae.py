@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RacError
-from .adapter import DiffusersCoder, spec_of
+from .adapter import DiffusersCoder, statistics_of
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class KLVAE(DiffusersCoder):
     """A coder around diffusers' AutoencoderKL; its latent is the posterior's mean."""
 
     network_class = "AutoencoderKL"
+    has_posterior = True
 
     def posterior(self, image: Tensor) -> Any:
-        """Image B 3 H W in [-1, 1] -> diffusers' DiagonalGaussianDistribution over raw latents, in the image's dtype.
+        """Returns diffusers' DiagonalGaussianDistribution over raw latents for an image B 3 H W in [-1, 1].
 
         It has `.mean`, `.std`, `.sample(generator)` and `.kl()`, the divergence from N(0, 1) summed per image.
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        moments = self.network.encode(self._pixels(image)).latent_dist.parameters
-        return DiagonalGaussianDistribution(moments.to(image.dtype))  # its exponentials overflow in half precision
+        return DiagonalGaussianDistribution(self.moments(image))
 
     def freeze_encoder(self) -> None:
         """Let training change only what decodes: all that latents are made by keeps its values and gets no gradient."""
@@ -101,7 +101,7 @@ class KLVAE(DiffusersCoder):
             raise RacError(f"the latents' variance is {variance}; train the coder before fitting its statistics")
         statistics = {"scaling_factor": variance**-0.5, "shift_factor": mean}
         self.network.register_to_config(**statistics, latents_mean=None, latents_std=None)
-        self.spec = spec_of(self.network.config)
+        self.set_statistics(statistics_of(self.network.config))
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self.network.encode(pixels).latent_dist.mean
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latent_dist.parameters

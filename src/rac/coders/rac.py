@@ -5,29 +5,43 @@ RAC: Rectified Flow Auto Coder (arXiv 2603.05925).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..config import read_json, to_json
-from ..errors import RacError
+from ..config import from_json, to_json
+from ..errors import RacError, WeightsError
 from ..fields import FieldConfig, LocalFieldConfig, Projector
-from ..flow import Euler, FixedPoint, Solver, TimeGrid, Trajectory, integrate
-from ..images import crop, pad_to_multiple
-from ..latents import LatentSpec
+from ..flow import Trajectory, Walk, integrate
+from ..latents import LatentSpec, Statistics, read_spec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
-from ..storage import CONFIG, fit_tensors, load_tensors, read_config, read_tensors, write_directory
-from .adapter import WEIGHTS as DROP_IN_WEIGHTS
-from .protocol import Coder
+from ..storage import (
+    CONFIG,
+    DIFFUSERS,
+    as_weights_error,
+    fit_tensors,
+    read_settings,
+    read_weights,
+    write_directory,
+)
+from .adapter import statistics_of
+from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
-HEADER = {"format": "rac", "version": 1}
-"""What the config.json of a RAC begins with."""
+FORMAT = "rac"
+"""What `format` says in the config.json of a RAC."""
 
-DROP_IN = {"_class_name": "AutoencoderRAC"}
-"""What marks that of a RAC in diffusers' clothes (`rac.integrations.diffusers`)."""
+VERSION = 2
+"""Version 1 had the latents' statistics as numbers in config.json; since version 2 they are tensors."""
+
+STATISTICS = "statistics."
+"""What the names of the statistics begin with in model.safetensors."""
+
+DROP_IN = "AutoencoderRAC"
+"""What `_class_name` says in that of a RAC in diffusers' clothes (`rac.integrations.diffusers`)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,8 @@ class RACConfig:
     seed_noise: float = 0.0
     """Deviation of Gaussian noise about `PAD` in what the latent leaves free of the seed state. Decoding is then a flow
     from (latent, noise) to one of the images that the latent may mean; encoding reads the latent's sites alone."""
+    ways: tuple[Way, ...] = ("encode", "decode")
+    """The ways it was trained for."""
 
     def states(self) -> StateSpec:
         """The layout of its states. Raises `RacError` where the latent does not fit."""
@@ -58,16 +74,18 @@ class RACConfig:
 
 
 class RAC(Coder):
-    """image <-> latent by one field.
+    """image <-> latent by one velocity field.
 
-    `steps` is a number of steps or a rising `TimeGrid` (encoding walks it the other way), `solver` any of `rac.flow`'s.
+    It decodes by an explicit solver, and encodes by walking the grid backwards: reversed Euler misses the exact inverse
+    of the decoder by O(1/steps); `solver=FixedPoint(Euler())` finds it, up to the contraction, and warns where it
+    cannot.
     """
 
-    def __init__(self, config: RACConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.spec = config.spec
+    def __init__(self, config: RACConfig, statistics: Statistics | None = None) -> None:
+        super().__init__(config.spec, statistics)
+        self.config = replace(config, spec=self.spec)
         self.teacher = config.teacher
+        self.trained_ways = frozenset(config.ways)
         self.states = config.states()
         if isinstance(config.field, LocalFieldConfig) and config.field.carrier and config.spread != "beside":
             raise RacError(
@@ -81,113 +99,121 @@ class RAC(Coder):
             else None
         )
 
+    def default_steps(self, way: Way) -> int:
+        """Returns the number of steps where none are asked for, the same for both ways."""
+        return self.config.steps
+
     # ------------------------------------------------------------------------------------- latent -> image
 
-    def decode(self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """Latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped, by an explicit solver.
+    def _decode(self, latent: Tensor, walk: Walk | None, noise: Tensor | None, keep: Keep) -> Decoded:
+        assert walk is not None
+        flow = integrate(self.field, self.seed_state(latent, noise), walk.grid, walk.solver, keep=keep)
+        return Decoded(image_of(flow.end), flow.evaluations, flow)
 
-        Raises `RacError` for a latent of other channels or with NaN, and for steps below 1.
+    def seed_state(self, latent: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latent B c h w -> seed state B C h*f w*f, in which this coder's noise fills what the latent leaves free.
+
+        `noise` has the shape of the state; None: always the same, for all images alike.
         """
-        self.spec.check(latent)
-        flow = integrate(self.field, self.seed_state(latent), self._grid(steps), solver or Euler())
-        return image_of(flow.end)
+        noise = self._noise(latent, noise)
+        return expand(latent, self.states, None if noise is None else PAD + self.config.seed_noise * noise)
 
-    def trajectory(
-        self, latent: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
-    ) -> Trajectory:
-        """The states on the way from the seed state to the image state, and what they cost. Raises as `decode`."""
-        self.spec.check(latent)
-        return integrate(self.field, self.seed_state(latent), self._grid(steps), solver or Euler(), keep="nodes")
-
-    def seed_state(self, latent: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latent B c h w -> seed state B C h*f w*f, with noise where this coder wants some.
-
-        The noise is the same for all images; `generator`, on the CPU, draws another than the usual.
-        """
+    def noise_shape(self, latent: Tensor) -> tuple[int, ...] | None:
+        """Returns the shape of a state, or None for a coder without seed noise."""
         if not self.config.seed_noise:
-            return expand(latent, self.states)
+            return None
         height, width = (side * self.spec.factor for side in latent.shape[-2:])
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        noise = torch.randn(1, self.config.state_channels, height, width, generator=generator).to(latent)
-        return expand(latent, self.states, (PAD + self.config.seed_noise * noise).expand(len(latent), -1, -1, -1))
+        return len(latent), self.config.state_channels, height, width
 
     # ------------------------------------------------------------------------------------- image -> latent
 
-    def encode(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """Image B 3 H W in [-1, 1] -> latent B c h w, by walking the grid backwards.
-
-        Sides that are no multiple of the factor are padded by reflection at the bottom and the right. Reversed Euler
-        misses the exact inverse of the decoder by O(1/steps); `solver=FixedPoint(Euler())` finds it, up to the
-        contraction, and warns where it cannot. Raises `RacError` for an image too small, and for steps below 1.
-        """
-        return self.contract(self._walk_back(image, steps, solver, "end").end)
-
-    def encode_trajectory(
-        self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
-    ) -> Trajectory:
-        """The states on the way from the image state back to the seed state. Raises as `encode`."""
-        return self._walk_back(image, steps, solver, "nodes")
-
-    def _walk_back(
-        self, image: Tensor, steps: int | TimeGrid | None, solver: Solver | None, keep: Literal["end", "nodes"]
-    ) -> Trajectory:
-        padded, _ = pad_to_multiple(image, self.spec.factor)
-        start = image_state(padded, self.config.state_channels)
-        return integrate(self.field, start, self._grid(steps).reversed(), solver or Euler(), keep=keep)
+    def _encode(self, image: Tensor, walk: Walk | None, keep: Keep) -> Coded:
+        assert walk is not None
+        start = image_state(image, self.config.state_channels)
+        flow = integrate(self.field, start, walk.grid, walk.solver, keep=keep)
+        return Coded(self.contract(flow.end), flow.evaluations, flow)
 
     def contract(self, state: Tensor) -> Tensor:
         """Seed state B C H W -> latent B c h w: by the spread's inverse, or by the projector if it has one."""
         return contract(state, self.states) if self.projector is None else self.projector(state).to(state.dtype)
 
-    # ------------------------------------------------------------------------------------- there and back
+    def state_round_trip(self, flow_back: Trajectory, walk_back: Walk) -> Tensor:
+        """Walks from the end of an encoding flow forward again, without contraction to a latent: the image B 3 H W."""
+        walk = walk_back.inverse()
+        return image_of(integrate(self.field, flow_back.end, walk.grid, walk.solver).end)
 
-    def reconstruct(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """decode(encode(image)), cropped to the image's own size: B 3 H W, not clamped.
-
-        With `FixedPoint(solver)` the way back is by that and the way there by the solver that it undoes.
-        """
-        latent = self.encode(image, steps, solver)
-        return crop(self.decode(latent, steps, decoding_solver(solver)), (image.shape[-2], image.shape[-1]))
-
-    def _grid(self, steps: int | TimeGrid | None) -> TimeGrid:
-        if isinstance(steps, TimeGrid):
-            if steps.nodes[0] > steps.nodes[-1]:
-                raise RacError("give the rising grid; encoding walks it backwards by itself")
-            return steps
-        return TimeGrid.uniform(self.config.steps if steps is None else steps)
+    def networks(self) -> dict[str, Network]:
+        """Returns the field, and the projector if it has one."""
+        channels = self.config.state_channels
+        found = {"field": Network(self.field, lambda height, width: ((1, channels, height, width), (1,)), "both")}
+        if self.projector is not None:
+            found["projector"] = Network(
+                self.projector, lambda height, width: ((1, channels, height, width),), "encode"
+            )
+        return found
 
     # ------------------------------------------------------------------------------------- files
 
-    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors, whole or not at all. `dtype` narrows the floats on disk."""
-        write_directory(directory, {**HEADER, "config": to_json(self.config)}, self.state_dict(), dtype=dtype)
+    def _save(self, directory: Path, dtype: torch.dtype | None) -> None:
+        config = {"format": FORMAT, "version": VERSION, "config": to_json(self.config)}
+        # In full precision even among narrowed weights, so that their hash stays true.
+        statistics = {STATISTICS + name: values for name, values in self.statistics.named_buffers()}
+        write_directory(directory, config, self.state_dict(), dtype=dtype, exact=statistics)
 
     @classmethod
     def load(cls, directory: str | Path) -> RAC:
-        """Read what `save` wrote, or `AutoencoderRAC.save_pretrained`: float32, in evaluation mode, parameters frozen.
+        """Reads what `save` wrote, of either format version: float32, in evaluation mode, parameters frozen.
 
         Raises `WeightsError` for a directory that is not a RAC's, and for weights missing, cut, or of another shape.
         """
         directory = Path(directory)
-        if is_drop_in(directory):
-            steps = read_json(directory / CONFIG).get("num_inference_steps", RACConfig.steps)
-            coder = cls(replace(read_config(directory, DROP_IN, RACConfig, "rac"), steps=steps))
-            source = directory / DROP_IN_WEIGHTS
-            tensors, _ = read_tensors(source)
-            fit_tensors(coder, {name.removeprefix("coder."): tensor for name, tensor in tensors.items()}, str(source))
-        else:
-            coder = cls(read_config(directory, HEADER, RACConfig))
-            load_tensors(coder, directory)
+        data, said_by = read_settings(directory), str(directory / CONFIG)
+        if unknown := data.keys() - {"format", "version", "config"}:
+            raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; leave them out")
+        for name, known in (("format", (FORMAT,)), ("version", (1, VERSION))):
+            if data.get(name) not in known:
+                raise WeightsError(
+                    f"{said_by} has {name} {data.get(name)!r}, expected {known[-1]!r}; it was written by another "
+                    "program or version"
+                )
+        tensors, source = read_weights(directory)
+        values = {name: tensors.pop(STATISTICS + name, None) for name in ("shift", "scale")}
+        statistics = None
+        if values["shift"] is not None and values["scale"] is not None:
+            statistics = Statistics(values["shift"], values["scale"])
+        return cls._built(data.get("config"), tensors, statistics, said_by, source)
+
+    @classmethod
+    def load_drop_in(cls, directory: str | Path) -> RAC:
+        """Reads what `AutoencoderRAC.save_pretrained` wrote. Raises `WeightsError` as `load`."""
+        directory = Path(directory)
+        data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
+        tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
+        with as_weights_error():
+            statistics = statistics_of(data)
+        config = data.get("rac")
+        if isinstance(config, dict):
+            config = {**config, "steps": data.get("num_inference_steps", RACConfig.steps)}
+        return cls._built(config, tensors, statistics, str(directory / CONFIG), source)
+
+    @classmethod
+    def _built(
+        cls, config: Any, tensors: Mapping[str, Tensor], statistics: Statistics | None, said_by: str, source: str
+    ) -> RAC:
+        """A frozen RAC of the JSON of its configuration and its weights; errors name the files of both."""
+        with as_weights_error():
+            settings, numbers = read_rac_config(config, said_by)
+            coder = cls(settings, numbers or statistics)
+        fit_tensors(coder, tensors, source)
         return coder.eval().requires_grad_(False)
 
 
-def decoding_solver(solver: Solver | None) -> Solver | None:
-    """The solver of the way there that belongs to `solver` on the way back: what a `FixedPoint` undoes."""
-    return solver.solver if isinstance(solver, FixedPoint) else solver
+def read_rac_config(data: Any, source: str) -> tuple[RACConfig, Statistics | None]:
+    """Reads the JSON of a `RACConfig`, of either format version; the statistics are those of the first, if it is that.
 
-
-def is_drop_in(directory: Path) -> bool:
-    """Whether `directory` holds a RAC in diffusers' clothes."""
-    config = directory / CONFIG
-    data = read_json(config) if config.is_file() else None
-    return isinstance(data, dict) and DROP_IN.items() <= data.items()
+    Raises `RacError` naming `source` and what does not fit.
+    """
+    if not isinstance(data, dict):
+        return from_json(RACConfig, data, source), None
+    spec, statistics = read_spec(data.get("spec"), f"the spec of {source}")
+    return from_json(RACConfig, {**data, "spec": to_json(spec)}, source), statistics

@@ -7,6 +7,7 @@ dicts, so those load strictly. Source: https://github.com/madebyollin/taesd (MIT
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..config import from_json, to_json
 from ..errors import WeightsError
 from ..fields.conv import ResidualBlock, context
-from ..latents import LatentSpec
+from ..latents import LatentSpec, Statistics
 from ..storage import fit_tensors
 from .adapter import Adapter
 
@@ -44,11 +45,11 @@ class TAESDConfig:
 class TAESD(Adapter):
     """A coder of the TAESD family."""
 
+    pixel_range = (0.0, 1.0)
+
     def __init__(self, config: TAESDConfig) -> None:
-        scale = 1 / POOLED_LATENT_STD if config.pooled else 1.0
-        super().__init__(
-            TAESDNetwork(config), LatentSpec(FACTOR, config.latent_channels, scale=scale, range=(0.0, 1.0))
-        )
+        statistics = Statistics.of(0.0, 1 / POOLED_LATENT_STD if config.pooled else 1.0)
+        super().__init__(TAESDNetwork(config), LatentSpec(FACTOR, config.latent_channels), statistics)
         self._config = config
 
     @classmethod
@@ -71,10 +72,36 @@ class TAESD(Adapter):
         fit_tensors(coder.network.decoder, _read_pth(decoder), str(decoder))
         return coder
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    @classmethod
+    def load_pth(cls, path: str | Path) -> Self:
+        """Reads a published pair of .pth files: NAME_encoder.pth or NAME_decoder.pth, or a folder with one pair.
+
+        Raises `WeightsError` for anything else.
+        """
+        path = Path(path)
+        if path.is_dir():
+            encoders = sorted(path.glob("*_encoder.pth"))
+            if not encoders:
+                raise WeightsError(
+                    f"{path} holds no coder; expected config.json and safetensors, or NAME_encoder.pth and "
+                    "NAME_decoder.pth"
+                )
+            if len(encoders) > 1:
+                names = ", ".join(file.name for file in encoders)
+                raise WeightsError(f"{path} holds several TAESD pairs; give the path of one file: {names}")
+            path = encoders[0]
+        name = re.fullmatch(r"(.*)_(?:encoder|decoder)\.pth", path.name)
+        if name is None:
+            raise WeightsError(
+                f"{path} is no coder; expected a directory, or a file NAME_encoder.pth or NAME_decoder.pth"
+            )
+        coder = cls.from_files(path.with_name(f"{name[1]}_encoder.pth"), path.with_name(f"{name[1]}_decoder.pth"))
+        return coder.eval().requires_grad_(False)
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.network.encoder(pixels)
 
-    def _decode(self, raw_latent: Tensor) -> Tensor:
+    def _decode_pixels(self, raw_latent: Tensor) -> Tensor:
         return self.network.decoder(raw_latent)
 
 

@@ -41,7 +41,7 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
             f"widths {config.widths}, blocks {config.blocks}, carrier {config.carrier} are not the teacher's: "
             f"give widths {widths}, blocks {blocks}, patch 1, and a carrier"
         )
-    scale = teacher.spec.scale  # the teacher reads raw latents, the field normalised ones
+    scale = teacher.statistics.scale  # the teacher reads raw latents, the field normalised ones
     image_sites = RGB * coder.spec.factor**2
     field.stem.weight.zero_()
     field.stem.weight[:, [slot - image_sites for slot in coder.states.slots()]] = stem.weight / scale
@@ -50,8 +50,7 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
         upsampling.weight.copy_(up.weight)
     for one, block in zip(theirs, ours, strict=True):
         _copy_block(one, block)
-    low, high = teacher.spec.range
-    half, middle = (high - low) / 2, (high + low) / 2
+    half, middle = teacher.affine()
     field.head.weight[:RGB] = last.weight / half
     field.head.bias[:RGB] = (last.bias - middle) / half - PAD
     for layer in (*field.joins, *([] if field.bottom is None else [field.bottom])):

@@ -64,12 +64,11 @@ class Command:
 
     @torch.no_grad()
     def _decode(self, coder: Coder, held: LatentFile, name: str) -> Tensor:
-        ours, its = coder.spec, held.spec
-        if ours != its:
-            differ = "has other statistics"
-            if (ours.channels, ours.factor) != (its.channels, its.factor):
-                differ = f"has {ours.channels} channels at factor {ours.factor}, not {its.channels} at {its.factor}"
-            raise RacError(f"a latent of {name} {differ}; decode with {held.coder}, which made it, or one of its kin")
+        if differ := coder.spec.differences(held.spec):
+            raise RacError(
+                f"a latent of {name} has {'; '.join(differ)}; decode with {held.coder}, which made it, or with a coder "
+                "that was trained on its latents"
+            )
         latent = held.latent.to(pick_device(self.device))
         if not isinstance(coder, RAC):
             return coder.decode(latent)

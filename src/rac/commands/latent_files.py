@@ -13,9 +13,11 @@ from torch import Tensor
 from ..config import from_json, to_json
 from ..errors import RacError
 from ..files import write_bytes
-from ..latents import LatentSpec
+from ..latents import LatentSpec, read_spec
 
-FORMAT = "rac-latent-1"
+FORMAT = "rac-latent-2"
+FORMATS = (FORMAT, "rac-latent-1")
+"""What can be read. The first version had the statistics as numbers, where the second has their hash."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class LatentFile:
             told = json.loads(metadata.get("origin", ""))
         except json.JSONDecodeError as error:
             raise RacError(f"{path} has damaged metadata ({error}); encode the image again") from None
-        origin = from_json(_Origin, told, f"the metadata of {path}")
+        source = f"the metadata of {path}"
         try:
+            spec, _ = read_spec(told.get("spec") if isinstance(told, dict) else None, f"the spec in {source}")
+            origin = from_json(_Origin, {**told, "spec": to_json(spec)}, source)
             origin.spec.check(latent)
         except RacError as error:
-            raise RacError(f"{path}: {error}") from None
+            raise RacError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         _check_size(origin, latent, path)
         return cls(latent, origin.spec, (origin.height, origin.width), origin.coder, origin.steps, origin.solver)
 
@@ -79,7 +83,7 @@ def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in FORMATS:
                 raise RacError(f"{path} is a safetensors file, but not a latent that `rac encode` wrote")
             return file.get_tensor("latent"), metadata
     except (SafetensorError, OSError) as error:

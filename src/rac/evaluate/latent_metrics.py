@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..coders.rac import RAC, decoding_solver
+from ..coders.rac import RAC
 from ..errors import RacError
-from ..flow import Euler, Solver, TimeGrid, integrate
+from ..flow import Solver, TimeGrid
 from ..images import crop
-from ..states import image_of
 
 
 class LatentAgreement:
@@ -67,6 +66,7 @@ def state_round_trip(
 
     It tells how well the way back undoes the way there, and nothing about the coder as a coder.
     """
-    back = coder.encode_trajectory(image, steps, solver)
-    there = integrate(coder.field, back.end, TimeGrid.of(back.times).reversed(), decoding_solver(solver) or Euler())
-    return crop(image_of(there.end), (image.shape[-2], image.shape[-1]))
+    walk = coder.walk("encode", steps, solver)
+    assert walk is not None
+    flow = coder.encode_trajectory(image, walk=walk)
+    return crop(coder.state_round_trip(flow, walk), (image.shape[-2], image.shape[-1]))

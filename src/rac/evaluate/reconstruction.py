@@ -16,7 +16,6 @@ from ..coders.rac import RAC
 from ..errors import RacError
 from ..flow.solvers import SOLVERS
 from ..images import crop, from_pixels, to_pixels
-from ..latents import normalise
 from ..representations import Extractor, Features, extract, join
 from ..runtime import autocast, generator, reproducible
 from ..storage import weights_hash
@@ -154,7 +153,7 @@ class _Run:
         shape = posterior.mean.shape[1:]
         streams = [generator(self.protocol.rng_seed, "posterior", name) for name in part.names]
         noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
-        return normalise((posterior.mean + posterior.std * noise).float(), encoder.spec)
+        return encoder.statistics.normalise((posterior.mean + posterior.std * noise).float())
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:

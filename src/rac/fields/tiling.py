@@ -203,10 +203,13 @@ def in_slices(function: Function) -> Function:
 class Pieces(nn.Module):
     """A network worked off in pieces: `way` makes of it a function that is, such as `in_slices`."""
 
-    def __init__(self, network: nn.Module, way: Callable[[Function], Function]) -> None:
+    def __init__(self, network: nn.Module, way: Callable[[Function], Function], exact: bool = True) -> None:
         super().__init__()
         self.network = network
         self.way = way
+        self.exact = exact
+        """Whether the pieces make what the whole makes, up to rounding."""
+        self.train(network.training)
 
     def forward(self, *args: Tensor) -> Tensor:
         """What the network itself gives, exactly or nearly, as `way` says."""

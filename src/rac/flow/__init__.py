@@ -9,6 +9,7 @@ from .integrate import Field, Trajectory, integrate
 from .invert import FixedPoint
 from .path import PathSample, straight
 from .solvers import RK4, Euler, Heun, MeanEuler, Midpoint, ReversibleHeun, Solver
+from .walk import Walk
 
 __all__ = [
     "RK4",
@@ -25,6 +26,7 @@ __all__ = [
     "Solver",
     "TimeGrid",
     "Trajectory",
+    "Walk",
     "integrate",
     "straight",
 ]

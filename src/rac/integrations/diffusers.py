@@ -28,15 +28,16 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from .. import hub
+from ..coders.adapter import statistics_of
 from ..coders.protocol import Coder
-from ..coders.rac import RAC, RACConfig
-from ..coders.tiling import TILE, RACInPieces, sliced, tiled
-from ..config import from_json, to_json
+from ..coders.rac import RAC, read_rac_config
+from ..coders.tiling import TILE, sliced, tiled
+from ..config import to_json
 from ..errors import RacError
 from ..fields.tiling import Function, Pieces
 from ..files import write_bytes
 from ..flow.grid import check_steps
-from ..latents import LatentSpec, denormalise, normalise
+from ..latents import LatentSpec
 
 
 @dataclass
@@ -79,7 +80,16 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
-        self.coder = RAC(from_json(RACConfig, dict(rac), "the rac of the configuration"))
+        config, numbers = read_rac_config(dict(rac), "the rac of the configuration")
+        statistics = numbers or statistics_of(
+            {
+                "scaling_factor": scaling_factor,
+                "shift_factor": shift_factor,
+                "latents_mean": latents_mean,
+                "latents_std": latents_std,
+            }
+        )
+        self.coder = RAC(config, statistics)
         self._tiles: list[RAC] = []  # in a list, so that its weights are not counted twice
         self._slices = False
 
@@ -91,15 +101,13 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         """
         if not isinstance(coder, Coder):
             coder = hub.load(coder)
-        while isinstance(coder, RACInPieces):
-            coder = coder.original
         if not isinstance(coder, RAC):
             raise RacError(
                 f"expected a RAC, such as rac-64, not a {type(coder).__name__}; "
                 "diffusers has classes of its own for other autoencoders"
             )
         dressed = cls(rac=to_json(coder.config), num_inference_steps=coder.config.steps, **_as_diffusers(coder))
-        dressed.coder.load_state_dict(coder.state_dict())
+        dressed.coder.load_state_dict(coder.whole.state_dict())
         return dressed.to(next(coder.parameters()).device).eval().requires_grad_(False)
 
     # ------------------------------------------------------------------------------------- there and back
@@ -123,8 +131,8 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         self, x: Tensor, return_dict: bool = True, num_inference_steps: int | None = None
     ) -> AutoencoderRACOutput | tuple[DiagonalGaussianDistribution]:
         """Image B 3 H W in [-1, 1] -> the teacher's raw latent, as a distribution without spread."""
-        latent = self._at_work().encode(x.float(), self._steps(num_inference_steps))
-        raw_latent = denormalise(latent, self.spec).to(x.dtype)
+        latent = self._at_work().encode(x, self._steps(num_inference_steps))
+        raw_latent = self.coder.statistics.denormalise(latent).to(x.dtype)
         # A log variance of -30 is diffusers' smallest; `deterministic` then makes the deviation zero.
         moments = torch.cat([raw_latent, torch.full_like(raw_latent, -30.0)], dim=1)
         distribution = DiagonalGaussianDistribution(moments, deterministic=True)
@@ -142,7 +150,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
 
         `generator` is there because pipelines hand one over; nothing is drawn.
         """
-        latent = normalise(z.float(), self.spec)
+        latent = self.coder.statistics.normalise(z.float())
         image = self._at_work().decode(latent, self._steps(num_inference_steps)).to(z.dtype)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
@@ -161,23 +169,19 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
 
     def _at_work(self) -> RAC:
         """The coder, in tiles and slices where wished, networks in their own precision and states in float32."""
-        coder: Coder = self._tiles[0] if self._tiles else self.coder
+        coder = self._tiles[0] if self._tiles else self.coder
         if self._slices:
             coder = sliced(coder)
-        assert isinstance(coder, RAC)
         if self.dtype == torch.float32:
             return coder
         way = _in_precision(self.dtype)
-        projector = None if coder.projector is None else Pieces(coder.projector, way)
-        return RACInPieces(coder, Pieces(coder.field, way), projector)
+        return coder.with_networks(lambda network: Pieces(network.module, way), torch.float32)
 
     # ------------------------------------------------------------------------------------- memory
 
     def enable_tiling(self, tile: int = TILE, overlap: int | None = None) -> None:
         """Work in tiles of at most `tile` x `tile` pixels. See `rac.coders.tiling.tiled`, also for what is exact."""
-        tiles = tiled(self.coder, tile, overlap)
-        assert isinstance(tiles, RAC)
-        self._tiles = [tiles]
+        self._tiles = [tiled(self.coder, tile, overlap)]
 
     def disable_tiling(self) -> None:
         """Work on the whole image again."""
@@ -251,8 +255,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
             spread=coder.config.spread,
             state_channels=coder.config.state_channels,
             steps=self.num_inference_steps,
-            scale=f"{spec.scale:.6g}",
-            shift=f"{spec.shift:.6g}",
+            statistics=coder.statistics.extra_repr(),
         )
 
 
@@ -275,7 +278,7 @@ autoencoder's place in a pipeline.
 | | |
 |---|---|
 | latents | {channels} channels at 1/{factor} of the image's sides, raw as the teacher's |
-| their statistics | scaling factor {scale}, shift {shift} |
+| their statistics | {statistics} |
 | network | {field}, {parameters} parameters for both directions; {state_channels} state channels, spread `{spread}` |
 | steps | {steps}, each way; any number works |
 
@@ -292,19 +295,22 @@ Data, their terms and figures: to be told by whoever trained it.
 
 
 def _as_diffusers(coder: RAC) -> dict[str, Any]:
-    """What pipelines ask of a config, of the coder's latents. `rac.coders.adapter.spec_of` is its inverse."""
-    spec = coder.spec
+    """What pipelines ask of a config, of the coder's latents. `rac.coders.adapter.statistics_of` is its inverse."""
+    spec, shift, scale = coder.spec, coder.statistics.shift.double(), coder.statistics.scale.double()
     levels = spec.factor.bit_length()
     if spec.factor != 2 ** (levels - 1):
         raise RacError(f"diffusers' pipelines know factors that are powers of two, not {spec.factor}")
+    if shift.ndim > 1:
+        raise RacError("diffusers' pipelines know statistics for each channel, and this coder's are for each position")
     return {
         "latent_channels": spec.channels,
         # Pipelines read the factor off the length. The numbers: channels of the state, folded to each stride.
         "block_out_channels": [coder.config.state_channels * 4**level for level in range(levels)],
-        "scaling_factor": spec.scale,
-        "shift_factor": spec.shift or None,
-        "latents_mean": None if spec.mean is None else [value / spec.scale + spec.shift for value in spec.mean],
-        "latents_std": None if spec.std is None else list(spec.std),
+        # Numbers of full length, so that reading them gives the very statistics back.
+        "scaling_factor": 1.0 if shift.ndim else float(scale),
+        "shift_factor": None if shift.ndim else float(shift) or None,
+        "latents_mean": shift.tolist() if shift.ndim else None,
+        "latents_std": (1 / scale).tolist() if shift.ndim else None,
     }
 
 

@@ -23,15 +23,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..coders.adapter import Adapter
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..errors import RacError
 from ..files import explained
-from ..flow import Euler, TimeGrid, integrate
-from ..flow.grid import check_steps
-from ..latents import LatentSpec, denormalise, normalise
-from ..states import expand, image_of, image_state
+from ..flow import Walk
 from ..storage import weights_hash
 
 Format = Literal["onnx", "torch-export"]
@@ -57,15 +52,17 @@ class Description:
 
     part: Part
     steps: int | None
-    """Evaluations of the field, unrolled; None for coders without a flow."""
+    """Evaluations of the field, unrolled; None for a way that is taken at once."""
     latents: Latents
-    """`raw`: as the teacher's own network makes them. `normalised`: ((raw - shift) * scale - mean) / std."""
+    """`raw`: as the teacher's own network makes them. `normalised`: (raw - shift) * scale."""
     factor: int
     channels: int
-    scale: float
-    shift: float
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    shift: float | list[float] | None
+    """One number, or one per channel; None where there is one for each position."""
+    scale: float | list[float] | None
+    """As `shift`."""
+    statistics: str
+    """The hash of both, `rac.latents.Statistics.hash`."""
     coder: str
     weights: str
     """A hash of the coder's weights."""
@@ -74,49 +71,34 @@ class Description:
     sides: str = "multiples of factor"
 
 
-class Encoding(nn.Module):
-    """Image B 3 H W -> latent B c H/f W/f, with sides that are multiples of f and nothing checked."""
+class Half(nn.Module):
+    """One way of a coder as a module of one tensor, with sides that are multiples of f; nothing is checked."""
 
-    def __init__(self, coder: RAC | Adapter, steps: int | None, latents: Latents) -> None:
+    def __init__(self, coder: Coder, walk: Walk | None, latents: Latents) -> None:
         super().__init__()
-        self.coder, self.steps, self.latents = coder, steps, latents
+        self.coder, self.walk, self.latents = coder, walk, latents
+
+
+class Encoding(Half):
+    """Image B 3 H W -> latent B c H/f W/f."""
 
     def forward(self, image: Tensor) -> Tensor:
         """See the class."""
         coder = self.coder
-        if isinstance(coder, Adapter):
-            raw_latent = coder._encode(_moved(image, coder.spec))
-            return raw_latent if self.latents == "raw" else normalise(raw_latent, coder.spec)
-        assert self.steps is not None
-        grid = TimeGrid.uniform(self.steps).reversed()
-        latent = coder.contract(integrate(coder.field, image_state(image, coder.config.state_channels), grid).end)
-        return latent if self.latents == "normalised" else denormalise(latent, coder.spec)
+        if self.walk is None and self.latents == "raw":
+            return coder._moments(image)[:, : coder.spec.channels]
+        latent = coder._encode(image, self.walk, "end").latent
+        return latent if self.latents == "normalised" else coder.statistics.denormalise(latent)
 
 
-class Decoding(nn.Module):
-    """Latent B c h w -> image B 3 h*f w*f, nothing checked, not clamped."""
-
-    def __init__(self, coder: RAC | Adapter, steps: int | None, latents: Latents) -> None:
-        super().__init__()
-        self.coder, self.steps, self.latents = coder, steps, latents
+class Decoding(Half):
+    """Latent B c h w -> image B 3 h*f w*f, not clamped."""
 
     def forward(self, latent: Tensor) -> Tensor:
         """See the class."""
-        coder = self.coder
-        if isinstance(coder, Adapter):
-            pixels = coder._decode(latent if self.latents == "raw" else denormalise(latent, coder.spec))
-            return _moved(pixels, coder.spec, back=True)
         if self.latents == "raw":
-            latent = normalise(latent, coder.spec)
-        assert self.steps is not None
-        seed_state = expand(latent, coder.states)
-        return image_of(integrate(coder.field, seed_state, TimeGrid.uniform(self.steps), Euler()).end)
-
-
-def _moved(tensor: Tensor, spec: LatentSpec, back: bool = False) -> Tensor:
-    """Image -> pixels in the network's range, or back."""
-    half, middle = (spec.range[1] - spec.range[0]) / 2, (spec.range[1] + spec.range[0]) / 2
-    return (tensor - middle) / half if back else tensor * half + middle
+            latent = self.coder.statistics.normalise(latent)
+        return self.coder._decode(latent, self.walk, None, "end").image
 
 
 # --------------------------------------------------------------------------------------------------- writing
@@ -125,42 +107,38 @@ def _moved(tensor: Tensor, spec: LatentSpec, back: bool = False) -> Tensor:
 def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents = "normalised") -> nn.Module:
     """The half of a coder that is exported: a module of one tensor, image or latent.
 
-    Raises `RacError` for steps below 1, for steps of a coder without a flow, and for decoding by a RAC whose seed
-    state holds noise, which would be of one size.
+    Raises `RacError` for steps below 1, for steps of a way that is taken at once, and for decoding from noise, which
+    would be of one size.
     """
     if latents not in get_args(Latents) or part not in get_args(Part):
         raise RacError(f"part {part!r} and latents {latents!r} must be encode or decode, and raw or normalised")
-    if isinstance(coder, RAC):
-        if coder.config.seed_noise and part == "decode":
-            raise RacError(
-                f"this coder decodes from noise (seed_noise {coder.config.seed_noise}), which is drawn anew for each "
-                "size and cannot be written to a file of free sizes; export its encode part alone"
-            )
-        steps = check_steps(coder.config.steps if steps is None else steps)
-    elif not isinstance(coder, Adapter):
-        raise RacError(f"a {type(coder).__name__} cannot be exported; give a RAC or a diffusers autoencoder")
-    elif steps is not None:
-        raise RacError(f"a {type(coder).__name__} codes at once; leave out steps, or export a RAC")
-    kind = Encoding if part == "encode" else Decoding
-    return kind(coder, steps, latents).eval()
+    walk = coder.walk(part, steps)
+    if walk is None and steps is not None:
+        raise RacError(f"a {type(coder).__name__} {part}s at once; leave out steps, or export a RAC")
+    spec = coder.spec
+    if part == "decode" and coder.noise_shape(torch.empty(1, spec.channels, 1, 1)) is not None:
+        raise RacError(
+            "this coder decodes from noise, which is drawn anew for each size and cannot be written to a file of free "
+            "sizes; export its encode part alone"
+        )
+    return (Encoding if part == "encode" else Decoding)(coder, walk, latents).eval()
 
 
 def describe(module: nn.Module, coder_name: str = "") -> Description:
     """The description of what `part_of` gave."""
-    assert isinstance(module, Encoding | Decoding)
-    spec = module.coder.spec
+    assert isinstance(module, Half)
+    coder, per_position = module.coder, module.coder.statistics.shift.ndim == 3
     return Description(
         part="encode" if isinstance(module, Encoding) else "decode",
-        steps=module.steps,
+        steps=None if module.walk is None else module.walk.steps,
         latents=module.latents,
-        factor=spec.factor,
-        channels=spec.channels,
-        scale=spec.scale,
-        shift=spec.shift,
-        mean=spec.mean,
-        std=spec.std,
-        coder=coder_name or type(module.coder).__name__,
-        weights=weights_hash(module.coder.state_dict()),
+        factor=coder.spec.factor,
+        channels=coder.spec.channels,
+        shift=None if per_position else coder.statistics.shift.tolist(),
+        scale=None if per_position else coder.statistics.scale.tolist(),
+        statistics=coder.statistics.hash(),
+        coder=coder_name or type(coder).__name__,
+        weights=weights_hash(coder.state_dict()),
     )
 
 

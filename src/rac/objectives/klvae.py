@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ..draws import Draws
 from ..images import crop
-from ..latents import normalise
 from .image_terms import NO_JUDGES, Judges, judged_terms
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, judges: Judges = NO_J
     """
     posterior = coder.posterior(image)
     raw_latent = posterior.mean + posterior.std * draws.normal(posterior.mean)
-    terms = decoder_terms(coder, image, normalise(raw_latent, coder.spec), judges)
+    terms = decoder_terms(coder, image, coder.statistics.normalise(raw_latent), judges)
     return {**terms, "kl": posterior.kl().mean()}
 
 

@@ -95,7 +95,7 @@ class RACRecipe:
 
     def _coder(self, teacher: Coder) -> RAC:
         config = RACConfig(
-            spec=replace(teacher.spec, range=(-1.0, 1.0)),
+            spec=teacher.spec,
             field=self.field,
             state_channels=self.state_channels,
             spread=self.spread,
@@ -105,7 +105,7 @@ class RACRecipe:
             seed_noise=self.seed_noise,
         )
         if self.start is None:
-            coder = RAC(config)
+            coder = RAC(config, teacher.statistics)
             if self.start_from_teacher:
                 copy_decoder(teacher, coder)
             return coder

@@ -69,12 +69,12 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(_converter.unstructure(config)))
 
 
-def spelled(data: Any) -> Any:
-    """`to_json`'s form with "inf" and "nan" for the numbers that JSON lacks; `from_json` reads them."""
+def json_safe(data: Any) -> Any:
+    """Return `to_json`'s form with "inf" and "nan" for the numbers that JSON lacks; `from_json` reads them."""
     if isinstance(data, dict):
-        return {key: spelled(value) for key, value in data.items()}
+        return {key: json_safe(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [spelled(value) for value in data]
+        return [json_safe(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 

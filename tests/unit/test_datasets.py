@@ -17,7 +17,7 @@ from PIL import Image
 
 from rac.data import DataConfig, ImageStream, batches, open_stream
 from rac.data import stream as module
-from rac.data.datasets import Spelling
+from rac.data.datasets import HFPath
 from rac.data.files import find_pictures
 from rac.data.stream import StreamedImages
 from rac.errors import RacError
@@ -79,14 +79,14 @@ def levels(images: torch.Tensor) -> list[int]:
     ],
 )
 def test_spellings(text: str, expected: tuple[str, str, str | None]) -> None:
-    assert tuple(Spelling.read(text)) == expected
+    assert tuple(HFPath.read(text)) == expected
     assert str(Path(text)) == text, "paths are configured as Path"
 
 
 @pytest.mark.parametrize("text", ["hf:", "hf:a:b:c:d", "hf::train"])
 def test_spellings_that_say_nothing(text: str) -> None:
     with pytest.raises(RacError, match="is not hf:PATH_OR_NAME"):
-        Spelling.read(text)
+        HFPath.read(text)
 
 
 # ------------------------------------------------------------------------------------------------------- in any order

@@ -14,7 +14,7 @@ import tyro
 from .. import hub
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
-from ..config import spelled, to_json
+from ..config import json_safe, to_json
 from ..data import held_out_images
 from ..errors import RacError
 from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrants, judge
@@ -39,7 +39,7 @@ from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
-from .shared import show, tell
+from .shared import note, show
 from .train import find_recipe
 
 
@@ -93,7 +93,7 @@ def ablate(name: str, recipe: Recipe, options: Options) -> int:
     # Before hours of training, all that can be wrong with what comes after.
     judging = _judging(ablation, options)
     ablation.enter(options.resume)
-    trainings = ablation.trainings(ablation.measured(tell))
+    trainings = ablation.trainings(ablation.measured(note))
     failures = _train(ablation, trainings)
     trained = [training for training in trainings if training.label not in failures]
     with counting("judging") as progress:
@@ -129,14 +129,14 @@ def _train(ablation: Ablation, trainings: Sequence[Training]) -> dict[str, str]:
     failures: dict[str, str] = {}
     for number, training in enumerate(trainings, 1):
         iterations = training.recipe.train.iterations
-        tell(f"training {number} of {len(trainings)}, {iterations} iterations: {training.label}")
+        note(f"training {number} of {len(trainings)}, {iterations} iterations: {training.label}")
         try:
             ablation.train(training)
         except RacError as error:
             if len(failures) == len(trainings) - 1:
                 raise
             failures[training.label] = str(error)
-            tell(f"going on without {training.label}: {error}")
+            note(f"going on without {training.label}: {error}")
     return failures
 
 
@@ -235,4 +235,4 @@ def _as_json(showing: Showing) -> str:
     ]
     asked = {"recipe": showing.name, "vary": ablation.choices, "budget": ablation.budget, "equal": ablation.equal}
     whole = {**asked, "trainings": trainings, "comparison": to_json(showing.comparison)}
-    return json.dumps(spelled(whole), indent=2, allow_nan=False) + "\n"
+    return json.dumps(json_safe(whole), indent=2, allow_nan=False) + "\n"

@@ -29,7 +29,7 @@ from ..recipes.klvae import KLVAETask
 from ..recipes.rac import RACTask
 from ..report.document import Table
 from ..train import TrainConfig
-from .shared import load_teacher, show, tell
+from .shared import load_teacher, note, show
 
 Precision = Literal["fp32", "bf16"]
 Job = Literal["encode", "decode", "train"]
@@ -154,11 +154,11 @@ class Command:
             task = KLVAETask(coder, KLVAEWeights(), stream, self.batch)
             return training_speed(task, stream, settings, setting, None)
         if not isinstance(coder, RAC):
-            tell(f"{name} is a {type(coder).__name__}, which is not trained here")
+            note(f"{name} is a {type(coder).__name__}, which is not trained here")
             return None
         teacher = load_teacher(coder, str(setting.device))
         if teacher is None:
-            tell(f"{name} names no teacher that can be loaded, so its training is not measured")
+            note(f"{name} names no teacher that can be loaded, so its training is not measured")
             return None
         return training_speed(RACTask(coder, teacher, self._objective().objective), stream, settings, setting, teacher)
 

@@ -12,7 +12,7 @@ from ..data import DataConfig, ImageStream
 from ..data.cache import Layout, fresh_stream, plan_of, prepare
 from ..errors import RacError
 from ..runtime import pick_device, set_threads
-from .shared import tell
+from .shared import note
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Command:
         size = sum(file.stat().st_size for file in files) / 2**20
         what = f"{self.out}: {len(files) - 1} shards, {size:,.1f} MiB"
         if missing:
-            tell(f"{what}; {len(missing)} more are left to the other parts")
+            note(f"{what}; {len(missing)} more are left to the other parts")
             return 0
         latents = f" with latents of {self.teacher}" if self.teacher else ""
         print(f"{what}: {count:,} crops of {data.size} x {data.size}{latents}; train with --data.paths {self.out}")

@@ -31,7 +31,7 @@ from ..integrations.export import (
     part_of,
 )
 from ..report.document import Table
-from .shared import DEFAULT_CODER, load_coder, show, tell
+from .shared import DEFAULT_CODER, load_coder, note, show
 
 TOLERANCE = 1e-4
 """How far a file may be from PyTorch on the pictures it is checked on, for values up to 1; further for larger ones."""
@@ -83,7 +83,7 @@ class Command:
             description = export(module, path, self.format, self.model)
             print(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
             if self.format == "onnx" and find_spec("onnxruntime") is None:
-                tell("not checked: onnxruntime is missing (pip install 'rectified-auto-coder[export]')")
+                note("not checked: onnxruntime is missing (pip install 'rectified-auto-coder[export]')")
                 continue
             _judge(path, module, _inputs(coder, part, images, self.steps, self.latents), images)
         return 0
@@ -102,7 +102,7 @@ def _images(size: int) -> list[Tensor]:
         pictures = list(find_pictures(()))
     else:
         pictures = []
-        tell("scikit-image is missing, so the file is checked on waves (pip install 'rectified-auto-coder[photos]')")
+        note("scikit-image is missing, so the file is checked on waves (pip install 'rectified-auto-coder[photos]')")
     for number, (batch, height, width) in enumerate(SHAPES):
         sides = int(size * height), int(size * width)
         if pictures:

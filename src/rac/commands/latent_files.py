@@ -38,8 +38,8 @@ class LatentFile:
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises `RacError` for NaN in the latent and where refused."""
         self.spec.check(self.latent)
-        told = {name: value for name, value in to_json(_Origin.of(self)).items() if value is not None}
-        metadata = {"format": FORMAT, "origin": json.dumps(told)}
+        known = {name: value for name, value in to_json(_Origin.of(self)).items() if value is not None}
+        metadata = {"format": FORMAT, "origin": json.dumps(known)}
         write_bytes(path, save({"latent": self.latent.detach().cpu().contiguous()}, metadata))
 
     @classmethod
@@ -47,13 +47,13 @@ class LatentFile:
         """Read what `write` wrote. Raises `RacError` for a missing, cut or foreign file, and for NaN in the latent."""
         latent, metadata = _read(path)
         try:
-            told = json.loads(metadata.get("origin", ""))
+            known = json.loads(metadata.get("origin", ""))
         except json.JSONDecodeError as error:
             raise RacError(f"{path} has damaged metadata ({error}); encode the image again") from None
         source = f"the metadata of {path}"
         try:
-            spec, _ = read_spec(told.get("spec") if isinstance(told, dict) else None, f"the spec in {source}")
-            origin = from_json(_Origin, {**told, "spec": to_json(spec)}, source)
+            spec, _ = read_spec(known.get("spec") if isinstance(known, dict) else None, f"the spec in {source}")
+            origin = from_json(_Origin, {**known, "spec": to_json(spec)}, source)
             origin.spec.check(latent)
         except RacError as error:
             raise RacError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -55,7 +55,7 @@ def in_tiles(coder: C, tile: int | None, size: tuple[int, int]) -> C:
 def _in_tiles(coder: C, tile: int) -> C:
     pieces = tiled(coder, tile)
     if not exact(pieces):
-        tell(
+        note(
             f"a {type(coder).__name__} looks at the whole image, so its tiles of {tile} pixels are blended and differ "
             "a little from it; --tile 0 works on the whole, --tile with a larger number differs less"
         )
@@ -76,7 +76,7 @@ def load_teacher(coder: Coder, device: str) -> Coder | None:
     try:
         return load_coder(coder.teacher, device)
     except RacError as error:
-        tell(f"going on without the teacher: {error}")
+        note(f"going on without the teacher: {error}")
         return None
 
 
@@ -97,7 +97,7 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
                     raise RacError(message) from error
                 failures.append(message)
     if failures:
-        tell(f"{len(failures)} of {len(files)} files failed:")
+        note(f"{len(failures)} of {len(files)} files failed:")
         for failure in failures:
             print(f"  {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -127,6 +127,6 @@ def show(table: Table, title: str = "") -> None:
     console.print(drawn, highlight=False, markup=False)
 
 
-def tell(line: str) -> None:
+def note(line: str) -> None:
     """One line on stderr."""
     print(f"rac: {line}", file=sys.stderr, flush=True)

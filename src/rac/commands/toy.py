@@ -11,7 +11,7 @@ from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..runtime import generator
-from .shared import show, tell
+from .shared import note, show
 
 SHOWN = 160
 """Points that are drawn with their way."""
@@ -41,9 +41,9 @@ class Command:
         """Train, draw, print; the exit code. Raises `RacError`."""
         config = ToyConfig(self.cell, self.seed_noise, self.iterations)
         make_folder(self.out)
-        with counting("training") as told:
-            field, loss = train(config, self.rng_seed, told)
-        tell(f"trained {self.iterations} iterations, loss {loss:.4f}; drawing")
+        with counting("training") as progress:
+            field, loss = train(config, self.rng_seed, progress)
+        note(f"trained {self.iterations} iterations, loss {loss:.4f}; drawing")
         rng = generator(self.rng_seed, "toy", "judge")
         point = moons(1_000, rng)
         figures = judge(field, config, point, rng)

@@ -33,7 +33,7 @@ from ..progress import counting
 from ..runtime import reproducible
 from ..storage import weights_hash
 from .config import DataConfig
-from .files import is_spelled
+from .files import has_scheme
 from .prefetch import ahead
 from .stream import Batch, Crops, ImageStream, InTurn, Stream, StreamedImages, permutation
 
@@ -130,7 +130,7 @@ def open_stream(
 
 def fresh_stream(config: DataConfig, rng_seed: int = 0) -> Crops:
     """Always new crops, each a function of `rng_seed` and its number. Raises `RacError` where there are no pictures."""
-    if len(config.paths) == 1 and is_spelled(config.paths[0], "hf-stream"):
+    if len(config.paths) == 1 and has_scheme(config.paths[0], "hf-stream"):
         return StreamedImages(config, rng_seed)
     return ImageStream(config, rng_seed)
 
@@ -230,8 +230,8 @@ def plan_of(
         raise RacError(f"a folder of prepared crops has one size, not {config.sizes}; leave out further_sizes")
     if teacher is not None and config.size % teacher.spec.factor:
         raise RacError(f"size {config.size} must be a multiple of the teacher's factor {teacher.spec.factor}")
-    spelled = [is_spelled(path, "hf", "hf-stream") for path in config.paths]
-    paths = [path if named else path.expanduser().resolve() for path, named in zip(config.paths, spelled, strict=True)]
+    schemes = [has_scheme(path, "hf", "hf-stream") for path in config.paths]
+    paths = [path if named else path.expanduser().resolve() for path, named in zip(config.paths, schemes, strict=True)]
     return {
         **_HEADER,
         "data": to_json(replace(config, paths=tuple(paths), keep_mb=0)),
@@ -289,14 +289,14 @@ def _write_shards(
 
     parts: dict[str, list[Tensor]] = {}
     done, total = 0, sum(min(count - first, _ENCODED_AT_ONCE) for first in starts)
-    with counting(f"preparing {total:,} crops") as told, closing(ahead(cut, starts, workers)) as supply:
+    with counting(f"preparing {total:,} crops") as progress, closing(ahead(cut, starts, workers)) as supply:
         for first, pixels in zip(starts, supply, strict=True):
             if layout.pixels:
                 parts.setdefault("pixels", []).append(torch.from_numpy(pixels))
             if teacher is not None:
                 parts.setdefault("latents", []).append(_encode(teacher, pixels, device, layout))
             done, end = done + len(pixels), first + len(pixels)
-            told(done, total)
+            progress(done, total)
             if end % layout.shard_size == 0 or end == count:
                 _write(paths[first // layout.shard_size], parts, plan)
                 parts = {}

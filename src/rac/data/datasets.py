@@ -14,7 +14,7 @@ from ..errors import ImageError, RacError
 from .pictures import Names
 
 
-class Spelling(NamedTuple):
+class HFPath(NamedTuple):
     """What hf:NAME:SPLIT:COLUMN says."""
 
     name: str
@@ -22,7 +22,7 @@ class Spelling(NamedTuple):
     column: str | None
 
     @classmethod
-    def read(cls, text: str) -> Spelling:
+    def read(cls, text: str) -> HFPath:
         """Read it; a split may be a slice such as train[:1000]. Raises `RacError`."""
         found = re.fullmatch(r"hf(?:-stream)?:([^:]+)(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?(?::([^:]+))?", text)
         if not found:
@@ -37,7 +37,7 @@ class Rows:
     """
 
     def __init__(self, rows: Any, column: str, text: str) -> None:
-        self._trace = int.from_bytes(hashlib.sha256(rows._fingerprint.encode()).digest()[:6], "big")
+        self._size_hint = int.from_bytes(hashlib.sha256(rows._fingerprint.encode()).digest()[:6], "big")
         self._rows = encoded_images(rows.select_columns([column]), column)
         self._column = column
         self._text = text
@@ -46,25 +46,25 @@ class Rows:
     @classmethod
     def open(cls, text: str) -> Rows:
         """Open what `text` spells. Raises `RacError`."""
-        spelling = Spelling.read(text)
-        rows = load_rows(spelling, text, streaming=False)
-        column = image_column(spelling, rows.features, text)
+        hf_path = HFPath.read(text)
+        rows = load_rows(hf_path, text, streaming=False)
+        column = image_column(hf_path, rows.features, text)
         return cls(rows, column, text)
 
-    def label(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """See `Source`."""
         return f"row {index} of {self._text}"
 
-    def trace(self, index: int) -> int:
+    def size_hint(self, index: int) -> int:
         """See `Source`; one for all rows, which changes when any of them does."""
-        return self._trace
+        return self._size_hint
 
     def read(self, index: int) -> bytes:
         """See `Source`."""
-        return encoded(self._rows[index][self._column], self.label(index))
+        return encoded(self._rows[index][self._column], self.describe(index))
 
 
-def load_rows(spelling: Spelling, text: str, streaming: bool) -> Any:
+def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
     """The split that is spelled; its images may be of any column. Raises `RacError`."""
     try:
         import datasets
@@ -73,17 +73,17 @@ def load_rows(spelling: Spelling, text: str, streaming: bool) -> Any:
             f"{text} needs Hugging Face's datasets, which is not installed; "
             "pip install 'rectified-auto-coder[datasets]'"
         ) from None
-    path = Path(spelling.name).expanduser()
+    path = Path(hf_path.name).expanduser()
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict):
-                if spelling.split not in saved:
-                    raise RacError(f"{text} has no split {spelling.split}; it has {', '.join(saved)}")
-                saved = saved[spelling.split]
+                if hf_path.split not in saved:
+                    raise RacError(f"{text} has no split {hf_path.split}; it has {', '.join(saved)}")
+                saved = saved[hf_path.split]
             return saved.to_iterable_dataset() if streaming else saved
-        name = str(path) if path.exists() else spelling.name
-        return datasets.load_dataset(name, split=spelling.split, streaming=streaming)
+        name = str(path) if path.exists() else hf_path.name
+        return datasets.load_dataset(name, split=hf_path.split, streaming=streaming)
     except RacError:
         raise
     except Exception as error:  # a loader fails in many ways, all with the same mend
@@ -96,14 +96,14 @@ def unreadable(text: str, error: Exception) -> RacError:
     return RacError(f"{text} cannot be read ({reason}); check the path or name, the split, and the connection")
 
 
-def image_column(spelling: Spelling, features: Any, text: str) -> str:
+def image_column(hf_path: HFPath, features: Any, text: str) -> str:
     """The name of the column that holds the images. Raises `RacError` where that is not clear."""
     from datasets import Image
 
-    if spelling.column is not None:
-        if spelling.column not in features:
-            raise RacError(f"{text} has no column {spelling.column}; it has {', '.join(features)}")
-        return spelling.column
+    if hf_path.column is not None:
+        if hf_path.column not in features:
+            raise RacError(f"{text} has no column {hf_path.column}; it has {', '.join(features)}")
+        return hf_path.column
     found = [name for name, kind in features.items() if isinstance(kind, Image)]
     found = found or [name for name in ("image", "jpg", "png", "webp") if name in features]
     if len(found) != 1:

@@ -39,11 +39,11 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
     if not paths:
         folder = photographs()
         return Pictures([folder], np.arange(len(folder.names)))
-    with counting("finding pictures") as told:
-        return Pictures(list(_sources([one for path in paths for one in _expanded(path.expanduser())], told)))
+    with counting("finding pictures") as progress:
+        return Pictures(list(_sources([one for path in paths for one in _expanded(path.expanduser())], progress)))
 
 
-def is_spelled(path: Path, *kinds: str) -> bool:
+def has_scheme(path: Path, *kinds: str) -> bool:
     """Whether `path` is no path but begins with one of `kinds` and a colon."""
     return str(path).startswith(tuple(f"{kind}:" for kind in kinds))
 
@@ -61,11 +61,11 @@ class Folder:
         found = (Path(folder, name) for folder, _, files in os.walk(path) for name in files if is_picture(name))
         return cls(path, Names.of(file.relative_to(path).as_posix() for file in found if file.is_file()))
 
-    def label(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """See `Source`."""
         return self.names[index]
 
-    def trace(self, index: int) -> int:
+    def size_hint(self, index: int) -> int:
         """See `Source`."""
         return (self.path / self.names[index]).stat().st_size
 
@@ -74,38 +74,38 @@ class Folder:
         return (self.path / self.names[index]).read_bytes()
 
 
-def _sources(paths: Sequence[Path], told: ProgressFn) -> Iterator[Source]:
+def _sources(paths: Sequence[Path], progress: ProgressFn) -> Iterator[Source]:
     total = 0
     for path in paths:
-        found = _sources_in(path, partial(_beyond, told, total))
+        found = _sources_in(path, partial(_beyond, progress, total))
         if not any(source.names for source in found):
             raise RacError(f"{path} holds no pictures; looked for {' '.join(PICTURE_SUFFIXES)}, and tar files of them")
         total += sum(len(source.names) for source in found)
-        told(total)
+        progress(total)
         yield from found
 
 
-def _beyond(told: ProgressFn, before: int, done: int) -> None:
-    told(before + done)
+def _beyond(progress: ProgressFn, before: int, done: int) -> None:
+    progress(before + done)
 
 
-def _sources_in(path: Path, told: Callable[[int], None]) -> list[Source]:
-    if is_spelled(path, "hf"):
+def _sources_in(path: Path, progress: Callable[[int], None]) -> list[Source]:
+    if has_scheme(path, "hf"):
         return [Rows.open(str(path))]
     if path.is_dir():
         folder = Folder.search(path)
         return (
-            [folder] if folder.names else [Tar.open(tar, told) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
+            [folder] if folder.names else [Tar.open(tar, progress) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
         )
     if not path.is_file():
         raise RacError(_why_not(path))
     if is_picture(path.name):
         return [Folder(path.parent, Names.of([path.name]))]
-    return [Tar.open(path, told)]
+    return [Tar.open(path, progress)]
 
 
 def _why_not(path: Path) -> str:
-    if is_spelled(path, "hf-stream"):
+    if has_scheme(path, "hf-stream"):
         return f"{path} can only be read from its beginning on; give it alone, and to train on, or give hf:... instead"
     if re.match(r"[A-Za-z][\w+.-]+:/?", str(path)):
         return f"{path} is not on this machine: crops are drawn in any order, from local files; download it first"

@@ -55,11 +55,11 @@ class Source(Protocol):
         """Names of its pictures: for messages and for ordering; they do not depend on where the source lies."""
         ...
 
-    def label(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """What a message calls picture `index`."""
         ...
 
-    def trace(self, index: int) -> int:
+    def size_hint(self, index: int) -> int:
         """What tells picture `index` from another of its name without reading it: its size, where that is known."""
         ...
 
@@ -81,9 +81,9 @@ class Picture:
         return self.source.names[self.index]
 
     @property
-    def label(self) -> str:
+    def description(self) -> str:
         """Name for messages: says which shard it is in."""
-        return self.source.label(self.index)
+        return self.source.describe(self.index)
 
     def read(self) -> bytes:
         """The encoded bytes; any thread may ask. Raises `OSError`."""
@@ -117,7 +117,7 @@ class Pictures(Sequence[Picture]):
         digest = hashlib.sha256()
         for picture in self:
             digest.update(picture.source.names.encoded(picture.index))
-            digest.update(b"\0%d\0" % picture.source.trace(picture.index))
+            digest.update(b"\0%d\0" % picture.source.size_hint(picture.index))
         return digest.hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ from ..errors import ImageError, RacError
 from ..images import from_pixels, read_picture, upright_size
 from ..runtime import generator
 from .config import DataConfig
-from .datasets import Spelling, encoded, encoded_images, image_column, load_rows, unreadable
+from .datasets import HFPath, encoded, encoded_images, image_column, load_rows, unreadable
 from .files import find_pictures
 from .pictures import Picture
 from .prefetch import ahead
@@ -76,7 +76,7 @@ class PictureLike(Protocol):
     """A picture that can be read."""
 
     @property
-    def label(self) -> str:
+    def description(self) -> str:
         """Name for messages."""
         ...
 
@@ -146,7 +146,7 @@ class Crops(ABC):
         if not self.config.draft:
             opened = self._open(picture)
             return cut(opened, choose(opened.size), self.config.size)
-        encoded, name = picture.read(), picture.label
+        encoded, name = picture.read(), picture.description
         size = upright_size(io.BytesIO(encoded), name)
         region = choose(size)
         # Half of what would be right is left to the resampling, which is better at it.
@@ -157,7 +157,7 @@ class Crops(ABC):
     def _open(self, picture: PictureLike) -> Image.Image:
         if isinstance(picture, Picture) and picture in self._kept:
             return self._kept[picture]
-        opened = read_picture(io.BytesIO(picture.read()), name=picture.label)
+        opened = read_picture(io.BytesIO(picture.read()), name=picture.description)
         # Pictures come equally often, so keeping those that came first serves as well as any cleverer choice.
         size = 3 * opened.width * opened.height
         if isinstance(picture, Picture) and size <= self._room:
@@ -170,8 +170,8 @@ class Crops(ABC):
         try:
             return work(picture)
         except (ImageError, OSError) as error:
-            if picture.label not in self.skipped:
-                self.skipped[picture.label] = str(error)
+            if picture.description not in self.skipped:
+                self.skipped[picture.description] = str(error)
                 warnings.warn(f"skipped from training: {error}", stacklevel=2)
             return None
 
@@ -226,11 +226,11 @@ _WINDOWS_KEPT = 3
 
 @dataclass(frozen=True)
 class _Row:
-    label: str
+    description: str
     value: Any
 
     def read(self) -> bytes:
-        return encoded(self.value, self.label)
+        return encoded(self.value, self.description)
 
 
 class StreamedImages(Crops):
@@ -246,10 +246,10 @@ class StreamedImages(Crops):
     def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
         super().__init__(config, rng_seed)
         self._text = str(config.paths[0])
-        spelling = Spelling.read(self._text)
-        rows = load_rows(spelling, self._text, streaming=True)
+        hf_path = HFPath.read(self._text)
+        rows = load_rows(hf_path, self._text, streaming=True)
         features: dict[str, Any] = rows.features or next(iter(rows), {})
-        column = image_column(spelling, features, self._text)
+        column = image_column(hf_path, features, self._text)
         self._rows = encoded_images(rows.select_columns([column]), column)
         self._column = column
         self._total: int | None = None

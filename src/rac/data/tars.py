@@ -50,8 +50,8 @@ class Tar:
         self._sizes = index["sizes"]
 
     @classmethod
-    def open(cls, path: Path, told: Callable[[int], None] = lambda done: None) -> Tar:
-        """Find the pictures of `path`, or read the index of an earlier time; `told` hears how many there are so far.
+    def open(cls, path: Path, progress: Callable[[int], None] = lambda done: None) -> Tar:
+        """Find the pictures of `path`, or read the index of an earlier time; `progress` hears their number so far.
 
         The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac) and made anew when the file has another size or
         time. Raises `RacError` for a file that is no tar file, compressed, cut short, or damaged between members.
@@ -62,7 +62,7 @@ class Tar:
             kept = _index_file(path)
             found = _read_index(kept, made_of)
             if found is None:
-                found = _scan(path, told)
+                found = _scan(path, progress)
                 _keep_index(kept, found, made_of)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise RacError(
@@ -70,11 +70,11 @@ class Tar:
             ) from None
         return cls(path, found)
 
-    def label(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """See `Source`."""
         return f"{self.names[index]} in {self.path}"
 
-    def trace(self, index: int) -> int:
+    def size_hint(self, index: int) -> int:
         """See `Source`."""
         return int(self._sizes[index])
 
@@ -91,7 +91,7 @@ class _Member(NamedTuple):
     size: int
 
 
-def _scan(path: Path, told: Callable[[int], None]) -> _Index:
+def _scan(path: Path, progress: Callable[[int], None]) -> _Index:
     found: list[_Member] = []
     with _header():
         tar = tarfile.open(path, "r:")  # noqa: SIM115  # which reads the first header
@@ -99,7 +99,7 @@ def _scan(path: Path, told: Callable[[int], None]) -> _Index:
         for _, sample in itertools.groupby(_pictures(tar), key=lambda member: _key(member.name)):
             found += _plain(list(sample))
             if len(found) % 100 == 0:
-                told(len(found))
+                progress(len(found))
         _check_end(tar, path)
     return {
         "names": np.frombuffer(Names.of(member.name for member in found).letters, np.uint8),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
-from ..config import spelled, to_json
+from ..config import json_safe, to_json
 from ..files import write_bytes
 from ..flow import Solver, TimeGrid
 from ..flow.solvers import SOLVERS
@@ -153,7 +153,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all. Raises `RacError`."""
-        text = json.dumps(spelled(to_json(self)), indent=2, allow_nan=False)
+        text = json.dumps(json_safe(to_json(self)), indent=2, allow_nan=False)
         write_bytes(path, (text + "\n").encode())
 
     def _cells(self, row: Row) -> tuple[str, ...]:

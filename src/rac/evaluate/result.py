@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config import from_json, read_json, spelled, to_json
+from ..config import from_json, json_safe, read_json, to_json
 from ..files import write_bytes
 from .protocol import Protocol
 
@@ -53,7 +53,7 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all; infinite and undefined values as strings. Raises `RacError`."""
-        text = json.dumps(spelled(to_json(self)), indent=2, allow_nan=False)
+        text = json.dumps(json_safe(to_json(self)), indent=2, allow_nan=False)
         write_bytes(path, (text + "\n").encode())
 
     @classmethod
@@ -61,7 +61,7 @@ class Result:
         """Read what `save` wrote. Raises `RacError`."""
         data = read_json(Path(path))
         if isinstance(data, dict):
-            data |= {key: _unspelled(data.get(key)) for key in ("figures", "per_channel", "per_image")}
+            data |= {key: _with_numbers(data.get(key)) for key in ("figures", "per_channel", "per_image")}
         return from_json(cls, data, str(path))
 
 
@@ -78,9 +78,9 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _unspelled(data: Any) -> Any:
+def _with_numbers(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _unspelled(value) for key, value in data.items()}
+        return {key: _with_numbers(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [_unspelled(value) for value in data]
+        return [_with_numbers(value) for value in data]
     return float(data) if data in ("inf", "-inf", "nan") else data

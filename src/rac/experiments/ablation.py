@@ -157,7 +157,7 @@ class Ablation:
         make_folder(self.directory)
         self._keep({})
 
-    def measured(self, tell: Callable[[str], None]) -> dict[str, float]:
+    def measured(self, note: Callable[[str], None]) -> dict[str, float]:
         """Seconds of training per image, by label: as measured in the first place, now if that is still to be done.
 
         Every variant is tried, so that one which cannot be trained at all stops the others before they start. Raises
@@ -166,7 +166,7 @@ class Ablation:
         speeds: dict[str, float] = read_json(self.directory / PLAN)["seconds_per_image"]
         for label, recipe in self.trained.items():
             if label not in speeds:
-                tell(f"measuring the speed of {label}")
+                note(f"measuring the speed of {label}")
                 speeds[label] = self._try(label, recipe)
                 self._keep(speeds)
         return speeds

@@ -91,11 +91,11 @@ class ToyField(nn.Module):
 
 
 def train(
-    config: ToyConfig, rng_seed: int = 0, told: Callable[[int, int], None] = lambda done, total: None
+    config: ToyConfig, rng_seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[ToyField, float]:
     """A field trained on the moons, its weights averaged over the last iterations, and the loss at the end.
 
-    Equal seeds give equal fields. `told` hears (iterations done, of all). Velocity matching, as the recipe `rac`.
+    Equal seeds give equal fields. `progress` hears (iterations done, of all). Velocity matching, as the recipe `rac`.
     """
     torch.manual_seed(rng_seed)
     field = ToyField(config.cell, config.width)
@@ -119,7 +119,7 @@ def train(
             for mean, new in zip(average.parameters(), field.parameters(), strict=True):
                 mean.lerp_(new, 1 - keep)
         loss = keep * loss + (1 - keep) * float(error.detach()) if k else float(error.detach())
-        told(k + 1, config.iterations)
+        progress(k + 1, config.iterations)
     return average.eval().requires_grad_(False), loss
 
 

@@ -165,14 +165,14 @@ class RACTask:
         """
         assert isinstance(module, RAC)
         latents, steps = self.teacher.encode(images), module.config.steps
-        decoded, told = module.decode(latents), f"{steps} step" + "s" * (steps > 1)
+        decoded, steps_taken = module.decode(latents), f"{steps} step" + "s" * (steps > 1)
         picture = gallery(
             {
                 "original": images,
                 "teacher": self.teacher.decode(latents),
                 "RAC, teacher's latent, 1 step": module.decode(latents, 1),
-                f"RAC, teacher's latent, {told}": decoded,
-                f"RAC alone, {told}": module.reconstruct(images),
+                f"RAC, teacher's latent, {steps_taken}": decoded,
+                f"RAC alone, {steps_taken}": module.reconstruct(images),
             }
         )
         held_out, given = References.of(images, "held out"), replace(HELD_OUT, latents="teacher")

@@ -77,8 +77,8 @@ def restore(state: TrainState, path: Path) -> None:
     """Put the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
     try:
         # Older checkpoints have no word of skipped iterations: there were none.
-        told = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
-        counts = {name: int(told[name]) for name in _COUNTS}
+        saved = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
+        counts = {name: int(saved[name]) for name in _COUNTS}
         ema = safetensors.torch.load_file(path / "ema.safetensors")
         _check_names(ema, state.ema.state_dict())
         found = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training_toy import OpposedTask, ToyStream, ToyTask
+from training_toy import AdversarialTask, ToyStream, ToyTask
 
 import rac
 from rac import hub
@@ -142,7 +142,7 @@ def test_ten_iterations_equal_the_cpu_s(tmp_path: Path, cuda: torch.device) -> N
         )
 
 
-@pytest.mark.parametrize("task", [ToyTask, OpposedTask])
+@pytest.mark.parametrize("task", [ToyTask, AdversarialTask])
 def test_bf16_channels_last_trains(tmp_path: Path, task: type[ToyTask], cuda: torch.device) -> None:
     settings = replace(PLAIN, iterations=150, lr=1e-2, bf16=True, channels_last=True, device="cuda", workers=4)
     fit(task(deep()), ToyStream(), settings, tmp_path / "run")
@@ -152,7 +152,7 @@ def test_bf16_channels_last_trains(tmp_path: Path, task: type[ToyTask], cuda: to
 
 
 @pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
-@pytest.mark.parametrize("task", [ToyTask, OpposedTask])
+@pytest.mark.parametrize("task", [ToyTask, AdversarialTask])
 def test_a_checkpoint_goes_on_on_the_other_device(
     tmp_path: Path, task: type[ToyTask], first: str, second: str, cuda: torch.device
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training_toy import OpposedTask, ToyStream, ToyTask, one_layer
+from training_toy import AdversarialTask, ToyStream, ToyTask, one_layer
 
 from rac.train import TrainConfig, fit, log, read_log
 
@@ -25,12 +25,12 @@ def trained(kind: type[ToyTask], directory: Path, parts: int) -> tuple[list[Tens
     """Every weight that was trained, and what was logged."""
     task = kind(one_layer().double())
     fit(task, ToyStream(dtype=torch.float64), replace(WHOLE, accumulate=parts), directory)
-    opponent = [] if task.opponent is None else task.opponent.module.parameters()
-    weights = [*task.module.parameters(), *opponent]
+    adversary = [] if task.adversary is None else task.adversary.module.parameters()
+    weights = [*task.module.parameters(), *adversary]
     return weights, [record["train"] for record in read_log(directory / "log.jsonl") if "train" in record]
 
 
-@pytest.mark.parametrize("kind", [ToyTask, OpposedTask])
+@pytest.mark.parametrize("kind", [ToyTask, AdversarialTask])
 @pytest.mark.parametrize("parts", [2, 4, 6])  # equal parts, unequal parts, single images
 def test_accumulation_equals_one_batch(tmp_path: Path, parts: int, kind: type[ToyTask]) -> None:
     whole, whole_log = trained(kind, tmp_path / "whole", 1)

@@ -11,7 +11,7 @@ from rac.draws import Draws
 from rac.fields import LdmFieldConfig, TinyFieldConfig
 from rac.flow import RK4, Euler, FixedPoint, Heun, Midpoint, ReversibleHeun, TimeGrid, integrate
 from rac.latents import LatentSpec
-from rac.objectives.image_terms import Judges
+from rac.objectives.image_terms import ImageLosses
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.train.discriminator import DiscriminatorConfig
 
@@ -130,8 +130,8 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(random_grid, make_rac,
     )
     teacher = torch.nn.Sequential(torch.nn.Upsample(scale_factor=4), torch.nn.Conv2d(4, 3, 1)).double()
     discriminator = DiscriminatorConfig(width=4, layers=1).build().double()
-    judges = Judges(lambda one, other: (one - other).abs().amax(dim=(1, 2, 3)), discriminator)
-    coding = Coding(coder.field, coder.states, coder.contract, teacher, judges=judges)
+    losses = ImageLosses(lambda one, other: (one - other).abs().amax(dim=(1, 2, 3)), discriminator)
+    coding = Coding(coder.field, coder.states, coder.contract, teacher, losses=losses)
     batch = images(5, 8, 8).double()
     latent = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 

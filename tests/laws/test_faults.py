@@ -17,7 +17,7 @@ import torch
 import training_toy
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_toy import SLOW, OpposedTask, PoisonedStream, ToyStream, ToyTask, contents
+from training_toy import SLOW, AdversarialTask, PoisonedStream, ToyStream, ToyTask, contents
 
 from rac.data import Batch, DataConfig, ImageStream
 from rac.draws import Draws
@@ -62,7 +62,7 @@ def test_a_diverging_batch_is_kept_for_inspection_and_named(tmp_path: Path) -> N
     assert sorted(trained(run)) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("kind", [ToyTask, OpposedTask])
+@pytest.mark.parametrize("kind", [ToyTask, AdversarialTask])
 def test_a_skipped_batch_leaves_weights_buffers_average_and_optimisers_alone(
     tmp_path: Path, kind: type[ToyTask]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import training_toy
 from torch import nn
-from training_toy import SLOW, OpposedTask, ToyStream, ToyTask, contents
+from training_toy import SLOW, AdversarialTask, ToyStream, ToyTask, contents
 
 from rac.data import Batch
 from rac.errors import RacError, WeightsError
@@ -39,9 +39,9 @@ def deep() -> nn.Module:
 
 @pytest.mark.parametrize("start", [0, 1, 3])  # it comes in at once, before the break, after it
 def test_the_same_against_a_discriminator(tmp_path: Path, start: int) -> None:
-    fit(OpposedTask(deep(), start=start), ToyStream(), HARD, tmp_path / "whole")
-    fit(OpposedTask(deep(), start=start), ToyStream(), HARD, tmp_path / "broken", stop_at=2)
-    fit(OpposedTask(deep(), start=start), ToyStream(), HARD, tmp_path / "broken", resume=True)
+    fit(AdversarialTask(deep(), start=start), ToyStream(), HARD, tmp_path / "whole")
+    fit(AdversarialTask(deep(), start=start), ToyStream(), HARD, tmp_path / "broken", stop_at=2)
+    fit(AdversarialTask(deep(), start=start), ToyStream(), HARD, tmp_path / "broken", resume=True)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     assert {"00000004/opponent.safetensors", "00000004/opponent_optimizer.safetensors"} <= contents(
         tmp_path / "whole"
@@ -114,12 +114,12 @@ def test_a_signal_finishes_the_iteration_saves_and_can_be_resumed(
 @pytest.mark.parametrize("name", ["module", "ema", "optimizer", "opponent", "opponent_optimizer"])
 def test_a_checkpoint_cut_in_half_gives_way_to_the_one_before(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    fit(OpposedTask(), ToyStream(), PLAIN, run, stop_at=1)
-    fit(OpposedTask(), ToyStream(), PLAIN, run, stop_at=3, resume=True)
+    fit(AdversarialTask(), ToyStream(), PLAIN, run, stop_at=1)
+    fit(AdversarialTask(), ToyStream(), PLAIN, run, stop_at=3, resume=True)
     cut(run / "checkpoints" / "00000003" / f"{name}.safetensors")
     with pytest.warns(UserWarning, match=r"00000003 is damaged.*trying the checkpoint before it"):
-        fit(OpposedTask(), ToyStream(), PLAIN, run, resume=True)
-    fit(OpposedTask(), ToyStream(), PLAIN, tmp_path / "whole")
+        fit(AdversarialTask(), ToyStream(), PLAIN, run, resume=True)
+    fit(AdversarialTask(), ToyStream(), PLAIN, tmp_path / "whole")
     assert contents(run) == contents(tmp_path / "whole")
 
     for path in (run / "checkpoints").glob(f"*/{name}.safetensors"):
@@ -128,7 +128,7 @@ def test_a_checkpoint_cut_in_half_gives_way_to_the_one_before(tmp_path: Path, na
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(WeightsError, match="no checkpoint in"),
     ):
-        fit(OpposedTask(), ToyStream(), PLAIN, run, resume=True)
+        fit(AdversarialTask(), ToyStream(), PLAIN, run, resume=True)
 
 
 def cut(path: Path) -> None:

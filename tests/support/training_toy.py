@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from rac.data import Batch
 from rac.draws import Draws
-from rac.objectives.image_terms import Judges, judged_terms
+from rac.objectives.image_terms import ImageLosses, image_terms
 from rac.runtime import generator
 from rac.storage import write_tensors
 from rac.train import TrainConfig, fit
 from rac.train.discriminator import DiscriminatorConfig, PatchDiscriminator
-from rac.train.task import Opponent
+from rac.train.task import Adversary
 
 
 @dataclass
@@ -54,7 +54,7 @@ class ToyTask:
     module: nn.Module = field(default_factory=one_layer)
     frozen: tuple[nn.Module, ...] = ()
     weights: dict[str, float] = field(default_factory=lambda: {"clean": 1.0, "faint": 0.5, "unused": 0.0})
-    opponent: Opponent | None = None
+    adversary: Adversary | None = None
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         images = batch.images
@@ -72,31 +72,31 @@ class ToyTask:
 
 
 @dataclass
-class OpposedTask(ToyTask):
+class AdversarialTask(ToyTask):
     """The same against a discriminator, from iteration `start` on."""
 
     start: int = 0
-    opponent: Opponent | None = None
+    adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(1)
         last = [parameter for parameter in self.module.parameters() if parameter.ndim > 1][-1]
         judge = DiscriminatorConfig(width=4, layers=1).build().to(last.dtype)
-        self.opponent = Opponent(judge, last, weight=0.7, rate=2.0)
+        self.adversary = Adversary(judge, last, weight=0.7, rate=2.0)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         images = batch.images
         clean = self.module(images + 0.3 * draws.normal(images))
-        judges = Judges(discriminator=self.opponent.module if iteration >= self.start else None)
+        losses = ImageLosses(discriminator=self.adversary.module if iteration >= self.start else None)
         return {
             "clean": F.mse_loss(clean, images),
             "faint": clean.square().mean(),
-            **judged_terms(judges, clean, images),
+            **image_terms(losses, clean, images),
         }
 
     @property
     def judge(self) -> PatchDiscriminator:
-        return self.opponent.module
+        return self.adversary.module
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -30,7 +30,7 @@ from rac.objectives.rac import (
 from rac.states import StateSpec, contract, expand, image_state
 
 EVERY = RACWeights(**{**dict.fromkeys(RACWeights.__dataclass_fields__, 1.0), "perceptual": 0.0, "adversarial": 0.0})
-"""But for the terms of judging networks, which tests/unit/test_judged.py is about."""
+"""But for the terms of `image_terms`, which tests/unit/test_image_terms.py is about."""
 UNROLLED = RACWeights(**{**EVERY.__dict__, "mean_velocity": 0.0})
 SPEC = StateSpec(4, 4, 4, "nearest")
 

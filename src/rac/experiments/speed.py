@@ -151,7 +151,7 @@ class _Clock:
 
     def __init__(self, task: Task, state: TrainState, setting: Setting) -> None:
         self._task, self._now = task, setting.now
-        self.module, self.frozen, self.weights, self.opponent = task.module, task.frozen, task.weights, task.opponent
+        self.module, self.frozen, self.weights, self.adversary = task.module, task.frozen, task.weights, task.adversary
         self.gallery, self.save = task.gallery, task.save
         self._seconds: dict[str, float] = {}
         self._inside = False

@@ -17,7 +17,7 @@ DISCRIMINATOR = "discriminator"
 """Name of the discriminator's own term; the coder gets no gradient from it."""
 
 
-class Judges(NamedTuple):
+class ImageLosses(NamedTuple):
     """Networks that look at decoded images, as functions; a term whose network is None is left out."""
 
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -26,10 +26,10 @@ class Judges(NamedTuple):
     """Image B 3 H W -> logits B 1 h w, high for real ones."""
 
 
-NO_JUDGES = Judges()
+NO_IMAGE_LOSSES = ImageLosses()
 
 
-def judged_terms(judges: Judges, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
+def image_terms(losses: ImageLosses, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
     """The terms for a decoded image and its original, both B 3 H W in [-1, 1]; each is a scalar, a mean over images.
 
     - `perceptual`: their perceptual distance.
@@ -38,10 +38,10 @@ def judged_terms(judges: Judges, decoded: Tensor, image: Tensor) -> dict[str, Te
       gradient to the decoded image: 1 if it cannot tell the two apart, 0 if it always can.
     """
     terms: dict[str, Tensor] = {}
-    if judges.perceptual is not None:
-        terms["perceptual"] = judges.perceptual(decoded, image).mean()
-    if judges.discriminator is not None:
-        terms[ADVERSARIAL] = -judges.discriminator(decoded).float().mean()
-        real, made = judges.discriminator(image), judges.discriminator(decoded.detach())
+    if losses.perceptual is not None:
+        terms["perceptual"] = losses.perceptual(decoded, image).mean()
+    if losses.discriminator is not None:
+        terms[ADVERSARIAL] = -losses.discriminator(decoded).float().mean()
+        real, made = losses.discriminator(image), losses.discriminator(decoded.detach())
         terms[DISCRIMINATOR] = (F.relu(1 - real.float()).mean() + F.relu(1 + made.float()).mean()) / 2
     return terms

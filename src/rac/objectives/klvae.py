@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..draws import Draws
 from ..images import crop
-from .image_terms import NO_JUDGES, Judges, judged_terms
+from .image_terms import NO_IMAGE_LOSSES, ImageLosses, image_terms
 
 if TYPE_CHECKING:
     from ..coders.klvae import KLVAE
@@ -30,7 +30,7 @@ class KLVAEWeights:
     """In units of the other terms: at 1 its gradient at the last layer is as long as theirs."""
 
 
-def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, judges: Judges = NO_JUDGES) -> dict[str, Tensor]:
+def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, losses: ImageLosses = NO_IMAGE_LOSSES) -> dict[str, Tensor]:
     """The terms for images B 3 H W in [-1, 1], each a scalar; `draws` samples the posterior.
 
     - `kl`: divergence of the posterior from N(0, 1), summed over each image's latent, averaged over the batch, as in
@@ -40,15 +40,17 @@ def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, judges: Judges = NO_J
     """
     posterior = coder.posterior(image)
     raw_latent = posterior.mean + posterior.std * draws.normal(posterior.mean)
-    terms = decoder_terms(coder, image, coder.statistics.normalise(raw_latent), judges)
+    terms = decoder_terms(coder, image, coder.statistics.normalise(raw_latent), losses)
     return {**terms, "kl": posterior.kl().mean()}
 
 
-def decoder_terms(coder: KLVAE, image: Tensor, latent: Tensor, judges: Judges = NO_JUDGES) -> dict[str, Tensor]:
+def decoder_terms(
+    coder: KLVAE, image: Tensor, latent: Tensor, losses: ImageLosses = NO_IMAGE_LOSSES
+) -> dict[str, Tensor]:
     """The terms that need no posterior, for images B 3 H W in [-1, 1] and their latents B c h w.
 
     - `l1`: mean absolute error of the decoded latent, over all pixels and channels.
-    - those of `judged_terms`, on the same decoded image.
+    - those of `image_terms`, on the same decoded image.
     """
     decoded = crop(coder.decode(latent), (image.shape[-2], image.shape[-1]))
-    return {"l1": F.l1_loss(decoded, image), **judged_terms(judges, decoded, image)}
+    return {"l1": F.l1_loss(decoded, image), **image_terms(losses, decoded, image)}

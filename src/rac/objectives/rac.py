@@ -17,7 +17,7 @@ from ..flow.memory import recomputed, retraced
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
-from .image_terms import DISCRIMINATOR, NO_JUDGES, Judges, judged_terms
+from .image_terms import DISCRIMINATOR, NO_IMAGE_LOSSES, ImageLosses, image_terms
 
 DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode", "perceptual", "adversarial")
 """The terms on the flow from the teacher's latent."""
@@ -148,7 +148,7 @@ class Coding(NamedTuple):
     """Seed state -> latent: the spread's inverse, or a learned projector."""
     teacher_decode: Callable[[Tensor], Tensor] | None
     """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
-    judges: Judges = NO_JUDGES
+    losses: ImageLosses = NO_IMAGE_LOSSES
     """Networks that look at the decoded image; without a discriminator there is no `adversarial` term (yet)."""
     seed_noise: float = 0.0
     """Deviation of the noise in the sites of the seed state that the latent leaves free."""
@@ -165,7 +165,7 @@ class Rollout(NamedTuple):
 def rac_terms(
     coding: Coding, image: Tensor, latent: Tensor, objective: RACObjective, draws: Draws
 ) -> dict[str, Tensor]:
-    """The terms of nonzero weight, unweighted, by name; and `discriminator`, where one is given (`judged_terms`).
+    """The terms of nonzero weight, unweighted, by name; and `discriminator`, where one is given (`image_terms`).
 
     `image` is B 3 H W in [-1, 1] with sides that are multiples of f, `latent` B c h w the teacher's.
     Raises `RacError` if the `pixel` term is wanted without a teacher, or `perceptual` without its network.
@@ -195,10 +195,10 @@ def rac_terms(
         if weights.pad:  # a state of three channels has none
             pad = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:]) if channels > RGB else image.new_zeros(())
             terms["pad"] = pad
-        if weights.perceptual and coding.judges.perceptual is None:
-            raise RacError("the perceptual term needs LPIPS; give it in Coding's judges, or weight 0")
+        if weights.perceptual and coding.losses.perceptual is None:
+            raise RacError("the perceptual term needs LPIPS; give it in Coding's losses, or weight 0")
         if weights.perceptual or weights.adversarial:
-            terms |= judged_terms(coding.judges, image_of(decoding.end), image)
+            terms |= image_terms(coding.losses, image_of(decoding.end), image)
 
     if any(getattr(weights, name) for name in ENCODING):
         encoding = _unroll(coding, target, rollout, backwards=True, path=weights.path_encode)

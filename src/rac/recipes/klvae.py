@@ -21,10 +21,10 @@ from ..evaluate.reconstruction import evaluate
 from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..train import Fitted, TrainConfig, fit
-from ..train.adversary import Jury, last_layer
+from ..train.adversary import LossNetworks, last_layer
 from ..train.discriminator import DiscriminatorConfig
 from ..train.processes import Processes
-from ..train.task import Opponent
+from ..train.task import Adversary
 from .recipe import HELD_OUT, ONE_CORE, ONE_GPU, check_weights, gallery
 
 
@@ -53,7 +53,9 @@ class KLVAERecipe:
         Raises `RacError` for a start of another shape and for a frozen encoder without a start, and `WeightsError`
         where LPIPS is wanted and its weights are not found.
         """
-        jury = Jury.called(self.weights.perceptual, self.weights.adversarial, self.discriminator, self.train.rng_seed)
+        loss_networks = LossNetworks.build(
+            self.weights.perceptual, self.weights.adversarial, self.discriminator, self.train.rng_seed
+        )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         coder = self._coder()
         device = runtime.pick_device(self.train.device)
@@ -71,7 +73,7 @@ class KLVAERecipe:
                     teacher_name=self.start,
                     device=device,
                 )
-        task = KLVAETask(coder, self.weights, stream, self.train.batch, jury, self.train_encoder)
+        task = KLVAETask(coder, self.weights, stream, self.train.batch, loss_networks, self.train_encoder)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)
 
     def _coder(self) -> KLVAE:
@@ -117,7 +119,7 @@ class KLVAETask:
     loss_weights: KLVAEWeights
     stream: Stream
     batch: int
-    jury: Jury = field(default_factory=Jury)
+    loss_networks: LossNetworks = field(default_factory=LossNetworks)
     train_encoder: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +130,7 @@ class KLVAETask:
     @property
     def frozen(self) -> Sequence[nn.Module]:
         """See `Task`."""
-        return self.jury.frozen
+        return self.loss_networks.frozen
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -137,27 +139,27 @@ class KLVAETask:
         return {name: weight for name, weight in asdict(self.loss_weights).items() if name not in unused}
 
     @property
-    def opponent(self) -> Opponent | None:
+    def adversary(self) -> Adversary | None:
         """See `Task`."""
-        return self.jury.opponent(last_layer(self.module.network.decoder), self.loss_weights.adversarial)
+        return self.loss_networks.adversary(last_layer(self.module.network.decoder), self.loss_weights.adversarial)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         """See `Task`."""
-        judges = self.jury.judges(iteration)
+        losses = self.loss_networks.losses(iteration)
         if self.train_encoder:
-            return klvae_terms(self.module, batch.images, draws, judges)
+            return klvae_terms(self.module, batch.images, draws, losses)
         latents = batch.latents
         if latents is None:
             with torch.no_grad():
                 latents = self.module.encode(batch.images)
-        return decoder_terms(self.module, batch.images, latents, judges)
+        return decoder_terms(self.module, batch.images, latents, losses)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
         assert isinstance(module, KLVAE)
         judged = evaluate(module, References.of(images, "held out"), HELD_OUT, name="KL-VAE")
         decoded = module.reconstruct(images)
-        figures = {"psnr": judged.figures["psnr"], **self.jury.figures(decoded, images)}
+        figures = {"psnr": judged.figures["psnr"], **self.loss_networks.metrics(decoded, images)}
         return gallery({"original": images, "KL-VAE": decoded}), figures
 
     def save(self, module: nn.Module, directory: Path) -> None:

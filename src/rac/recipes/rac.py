@@ -26,10 +26,10 @@ from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.rac import NANO, PAPER, Coding, RACObjective, RACWeights, rac_terms
 from ..states import Spread
 from ..train import Fitted, TrainConfig, fit
-from ..train.adversary import Jury, last_layer
+from ..train.adversary import LossNetworks, last_layer
 from ..train.discriminator import DiscriminatorConfig
 from ..train.processes import Processes
-from ..train.task import Opponent
+from ..train.task import Adversary
 from .recipe import HELD_OUT, ONE_CORE, ONE_GPU, check_weights, gallery
 
 
@@ -69,7 +69,9 @@ class RACRecipe:
         `WeightsError` where LPIPS is wanted and its weights are not found.
         """
         weights = self.objective.weights
-        jury = Jury.called(weights.perceptual, weights.adversarial, self.discriminator, self.train.rng_seed)
+        loss_networks = LossNetworks.build(
+            weights.perceptual, weights.adversarial, self.discriminator, self.train.rng_seed
+        )
         teacher = hub.load(self.teacher)
         factor = teacher.spec.factor
         for size in self.data.sizes:
@@ -90,7 +92,7 @@ class RACRecipe:
         coder = self._coder(teacher)
         if self.train.compile:
             coder.field.compile()  # in place; the averaged copy and what is saved stay plain
-        task = RACTask(coder, teacher, self.objective, jury)
+        task = RACTask(coder, teacher, self.objective, loss_networks)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)
 
     def _coder(self, teacher: Coder) -> RAC:
@@ -125,7 +127,7 @@ class RACTask:
     teacher: Coder
     """Never trained, though gradients flow through its decoder."""
     objective: RACObjective
-    jury: Jury = dataclasses.field(default_factory=Jury)
+    loss_networks: LossNetworks = dataclasses.field(default_factory=LossNetworks)
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
@@ -133,7 +135,7 @@ class RACTask:
     @property
     def frozen(self) -> Sequence[nn.Module]:
         """See `Task`."""
-        return (self.teacher, *self.jury.frozen)
+        return (self.teacher, *self.loss_networks.frozen)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -141,9 +143,9 @@ class RACTask:
         return {name: weight for name, weight in self.objective.weights.chosen().items() if name != ADVERSARIAL}
 
     @property
-    def opponent(self) -> Opponent | None:
+    def adversary(self) -> Adversary | None:
         """See `Task`."""
-        return self.jury.opponent(last_layer(self.module.field), self.objective.weights.adversarial)
+        return self.loss_networks.adversary(last_layer(self.module.field), self.objective.weights.adversarial)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         """See `Task`."""
@@ -152,9 +154,9 @@ class RACTask:
             with torch.no_grad():
                 latents = self.teacher.encode(batch.images)
         module = self.module
-        judges = self.jury.judges(iteration)
+        losses = self.loss_networks.losses(iteration)
         seed_noise = module.config.seed_noise
-        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, judges, seed_noise)
+        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, losses, seed_noise)
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -185,7 +187,7 @@ class RACTask:
             "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).figures["psnr"],
             "psnr_round_trip": own["psnr"],
             "explained_variance": own["explained variance"],
-            **self.jury.figures(decoded, images),
+            **self.loss_networks.metrics(decoded, images),
         }
 
     def save(self, module: nn.Module, directory: Path) -> None:

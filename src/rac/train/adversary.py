@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .. import runtime
 from ..errors import RacError
-from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR, Judges
+from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR, ImageLosses
 from ..representations.lpips import LPIPS
 from .config import TrainConfig, learning_rate
 from .discriminator import DiscriminatorConfig, PatchDiscriminator
 from .processes import whole
-from .task import Opponent
+from .task import Adversary
 
 EPSILON = 1e-4
 LARGEST = 1e4
@@ -24,8 +24,8 @@ LARGEST = 1e4
 
 
 @dataclass
-class Contest:
-    """An opponent in training.
+class AdversarialState:
+    """What changes while an adversary is trained: its optimiser, and the gradient against it.
 
     The adversarial term's gradient is kept apart from that of the other terms until the whole batch has been seen, and
     is then added to it with the weight
@@ -36,7 +36,7 @@ class Contest:
     balance is the same however the batch is cut. The price is a second backward pass through the module.
     """
 
-    opponent: Opponent
+    adversary: Adversary
     parameters: Sequence[nn.Parameter]
     """Those of the module that is trained, its last layer among them."""
     optimizer: torch.optim.AdamW
@@ -44,21 +44,21 @@ class Contest:
     """The adversarial term's gradient so far in this iteration, by the parameter's place; empty between iterations."""
 
     @classmethod
-    def start(cls, opponent: Opponent, parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Contest:
-        """Before the first iteration; the opponent lies on its device already."""
+    def start(cls, adversary: Adversary, parameters: Sequence[nn.Parameter], settings: TrainConfig) -> AdversarialState:
+        """Before the first iteration; the adversary lies on its device already."""
         optimizer = torch.optim.AdamW(
-            opponent.module.parameters(),
-            lr=settings.lr * opponent.rate,
-            betas=opponent.betas,
+            adversary.module.parameters(),
+            lr=settings.lr * adversary.rate,
+            betas=adversary.betas,
             weight_decay=settings.weight_decay,
             fused=parameters[0].is_cuda,
         )
-        return cls(opponent, parameters, optimizer)
+        return cls(adversary, parameters, optimizer)
 
     def add_part(self, terms: Mapping[str, Tensor], share: float, scale: float = 1) -> None:
         """Take in both sides' gradients of one part of the batch, `share` of the whole; the module's times `scale`."""
-        theirs = list(self.opponent.module.parameters())
-        # Not torch.autograd.grad, which does not know sharded weights. The opponent gets none of the module's
+        theirs = list(self.adversary.module.parameters())
+        # Not torch.autograd.grad, which does not know sharded weights. The adversary gets none of the module's
         # gradient and the module none of the opponent's.
         with _set_aside(theirs), _set_aside(self.parameters):
             (scale * share * terms[ADVERSARIAL]).backward()
@@ -70,29 +70,29 @@ class Contest:
 
     def gradients(self) -> list[Tensor]:
         """Those of both sides so far."""
-        theirs = (parameter.grad for parameter in self.opponent.module.parameters())
+        theirs = (parameter.grad for parameter in self.adversary.module.parameters())
         return [*self.adversarial.values(), *(gradient for gradient in theirs if gradient is not None)]
 
     @torch.no_grad()
-    def settle(self, clip: float) -> dict[str, Tensor]:
+    def add_balanced(self, clip: float) -> dict[str, Tensor]:
         """Add the balanced adversarial gradient to the module's, and clip the opponent's own.
 
         Gives the balance and the norm of the opponent's gradient.
         """
-        last = next(place for place, one in enumerate(self.parameters) if one is self.opponent.last_layer)
-        others, adversarial = self.opponent.last_layer.grad, self.adversarial[last]
+        last = next(place for place, one in enumerate(self.parameters) if one is self.adversary.last_layer)
+        others, adversarial = self.adversary.last_layer.grad, self.adversarial[last]
         balance = whole(adversarial.new_zeros(())) if others is None else balanced(others, adversarial)
         for place, gradient in self.adversarial.items():
-            parameter, scaled = self.parameters[place], self.opponent.weight * balance * gradient
+            parameter, scaled = self.parameters[place], self.adversary.weight * balance * gradient
             parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
         self.adversarial.clear()
-        norm = nn.utils.clip_grad_norm_(list(self.opponent.module.parameters()), clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(list(self.adversary.module.parameters()), clip or float("inf"))
         return {"balance": balance.float(), "gradient_discriminator": norm.float()}
 
     def step(self, settings: TrainConfig, iteration: int) -> None:
-        """Let the opponent learn from its gradient, and forget that."""
+        """Let the adversary learn from its gradient, and forget that."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.opponent.rate * learning_rate(settings, iteration)
+            group["lr"] = self.adversary.rate * learning_rate(settings, iteration)
         self.optimizer.step()
         self.forget()
 
@@ -120,15 +120,15 @@ def balanced(others: Tensor, adversarial: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Jury:
-    """LPIPS, frozen, and a discriminator, trained along; each where its term has a weight."""
+class LossNetworks:
+    """The networks behind the perceptual and the adversarial terms: frozen LPIPS, a discriminator in training."""
 
     lpips: LPIPS | None = None
     discriminator: PatchDiscriminator | None = None
     config: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     @classmethod
-    def called(cls, perceptual: float, adversarial: float, config: DiscriminatorConfig, rng_seed: int) -> Jury:
+    def build(cls, perceptual: float, adversarial: float, config: DiscriminatorConfig, rng_seed: int) -> LossNetworks:
         """Those that terms of these weights need. Raises `WeightsError` where LPIPS's weights are not found."""
         torch.manual_seed(runtime.derived_seed(rng_seed, "discriminator"))
         return cls(LPIPS.load("vgg16") if perceptual else None, config.build() if adversarial else None, config)
@@ -138,17 +138,17 @@ class Jury:
         """What is never trained."""
         return () if self.lpips is None else (self.lpips,)
 
-    def judges(self, iteration: int) -> Judges:
-        """Those at work in `iteration`."""
-        return Judges(self.lpips, self.discriminator if iteration >= self.config.start else None)
+    def losses(self, iteration: int) -> ImageLosses:
+        """The losses at work in `iteration`: no discriminator before its start."""
+        return ImageLosses(self.lpips, self.discriminator if iteration >= self.config.start else None)
 
-    def opponent(self, last_layer: nn.Parameter, weight: float) -> Opponent | None:
+    def adversary(self, last_layer: nn.Parameter, weight: float) -> Adversary | None:
         """The discriminator, as the loop takes it."""
         if self.discriminator is None:
             return None
-        return Opponent(self.discriminator, last_layer, weight, self.config.rate, self.config.betas)
+        return Adversary(self.discriminator, last_layer, weight, self.config.rate, self.config.betas)
 
-    def figures(self, decoded: Tensor, images: Tensor) -> dict[str, float]:
+    def metrics(self, decoded: Tensor, images: Tensor) -> dict[str, float]:
         """The mean distance of held-out images, where LPIPS is among the terms: PSNR alone would mislead there."""
         return {} if self.lpips is None else {"lpips_vgg16": float(self.lpips(decoded, images).mean())}
 

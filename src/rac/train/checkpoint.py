@@ -99,8 +99,8 @@ def restore(state: TrainState, path: Path) -> None:
 def _trained(state: TrainState) -> Iterator[tuple[str, nn.Module, str, torch.optim.AdamW]]:
     """What has weights and an optimiser, each by the name of its file."""
     yield "module", state.module, "optimizer", state.optimizer
-    if state.contest is not None:
-        yield "opponent", state.contest.opponent.module, "opponent_optimizer", state.contest.optimizer
+    if state.adversarial is not None:
+        yield "opponent", state.adversarial.adversary.module, "opponent_optimizer", state.adversarial.optimizer
 
 
 def listed(folder: Path) -> list[Path]:

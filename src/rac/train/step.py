@@ -15,7 +15,7 @@ from ..data import Batch
 from ..draws import Draws
 from ..errors import RacError
 from ..objectives.image_terms import ADVERSARIAL
-from .adversary import Contest
+from .adversary import AdversarialState
 from .config import TrainConfig, ema_decay, learning_rate
 from .processes import Processes, shard, whole
 from .task import Task
@@ -46,8 +46,8 @@ class TrainState:
     module: nn.Module
     ema: nn.Module
     optimizer: torch.optim.AdamW
-    contest: Contest | None = None
-    """With the task's opponent, if it has one."""
+    adversarial: AdversarialState | None = None
+    """With the task's adversary, if it has one."""
     processes: Processes = field(default_factory=Processes)
     unsharded: nn.Module | None = None
     """Where weights are sharded: a whole module for the averaged ones, when they are asked for."""
@@ -83,11 +83,11 @@ class TrainState:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        contest = None
-        if task.opponent is not None:
-            processes.spread(runtime.place(task.opponent.module, device, settings.channels_last).train())
-            contest = Contest.start(task.opponent, trained, settings)
-        return cls(module, ema, optimizer, contest, processes, unsharded)
+        adversarial = None
+        if task.adversary is not None:
+            processes.spread(runtime.place(task.adversary.module, device, settings.channels_last).train())
+            adversarial = AdversarialState.start(task.adversary, trained, settings)
+        return cls(module, ema, optimizer, adversarial, processes, unsharded)
 
     def averaged(self) -> nn.Module:
         """The averaged module, whole; to be called by all processes together."""
@@ -98,7 +98,7 @@ class TrainState:
 
 
 def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:
-    """One iteration on `batch`: gradients over all its parts, clip, optimiser, average; the same for an opponent.
+    """One iteration on `batch`: gradients over all its parts, clip, optimiser, average; the same for an adversary.
 
     On several processes `batch` holds this one's rows, and all values are those of the whole iteration's batch.
 
@@ -118,39 +118,39 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
     state.module.train()
     state.optimizer.zero_grad()
     buffers = [buffer.clone() for buffer in state.module.buffers()]
-    contest: Contest | None = None
+    adversarial: AdversarialState | None = None
     totals: dict[str, Tensor] = {}
     for rows, share, draws in _parts(processes, state.iteration, settings, device):
         with runtime.autocast(device, settings.bf16):
             terms = task.terms(batch.rows(rows), draws, state.iteration)
             loss = torch.stack([weight * terms[name].float() for name, weight in task.weights.items() if weight]).sum()
-        contest = state.contest if ADVERSARIAL in terms else None
-        (scale * share * loss).backward(retain_graph=contest is not None)
-        if contest:
-            contest.add_part(terms, share, scale)
+        adversarial = state.adversarial if ADVERSARIAL in terms else None
+        (scale * share * loss).backward(retain_graph=adversarial is not None)
+        if adversarial:
+            adversarial.add_part(terms, share, scale)
         for name, term in {**terms, "loss": loss}.items():
             totals[name] = totals.get(name, 0) + share * term.detach().float()
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     processes.add_up([*totals.values(), *(one.grad for one in parameters if one.grad is not None)])
-    if contest:
-        processes.add_up(contest.gradients())
-        totals |= contest.settle(settings.clip)
+    if adversarial:
+        processes.add_up(adversarial.gradients())
+        totals |= adversarial.add_balanced(settings.clip)
     totals["gradient"] = whole(nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf"))).float()
     # One transfer, and the only time the processor waits for the device.
     values = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
     if not all(map(math.isfinite, values.values())):
         for buffer, before in zip(state.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        if contest:
-            contest.forget()
+        if adversarial:
+            adversarial.forget()
         _skip(state, values, settings)
         return values
     state.skipped_in_a_row = 0
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(settings, state.iteration)
     state.optimizer.step()
-    if contest:
-        contest.step(settings, state.iteration)
+    if adversarial:
+        adversarial.step(settings, state.iteration)
     _average(state.ema, state.module, 1 - ema_decay(settings, state.iteration))
     state.iteration += 1
     return values

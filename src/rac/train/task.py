@@ -14,7 +14,7 @@ from ..draws import Draws
 
 
 @dataclass(frozen=True)
-class Opponent:
+class Adversary:
     """A discriminator to be trained against the task's module, and what its judgement weighs."""
 
     module: nn.Module
@@ -50,7 +50,7 @@ class Task(Protocol):
         ...
 
     @property
-    def opponent(self) -> Opponent | None:
+    def adversary(self) -> Adversary | None:
         """A discriminator, if there is one. It is trained in the iterations whose `terms` hold "adversarial", the
         module's term against it, and "discriminator", its own; neither is among `weights`. Saved in checkpoints, and
         not averaged."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from training_toy import OpposedTask, ToyStream, ToyTask
+from training_toy import AdversarialTask, ToyStream, ToyTask
 
 import rac
 from rac.coders.klvae import KLVAE, KLVAEConfig
@@ -16,7 +16,7 @@ from rac.data import Batch, DataConfig
 from rac.draws import Draws
 from rac.errors import RacError, WeightsError
 from rac.fields import LdmFieldConfig, TinyFieldConfig
-from rac.objectives.image_terms import Judges, judged_terms
+from rac.objectives.image_terms import ImageLosses, image_terms
 from rac.objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.recipes import KLVAERecipe, RACRecipe
@@ -24,7 +24,7 @@ from rac.recipes.klvae import KLVAETask
 from rac.recipes.rac import RACTask
 from rac.representations.lpips import LPIPS
 from rac.train import TrainConfig, fit, log, read_log
-from rac.train.adversary import Contest, Jury, balanced, last_layer
+from rac.train.adversary import AdversarialState, LossNetworks, balanced, last_layer
 from rac.train.discriminator import DiscriminatorConfig
 
 SHORT = TrainConfig(iterations=4, batch=4, device="cpu", log_every=1, gallery_every=4, tensorboard=False)
@@ -65,7 +65,7 @@ def test_hinge_values_by_hand() -> None:
     """Logits are the images' first channel: real ones (2, 0.5) and (-1, 1), decoded ones (0, -3) and (0.5, -0.5)."""
     real = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]).view(2, 1, 1, 2).repeat(1, 3, 1, 1)
     decoded = torch.tensor([[0.0, -3.0], [0.5, -0.5]]).view(2, 1, 1, 2).repeat(1, 3, 1, 1)
-    terms = judged_terms(Judges(discriminator=lambda image: image[:, :1]), decoded, real)
+    terms = image_terms(ImageLosses(discriminator=lambda image: image[:, :1]), decoded, real)
     assert float(terms["adversarial"]) == pytest.approx(3.0 / 4)
     on_real = (0 + 0.5 + 2 + 0) / 4
     on_decoded = (1 + 0 + 1.5 + 0.5) / 4
@@ -74,15 +74,15 @@ def test_hinge_values_by_hand() -> None:
 
 def test_each_term_needs_its_network(images) -> None:
     one, other = images(2, 8, 8), images(2, 8, 8, rng_seed=1)
-    assert judged_terms(Judges(), one, other) == {}
-    terms = judged_terms(Judges(perceptual=distance), one, other)
+    assert image_terms(ImageLosses(), one, other) == {}
+    terms = image_terms(ImageLosses(perceptual=distance), one, other)
     assert terms.keys() == {"perceptual"}
     torch.testing.assert_close(terms["perceptual"], (one - other).square().mean())
 
 
 def test_the_discriminators_term_gives_the_decoded_image_no_gradient(images) -> None:
     decoded, judge = images(2, 8, 8).requires_grad_(), JUDGE.build()
-    terms = judged_terms(Judges(discriminator=judge), decoded, images(2, 8, 8, rng_seed=1))
+    terms = image_terms(ImageLosses(discriminator=judge), decoded, images(2, 8, 8, rng_seed=1))
     terms["discriminator"].backward()
     assert decoded.grad is None
     assert all(parameter.grad is not None for parameter in judge.parameters())
@@ -94,8 +94,8 @@ def test_the_judges_see_the_image_that_is_compared_and_nothing_is_decoded_twice(
     coder, image, seen, decoded = small_coder(), images(2, 16, 16), [], []
     decode = coder.decode
     monkeypatch.setattr(coder, "decode", lambda latent: decoded.append(decode(latent)) or decoded[-1])
-    judges = Judges(lambda one, other: seen.append(one) or distance(one, other), JUDGE.build())
-    terms = klvae_terms(coder, image, draws(2), judges)
+    losses = ImageLosses(lambda one, other: seen.append(one) or distance(one, other), JUDGE.build())
+    terms = klvae_terms(coder, image, draws(2), losses)
     assert terms.keys() == {"l1", "kl", "perceptual", "adversarial", "discriminator"}
     assert len(decoded) == len(seen) == 1
     torch.testing.assert_close(terms["l1"], (seen[0] - image).abs().mean(), rtol=0, atol=0)
@@ -114,8 +114,8 @@ def test_rac_is_judged_by_the_image_of_its_reconstruction(make_rac, images) -> N
         asked.append(time)
         return coder.field(state, time)
 
-    judges = Judges(lambda one, other: seen.append(one) or distance(one, other), JUDGE.build())
-    coding = Coding(field, coder.states, coder.contract, None, judges=judges)
+    losses = ImageLosses(lambda one, other: seen.append(one) or distance(one, other), JUDGE.build())
+    coding = Coding(field, coder.states, coder.contract, None, losses=losses)
     objective = RACObjective(RACWeights(reconstruction=1, perceptual=1, adversarial=1), steps=(3, 3), memory="store")
     terms = rac_terms(coding, image, latent, objective, draws(2))
     assert list(terms) == ["reconstruction", "perceptual", "adversarial", "discriminator"]
@@ -123,10 +123,10 @@ def test_rac_is_judged_by_the_image_of_its_reconstruction(make_rac, images) -> N
     torch.testing.assert_close((seen[0] - image).square().mean(), terms["reconstruction"])
     torch.testing.assert_close(terms["perceptual"], terms["reconstruction"])
 
-    before_it_starts = coding._replace(judges=Judges(distance))
+    before_it_starts = coding._replace(losses=ImageLosses(distance))
     assert "adversarial" not in rac_terms(before_it_starts, image, latent, objective, draws(2))
     with pytest.raises(RacError, match="perceptual term needs LPIPS"):
-        rac_terms(coding._replace(judges=Judges()), image, latent, objective, draws(2))
+        rac_terms(coding._replace(losses=ImageLosses()), image, latent, objective, draws(2))
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -193,9 +193,9 @@ def test_lpips_is_wanted_before_anything_is_made(tmp_path: Path, monkeypatch) ->
 
 def test_lpips_teaches_the_decoder_and_learns_nothing(images, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    jury, coder = Jury(lpips=LPIPS("vgg16")), small_coder()
-    task = KLVAETask(coder, KLVAEWeights(l1=0, kl=0, perceptual=1.0), ToyStream(), 2, jury)
-    before, decoder = bits(jury.lpips), bits(coder.network.decoder)
+    loss_networks, coder = LossNetworks(lpips=LPIPS("vgg16")), small_coder()
+    task = KLVAETask(coder, KLVAEWeights(l1=0, kl=0, perceptual=1.0), ToyStream(), 2, loss_networks)
+    before, decoder = bits(loss_networks.lpips), bits(coder.network.decoder)
     settings = replace(SHORT, iterations=2, batch=2, bf16=True, channels_last=True)
 
     class Larger(ToyStream):
@@ -206,36 +206,36 @@ def test_lpips_teaches_the_decoder_and_learns_nothing(images, tmp_path: Path) ->
             return images(2, 16, 16)
 
     fitted = fit(task, Larger(), settings, tmp_path / "run")
-    assert equal(bits(jury.lpips), before)
-    assert all(parameter.grad is None for parameter in jury.lpips.parameters())
+    assert equal(bits(loss_networks.lpips), before)
+    assert all(parameter.grad is None for parameter in loss_networks.lpips.parameters())
     assert not equal(bits(coder.network.decoder), decoder)
-    expected = float(jury.lpips(fitted.module.reconstruct(images(2, 16, 16)), images(2, 16, 16)).mean())
+    expected = float(loss_networks.lpips(fitted.module.reconstruct(images(2, 16, 16)), images(2, 16, 16)).mean())
     assert fitted.metrics["lpips_vgg16"] == pytest.approx(expected, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the two sides
 
 
-def contest(task: OpposedTask) -> Contest:
-    return Contest.start(task.opponent, list(task.module.parameters()), SHORT)
+def in_training(task: AdversarialTask) -> AdversarialState:
+    return AdversarialState.start(task.adversary, list(task.module.parameters()), SHORT)
 
 
 def test_the_balance_against_autograd_by_hand() -> None:
     torch.manual_seed(0)
-    task = OpposedTask(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1)).double())
-    match, parameters = contest(task), list(task.module.parameters())
+    task = AdversarialTask(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1)).double())
+    match, parameters = in_training(task), list(task.module.parameters())
     image = ToyStream(dtype=torch.float64).batch(0, 3)
     terms = task.terms(image, draws(3), 0)
     terms["clean"].backward(retain_graph=True)
     match.add_part(terms, 1.0)
-    settled = match.settle(clip=0.0)
+    balanced_by = match.add_balanced(clip=0.0)
 
     made = task.module(image.images + 0.3 * draws(3).normal(image.images))
     others = torch.autograd.grad((made - image.images).square().mean(), parameters, retain_graph=True)
     adversarial = torch.autograd.grad(-task.judge(made).mean(), parameters)
     last = next(place for place, one in enumerate(parameters) if one is task.module[2].weight)
     balance = float(others[last].square().sum().sqrt() / (adversarial[last].square().sum().sqrt() + 1e-4))
-    assert float(settled["balance"]) == pytest.approx(balance, rel=1e-6)
+    assert float(balanced_by["balance"]) == pytest.approx(balance, rel=1e-6)
     assert 0.01 < balance < 1e4
     for parameter, one, other in zip(parameters, others, adversarial, strict=True):
         torch.testing.assert_close(parameter.grad, one + 0.7 * balance * other, rtol=1e-5, atol=1e-12)
@@ -250,8 +250,8 @@ def test_the_balance_is_bounded() -> None:
 
 
 def test_neither_side_gets_the_others_gradient() -> None:
-    task = OpposedTask()
-    match = contest(task)
+    task = AdversarialTask()
+    match = in_training(task)
     image = ToyStream().batch(0, 3)
     match.add_part(task.terms(image, draws(3), 0), 1.0)
     assert all(parameter.grad is None for parameter in task.module.parameters())
@@ -268,9 +268,9 @@ def test_neither_side_gets_the_others_gradient() -> None:
 
 def test_each_side_learns_without_the_other(tmp_path: Path) -> None:
     """At rate 0 the discriminator stays and the module feels it; at weight 0 it is the other way round."""
-    fixed, unheard, never = OpposedTask(), OpposedTask(), OpposedTask(start=99)
-    fixed.opponent = replace(fixed.opponent, rate=0.0)
-    unheard.opponent = replace(unheard.opponent, weight=0.0)
+    fixed, unheard, never = AdversarialTask(), AdversarialTask(), AdversarialTask(start=99)
+    fixed.adversary = replace(fixed.adversary, rate=0.0)
+    unheard.adversary = replace(unheard.adversary, weight=0.0)
     judge = bits(fixed.judge)
     for name, task in {"fixed": fixed, "unheard": unheard, "never": never}.items():
         fit(task, ToyStream(), SHORT, tmp_path / name)
@@ -281,7 +281,7 @@ def test_each_side_learns_without_the_other(tmp_path: Path) -> None:
 
 
 def test_nothing_of_it_happens_before_its_start(tmp_path: Path) -> None:
-    late, never = OpposedTask(start=2), OpposedTask(start=99)
+    late, never = AdversarialTask(start=2), AdversarialTask(start=99)
     first = bits(late.judge)
     fit(late, ToyStream(), SHORT, tmp_path / "late", stop_at=2)
     fit(never, ToyStream(), SHORT, tmp_path / "never", stop_at=2)
@@ -297,8 +297,8 @@ def test_nothing_of_it_happens_before_its_start(tmp_path: Path) -> None:
 
 
 def test_a_value_of_some_iterations_is_logged_as_their_mean(tmp_path: Path) -> None:
-    fit(OpposedTask(start=3), ToyStream(), SHORT, tmp_path / "each")
-    fit(OpposedTask(start=3), ToyStream(), replace(SHORT, log_every=4), tmp_path / "once")
+    fit(AdversarialTask(start=3), ToyStream(), SHORT, tmp_path / "each")
+    fit(AdversarialTask(start=3), ToyStream(), replace(SHORT, log_every=4), tmp_path / "once")
     each, once = (
         [record["train"] for record in read_log(tmp_path / name / "log.jsonl") if "train" in record][-1]
         for name in ("each", "once")
@@ -307,10 +307,10 @@ def test_a_value_of_some_iterations_is_logged_as_their_mean(tmp_path: Path) -> N
 
 
 def test_its_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
-    task = OpposedTask()
-    match = contest(task)
+    task = AdversarialTask()
+    match = in_training(task)
     match.add_part(task.terms(ToyStream().batch(0, 3), draws(3), 0), 1.0)
-    norm = match.settle(clip=1e-3)["gradient_discriminator"]
+    norm = match.add_balanced(clip=1e-3)["gradient_discriminator"]
     found = torch.stack([parameter.grad.norm() for parameter in task.judge.parameters()]).norm()
     assert float(norm) > 2e-3
     assert float(found) == pytest.approx(1e-3, rel=1e-3)
@@ -318,7 +318,7 @@ def test_its_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
 
 def test_against_a_discriminator_the_toy_ends_elsewhere_but_still_learns(tmp_path: Path) -> None:
     settings = replace(SHORT, iterations=100, lr=1e-2, log_every=50, gallery_every=100)
-    opposed = fit(OpposedTask(), ToyStream(), settings, tmp_path / "opposed")
+    opposed = fit(AdversarialTask(), ToyStream(), settings, tmp_path / "opposed")
     plain = fit(ToyTask(), ToyStream(), settings, tmp_path / "plain")
     assert not equal(bits(opposed.module), bits(plain.module))
     held_out = [r["held_out"]["psnr"] for r in read_log(tmp_path / "opposed" / "log.jsonl") if "held_out" in r]
@@ -327,23 +327,23 @@ def test_against_a_discriminator_the_toy_ends_elsewhere_but_still_learns(tmp_pat
 
 @pytest.mark.parametrize("kind", ["KL-VAE", "RAC"])
 def test_the_tasks_bring_their_discriminator(kind: str, make_rac, images, tmp_path: Path) -> None:
-    jury = Jury.called(0.0, 0.3, JUDGE, rng_seed=0)
+    loss_networks = LossNetworks.build(0.0, 0.3, JUDGE, rng_seed=0)
     if kind == "KL-VAE":
-        task = KLVAETask(small_coder(), KLVAEWeights(adversarial=0.3), ToyStream(), 2, jury)
+        task = KLVAETask(small_coder(), KLVAEWeights(adversarial=0.3), ToyStream(), 2, loss_networks)
         last = task.module.network.decoder.conv_out.weight
     else:
         teacher = KLVAEConfig(widths=(8, 8, 8), latent_channels=4).build()
         weights = RACWeights(reconstruction=1.0, adversarial=0.3)
-        task = RACTask(make_rac(lively=0.05), teacher, RACObjective(weights, steps=(2, 2)), jury)
+        task = RACTask(make_rac(lively=0.05), teacher, RACObjective(weights, steps=(2, 2)), loss_networks)
         last = task.module.field.network.layers[-2].weight
-    assert task.opponent.last_layer is last
-    assert task.opponent.weight == 0.3
+    assert task.adversary.last_layer is last
+    assert task.adversary.weight == 0.3
     assert "adversarial" not in task.weights
-    judge = bits(jury.discriminator)
+    judge = bits(loss_networks.discriminator)
     fit(task, ToyStream(), replace(SHORT, iterations=2), tmp_path / "run")
     values = [record["train"] for record in read_log(tmp_path / "run" / "log.jsonl") if "train" in record][-1]
     assert {"adversarial", "discriminator", "balance"} <= values.keys()
-    assert not equal(bits(jury.discriminator), judge)
+    assert not equal(bits(loss_networks.discriminator), judge)
 
 
 def test_the_adversarial_term_needs_another(make_rac) -> None:

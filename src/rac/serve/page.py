@@ -24,7 +24,7 @@ from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
 from ..runtime import pick_device
-from .figures import Loaded, Version, decode_moved, reconstruct
+from .figures import Loaded, Version, decode_noised, reconstruct
 from .guard import Gate, Limits, admit
 
 GREATEST_STEPS = 16
@@ -230,7 +230,7 @@ def _answer(tab: str, admitted: Any, loaded: Loaded, steps: int, sigma: float, d
         body += film_html("Encoding: the image flows back to the seed state", made.encoding, image)
         body += film_html("Decoding: the latent's seed state flows to the image", made.decoding, image)
     else:
-        versions = decode_moved(loaded, image, sigma)
+        versions = decode_noised(loaded, image, sigma)
         owner = "own" if loaded.teacher is None else "teacher's"
         notes.append(f"All of these decode the same latent, the {owner}, moved by {sigma:g} of its deviation.")
         body = pictures_html(image, versions) + figures_html(versions, "decoding alone")

@@ -12,12 +12,12 @@ from PIL import Image
 
 import rac
 from rac.config import to_json
-from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.image_sets import ImageSet, Preprocessing
 from rac.evaluate.protocol import Protocol
 from rac.evaluate.reconstruction import evaluate
 from rac.evaluate.result import Result
 
-TINY = Protocol("tiny", Framing(24, "centre"), figures=("psnr", "ssim"))
+TINY = Protocol("tiny", Preprocessing(24, "centre"), figures=("psnr", "ssim"))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_evaluate(tmp_path: Path, run, coder_dir: Path, pictures: Path, protocol
     ran = run("evaluate", *options, "--out", out)
     assert ran.code == 0, ran
     assert not ran.err
-    references = References.read([pictures], TINY.framing)
+    references = ImageSet.read([pictures], TINY.framing)
     for steps, name in ((1, "1-step"), (3, "3-steps")):
         (path,) = (out / "results").glob(f"*-{name}.json")
         result = Result.load(path)
@@ -149,7 +149,7 @@ def too_small(folder: Path) -> None:
     Image.new("RGB", (12, 12)).save(folder / "small.png")
 
 
-UNCROPPED = Protocol("uncropped", Framing(24, "none"))
+UNCROPPED = Protocol("uncropped", Preprocessing(24, "none"))
 BAD_DATA: dict[str, tuple[Callable[[Path], None], Protocol, str]] = {
     "empty": (empty, TINY, "holds no pictures"),
     "one image": (one_image, TINY, "too few"),

@@ -88,7 +88,7 @@ def test_broken_off_in_a_training_and_while_judging(
         return judge(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "judge", judge_one)
+        patch.setattr(verb, "evaluate_candidate", judge_one)
         with pytest.raises(KeyboardInterrupt):
             ablate("tiny", recipe, replace(options, resume=True))
     assert len(list((out / "results").iterdir())) == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rac.errors import RacError
-from rac.experiments.toy import ToyConfig, judge, moons, seed_state, to_latent, train
+from rac.experiments.toy import ToyConfig, measure, moons, seed_state, to_latent, train
 from rac.flow import Euler, FixedPoint, ReversibleHeun, TimeGrid, integrate
 from rac.runtime import generator
 
@@ -46,13 +46,13 @@ def test_it_decodes_and_encodes(field, point) -> None:  # type: ignore[no-untype
     """A decoded cell is nearer to its points than the cell's centre, and encoding finds the cell."""
     centre = CONFIG.cell * to_latent(point, CONFIG.cell)
     bare = float((centre - point).square().sum(1).mean().sqrt())
-    for one in judge(field, CONFIG, point, generator(2)):
+    for one in measure(field, CONFIG, point, generator(2)):
         assert one.image_error < 0.93 * bare, one
         assert one.latents_found > 0.9, one
 
 
 def test_more_steps_lose_less_there_and_back(field, point) -> None:  # type: ignore[no-untyped-def]
-    found = judge(field, CONFIG, point, generator(2), steps=(2, 4, 8, 16))
+    found = measure(field, CONFIG, point, generator(2), steps=(2, 4, 8, 16))
     for coarse, fine in pairwise(found):
         assert fine.euler < 0.75 * coarse.euler
         assert fine.state_error < 0.75 * coarse.state_error

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from rac.evaluate.image_metrics import ms_ssim, psnr, ssim
-from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.image_sets import ImageSet, Preprocessing
 from rac.evaluate.protocol import PROTOCOLS
 from rac.evaluate.set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall
 from rac.images import from_pixels, read_picture, to_pixels
@@ -106,7 +106,7 @@ def photographs(size: int) -> Tensor:
     missing = [name for name in PHOTOGRAPHS if not (folder / name).is_file()]
     if missing:
         pytest.skip(f"this scikit-image lacks {missing[0]}")
-    framing = Framing(size, "adm")
+    framing = Preprocessing(size, "adm")
     pictures = [framing.cut(read_picture(folder / name), name)[0] for name in PHOTOGRAPHS]
     return from_pixels(np.stack([np.asarray(picture) for picture in pictures]))
 
@@ -327,6 +327,6 @@ def test_set_figures_of_photographs_against_other_implementations(lite) -> None:
 @pytest.mark.skipif(not DEV.is_file(), reason=f"{DEV} is not at hand")
 def test_development_images_are_those_the_reports_name() -> None:
     protocol = PROTOCOLS["pixels-64"]
-    references = References.read([DEV], protocol.framing, count=32)
+    references = ImageSet.read([DEV], protocol.framing, count=32)
     assert (len(references), references.sizes, references.name) == (32, {(64, 64)}, "imagenette-dev-224.tar")
     assert len({name.split("/")[0] for name in references.names}) > 5

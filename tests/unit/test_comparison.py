@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rac.evaluate.comparison import (
-    Entrant,
+    Candidate,
+    all_candidates,
     coding_cost,
-    entrants,
     extremes,
     figure_text,
     file_name,
@@ -20,12 +20,12 @@ from rac.evaluate.comparison import (
     short_name,
 )
 from rac.evaluate.cost import count, parameters
-from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.image_sets import ImageSet, Preprocessing
 from rac.evaluate.protocol import Protocol
 from rac.evaluate.reconstruction import evaluate
 from rac.report.document import Table
 
-PROTOCOL = Protocol("tiny", Framing(16, "centre"), figures=("psnr",), steps=3)
+PROTOCOL = Protocol("tiny", Preprocessing(16, "centre"), figures=("psnr",), steps=3)
 
 
 @pytest.mark.parametrize(
@@ -57,21 +57,21 @@ def test_costs_are_of_evaluations(make_rac, images) -> None:  # type: ignore[no-
     """A field's evaluation times steps times two ways, at the size after padding; midpoint takes two each."""
     coder = make_rac()
     one = count(coder.field, (1, 4, 20, 16), (1,)).macs
-    entrant = Entrant("coder", "coder", coder, PROTOCOL)
-    cost = coding_cost(entrant, images(1, 18, 16))
+    candidate = Candidate("coder", "coder", coder, PROTOCOL)
+    cost = coding_cost(candidate, images(1, 18, 16))
     assert (cost.macs_per_step, cost.decoding_macs, cost.macs) == (one, 3 * one, 6 * one)
     assert cost.parameters == parameters(coder)
-    midpoint = coding_cost(replace(entrant, protocol=replace(PROTOCOL, solver="midpoint")), images(1, 18, 16))
+    midpoint = coding_cost(replace(candidate, protocol=replace(PROTOCOL, solver="midpoint")), images(1, 18, 16))
     assert midpoint.macs == 2 * cost.macs
 
 
 def test_entrants_reconstruct_as_they_are_judged(make_rac, images) -> None:  # type: ignore[no-untyped-def]
     """The pictures of a report show the images that its figures are about."""
     coder = make_rac(lively=0.05).eval()
-    references = References.of(images(4, 16, 16), "waves")
-    (entrant,) = entrants({"a": "a"}, {"a": coder}, {}, PROTOCOL, (2,), ("own", "teacher"))
-    assert entrant.label == "a, 2 steps"
-    exact = replace(entrant.protocol, rounded=False)
+    references = ImageSet.of(images(4, 16, 16), "waves")
+    (candidate,) = all_candidates({"a": "a"}, {"a": coder}, {}, PROTOCOL, (2,), ("own", "teacher"))
+    assert candidate.label == "a, 2 steps"
+    exact = replace(candidate.protocol, rounded=False)
     result = evaluate(coder, references, exact, name="a")
     worst, best = extremes(result, 2)
     assert sorted([*worst, *best]) == [0, 1, 2, 3]
@@ -79,7 +79,7 @@ def test_entrants_reconstruct_as_they_are_judged(make_rac, images) -> None:  # t
     from rac.evaluate.image_metrics import psnr
 
     lowest = min(result.per_image["psnr"])
-    assert float(psnr(entrant.reconstruct(image), image)) == pytest.approx(lowest, abs=1e-4)
+    assert float(psnr(candidate.reconstruct(image), image)) == pytest.approx(lowest, abs=1e-4)
 
 
 def test_a_coder_without_a_flow_enters_once() -> None:
@@ -87,8 +87,8 @@ def test_a_coder_without_a_flow_enters_once() -> None:
 
     torch.manual_seed(0)
     teacher = KLVAEConfig(widths=(8, 8), latent_channels=4, norm_groups=4).build()
-    (entrant,) = entrants({"t": "t"}, {"t": teacher}, {}, PROTOCOL, (1, 2), ("own", "teacher"))
-    assert (entrant.label, entrant.steps) == ("t", None)
+    (candidate,) = all_candidates({"t": "t"}, {"t": teacher}, {}, PROTOCOL, (1, 2), ("own", "teacher"))
+    assert (candidate.label, candidate.steps) == ("t", None)
 
 
 def test_markdown_is_aligned_and_escaped() -> None:

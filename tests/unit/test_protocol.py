@@ -19,15 +19,15 @@ from torch import Tensor
 from rac import RacError
 from rac.coders.klvae import KLVAEConfig
 from rac.evaluate.image_metrics import psnr
-from rac.evaluate.image_sets import Framing, References
+from rac.evaluate.image_sets import ImageSet, Preprocessing
 from rac.evaluate.protocol import PROTOCOLS, Protocol
 from rac.evaluate.reconstruction import evaluate
 from rac.evaluate.result import Result
-from rac.evaluate.suite import Judges
+from rac.evaluate.suite import MetricSuite
 from rac.images import from_pixels, to_pixels, write_image
 from rac.representations import Features
 
-PIXELS = Protocol("test", Framing(24, "centre"))
+PIXELS = Protocol("test", Preprocessing(24, "centre"))
 
 
 class MeanColours(torch.nn.Module):
@@ -53,15 +53,15 @@ def folder(tmp_path: Path, images: Callable[..., Tensor]) -> Path:
     return tmp_path / "pictures"
 
 
-def judged_by_colours(*figures: str) -> tuple[Protocol, Judges]:
-    """A protocol of these figures and "psnr", and judges whose extractor stands in for the one it names."""
+def judged_by_colours(*figures: str) -> tuple[Protocol, MetricSuite]:
+    """A protocol of these figures and "psnr", and a suite whose extractor stands in for the one it names."""
     protocol = replace(PIXELS, figures=("psnr", *figures), extractor="inception-768")
-    return protocol, Judges(protocol.figures, extractor=MeanColours())
+    return protocol, MetricSuite(protocol.figures, extractor=MeanColours())
 
 
-def evaluate_by_colours(coder, references: References, *figures: str, **options) -> Result:
-    protocol, judges = judged_by_colours(*figures)
-    return evaluate(coder, references, protocol, name="it", judges=judges, **options)
+def evaluate_by_colours(coder, references: ImageSet, *figures: str, **options) -> Result:
+    protocol, suite = judged_by_colours(*figures)
+    return evaluate(coder, references, protocol, name="it", suite=suite, **options)
 
 
 # ---------------------------------------------------------------------------------------------- references
@@ -71,38 +71,38 @@ def test_a_folder_and_a_tar_file_of_it_are_one_set(folder: Path, tmp_path: Path)
     with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
         for file in sorted(folder.rglob("*.png"), reverse=True):
             tar.add(file, file.relative_to(folder).as_posix())
-    one = References.read([folder], PIXELS.framing)
-    other = References.read([tmp_path / "pictures.tar"], PIXELS.framing)
+    one = ImageSet.read([folder], PIXELS.framing)
+    other = ImageSet.read([tmp_path / "pictures.tar"], PIXELS.framing)
     assert (one.names, one.hash, one.sizes) == (other.names, other.hash, {(24, 24)})
     assert one.name == "pictures"
-    fewer = References.read([folder], PIXELS.framing, count=5)
+    fewer = ImageSet.read([folder], PIXELS.framing, count=5)
     assert fewer.names == one.names[:5]
     assert fewer.hash != one.hash
 
 
 def test_the_hash_is_of_pixels_not_of_names_or_order(images) -> None:
     image = images(4, 8, 8)
-    one, other = References.of(image, "one"), References.of(image.flip(0), "other")
+    one, other = ImageSet.of(image, "one"), ImageSet.of(image.flip(0), "other")
     assert one.hash == other.hash
-    assert References.of(image[:3], "fewer").hash != one.hash
+    assert ImageSet.of(image[:3], "fewer").hash != one.hash
     nearly = image.clone()
     nearly[0, 0, 0, 0] += 1 / 127.5
-    assert References.of(nearly, "nearly").hash != one.hash
+    assert ImageSet.of(nearly, "nearly").hash != one.hash
 
 
 def test_batches_keep_order_and_never_mix_sizes(folder: Path) -> None:
-    references = References.read([folder], Framing())
+    references = ImageSet.read([folder], Preprocessing())
     batches = list(references.batches(5))
     assert [name for batch in batches for name in batch.names] == list(references.names)
     assert all(len(batch.images) == 1 for batch in batches)
     assert len(references.sizes) == 12
-    assert [len(batch.images) for batch in References.read([folder], PIXELS.framing).batches(5)] == [5, 5, 2]
+    assert [len(batch.images) for batch in ImageSet.read([folder], PIXELS.framing).batches(5)] == [5, 5, 2]
 
 
 def test_large_sets_are_read_again(folder: Path, monkeypatch) -> None:
-    kept = References.read([folder], PIXELS.framing)
+    kept = ImageSet.read([folder], PIXELS.framing)
     monkeypatch.setattr("rac.evaluate.image_sets.KEEP_MB", 0)
-    again = References.read([folder], PIXELS.framing)
+    again = ImageSet.read([folder], PIXELS.framing)
     assert again.hash == kept.hash
     for one, other in zip(kept.batches(7), again.batches(7), strict=True):
         assert torch.equal(one.images, other.images)
@@ -111,14 +111,14 @@ def test_large_sets_are_read_again(folder: Path, monkeypatch) -> None:
 def test_framings() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    (whole,) = Framing().cut(picture, "it")
+    (whole,) = Preprocessing().cut(picture, "it")
     assert np.array_equal(whole, pixels)
-    (centre,) = Framing(50, "centre").cut(picture, "it")
+    (centre,) = Preprocessing(50, "centre").cut(picture, "it")
     assert np.array_equal(centre, pixels[:, 10:60])
-    tiles = Framing(20, "tiles").cut(picture, "it")
+    tiles = Preprocessing(20, "tiles").cut(picture, "it")
     assert len(tiles) == 6
     assert np.array_equal(tiles[4], pixels[25:45, 25:45])
-    small = [np.asarray(Framing(16, "centre", resize).cut(picture, "it")[0]) for resize in ("bicubic", "box")]
+    small = [np.asarray(Preprocessing(16, "centre", resize).cut(picture, "it")[0]) for resize in ("bicubic", "box")]
     assert small[0].shape == (16, 16, 3)
     assert not np.array_equal(*small)
 
@@ -134,7 +134,7 @@ def test_adm_crop_is_that_of_the_public_code(size: int) -> None:
     theirs = theirs.resize(tuple(round(x * scale) for x in theirs.size), resample=Image.BICUBIC)
     array = np.array(theirs)
     y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    (ours,) = Framing(size, "adm").cut(picture, "it")
+    (ours,) = Preprocessing(size, "adm").cut(picture, "it")
     assert np.array_equal(ours, array[y : y + size, x : x + size])
 
 
@@ -144,19 +144,19 @@ def test_bad_sets_are_refused(folder: Path, tmp_path: Path) -> None:
     single.mkdir()
     Image.new("L", (40, 40)).save(single / "one.png")
     for paths, framing, count, words in (
-        ([tmp_path / "nowhere"], Framing(), None, "nowhere does not exist"),
-        ([empty], Framing(), None, "empty holds no pictures"),
-        ([single], Framing(), None, "single gives 1 image.*at least 2"),
-        ([folder], Framing(24, "none"), None, "24 x 24 and does not crop"),
-        ([folder], Framing(28, "centre"), None, "too small for images of 28 x 28"),
-        ([folder], Framing(24, "centre"), 13, "gives 12 images, the protocol asks for 13"),
+        ([tmp_path / "nowhere"], Preprocessing(), None, "nowhere does not exist"),
+        ([empty], Preprocessing(), None, "empty holds no pictures"),
+        ([single], Preprocessing(), None, "single gives 1 image.*at least 2"),
+        ([folder], Preprocessing(24, "none"), None, "24 x 24 and does not crop"),
+        ([folder], Preprocessing(28, "centre"), None, "too small for images of 28 x 28"),
+        ([folder], Preprocessing(24, "centre"), 13, "gives 12 images, the protocol asks for 13"),
     ):
         with pytest.raises(RacError, match=words):
-            References.read(paths, framing, count)
+            ImageSet.read(paths, framing, count)
     whole = (folder / "3.png").read_bytes()
     (folder / "3.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RacError, match=r"3\.png is damaged"):
-        References.read([folder], PIXELS.framing)
+        ImageSet.read([folder], PIXELS.framing)
 
 
 def test_bad_framings_are_refused() -> None:
@@ -167,7 +167,7 @@ def test_bad_framings_are_refused() -> None:
         "resize 'nearest' is not known": (64, "centre", "nearest"),
     }.items():
         with pytest.raises(RacError, match=words):
-            Framing(*arguments)  # type: ignore[arg-type]
+            Preprocessing(*arguments)  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------------------- protocols
@@ -195,7 +195,7 @@ def test_bad_protocols_are_refused(words: str, changes: dict) -> None:
 
 
 def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
-    references = References.of(images(5, 24, 24), "some")
+    references = ImageSet.of(images(5, 24, 24), "some")
     evaluate(one_layer_coder, references, replace(PIXELS, count=5, reference=references.hash), name="it")
     for words, changes in {
         "some has hash": {"reference": "0" * 64},
@@ -212,26 +212,26 @@ def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
 
 
 def test_too_few_or_unlike_images_never_make_a_silent_number(one_layer_coder, images, folder) -> None:
-    some = References.of(images(6, 24, 24), "some")
+    some = ImageSet.of(images(6, 24, 24), "some")
     with pytest.raises(RacError, match="6 features needs more than 6 images, not 6"):
         evaluate_by_colours(one_layer_coder, some, "frechet")
     with pytest.raises(RacError, match="no spatial features"):
         evaluate_by_colours(one_layer_coder, some, "spatial-frechet")
     with pytest.raises(RacError, match="no Inception Score"):
         evaluate_by_colours(one_layer_coder, some, "score")
-    native = References.read([folder], Framing())
+    native = ImageSet.read([folder], Preprocessing())
     with pytest.raises(RacError, match="24 x 30 and of 25 x 30"):
         evaluate_by_colours(one_layer_coder, native, "kernel")
-    tiny = References.of(images(3, 8, 24), "tiny")
+    tiny = ImageSet.of(images(3, 8, 24), "tiny")
     with pytest.raises(RacError, match="ssim needs sides of at least 11 pixels, tiny has images of 8"):
-        evaluate(one_layer_coder, tiny, replace(PIXELS, framing=Framing()), name="it")
+        evaluate(one_layer_coder, tiny, replace(PIXELS, framing=Preprocessing()), name="it")
 
 
 # ------------------------------------------------------------------------------------------------- results
 
 
 def test_a_coder_that_loses_nothing(one_layer_coder, folder, tmp_path) -> None:
-    references = References.read([folder], PIXELS.framing)
+    references = ImageSet.read([folder], PIXELS.framing)
     figures = ("ssim", "frechet", "kernel", "precision-recall")
     result = evaluate_by_colours(one_layer_coder, references, *figures, command="rac evaluate")
     assert result.figures["psnr"] == math.inf
@@ -253,7 +253,7 @@ def test_a_coder_that_loses_nothing(one_layer_coder, folder, tmp_path) -> None:
 def test_batches_and_order_do_not_matter(make_rac, images) -> None:
     coder, image = make_rac(lively=0.05).eval(), images(7, 24, 24)
     results = [
-        evaluate_by_colours(coder, References.of(some, "some"), "ssim", "frechet", "kernel", batch=batch)
+        evaluate_by_colours(coder, ImageSet.of(some, "some"), "ssim", "frechet", "kernel", batch=batch)
         for some, batch in ((image, 7), (image, 1), (image.flip(0), 3))
     ]
     for other in results[1:]:
@@ -264,7 +264,7 @@ def test_batches_and_order_do_not_matter(make_rac, images) -> None:
 
 def test_figures_are_those_of_the_written_files(make_rac, images) -> None:
     coder, image = make_rac(lively=0.05).eval(), from_pixels(to_pixels(images(1, 24, 24)))
-    references = References.of(torch.cat([image, image]), "two")
+    references = ImageSet.of(torch.cat([image, image]), "two")
     protocol = replace(PIXELS, figures=("psnr",), steps=2)
     result = evaluate(coder, references, protocol, name="it")
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_figures_are_those_of_the_written_files(make_rac, images) -> None:
 
 
 def test_solver_grid_and_dtype_are_obeyed(make_rac, images) -> None:
-    coder, references = make_rac(lively=0.05).eval(), References.of(images(2, 24, 24), "some")
+    coder, references = make_rac(lively=0.05).eval(), ImageSet.of(images(2, 24, 24), "some")
     found = {
         evaluate(coder, references, replace(PIXELS, figures=("psnr",), rounded=False, **change), name="it").figures[
             "psnr"
@@ -294,7 +294,7 @@ def test_solver_grid_and_dtype_are_obeyed(make_rac, images) -> None:
 def test_a_teacher_and_its_latents(make_rac, images) -> None:
     torch.manual_seed(0)
     teacher = KLVAEConfig(widths=(4, 4, 4), latent_channels=4).build().eval()
-    coder, references = make_rac(lively=0.05).eval(), References.of(images(3, 24, 24), "some")
+    coder, references = make_rac(lively=0.05).eval(), ImageSet.of(images(3, 24, 24), "some")
     protocol = replace(PIXELS, figures=("psnr", "explained-variance", "state-round-trip"))
     own = evaluate(coder, references, protocol, name="it", teacher=teacher)
     assert len(own.per_channel["explained variance"]) == 4
@@ -308,7 +308,7 @@ def test_a_teacher_and_its_latents(make_rac, images) -> None:
 def test_posterior_samples_belong_to_images(images) -> None:
     torch.manual_seed(0)
     vae = KLVAEConfig(widths=(4, 4), latent_channels=2).build().eval()
-    references = References.of(images(4, 24, 24), "some")
+    references = ImageSet.of(images(4, 24, 24), "some")
     sampled = replace(PIXELS, posterior="sample", figures=("psnr",))
     one, other = (evaluate(vae, references, sampled, name="it", batch=size) for size in (4, 1))
     assert one.per_image["psnr"] == pytest.approx(other.per_image["psnr"], abs=1e-4)
@@ -321,7 +321,7 @@ def test_nan_is_told(make_rac, images) -> None:
     coder = make_rac()
     torch.nn.init.constant_(next(coder.field.parameters()), math.nan)
     with pytest.raises(RacError, match="NaN"):
-        evaluate(coder, References.of(images(2, 24, 24), "some"), PIXELS, name="it")
+        evaluate(coder, ImageSet.of(images(2, 24, 24), "some"), PIXELS, name="it")
 
 
 def test_progress_and_reference_features_are_kept(one_layer_coder, images) -> None:
@@ -332,16 +332,16 @@ def test_progress_and_reference_features_are_kept(one_layer_coder, images) -> No
             self.seen += len(image)
             return super().__call__(image)
 
-    protocol, judges = judged_by_colours("kernel")
-    judges, references = replace(judges, extractor=Counted()), References.of(images(8, 24, 24), "some")
+    protocol, suite = judged_by_colours("kernel")
+    suite, references = replace(suite, extractor=Counted()), ImageSet.of(images(8, 24, 24), "some")
     told = []
     for _ in range(2):
-        options = {"judges": judges, "batch": 3, "progress": lambda *done_of_all: told.append(done_of_all)}
+        options = {"suite": suite, "batch": 3, "progress": lambda *done_of_all: told.append(done_of_all)}
         evaluate(one_layer_coder, references, protocol, name="it", **options)
     assert told[:3] == [(3, 8), (6, 8), (8, 8)]
-    assert judges.extractor.seen == 3 * 8
-    with pytest.raises(RacError, match="judges are for"):
-        evaluate(one_layer_coder, references, PIXELS, name="it", judges=judges)
+    assert suite.extractor.seen == 3 * 8
+    with pytest.raises(RacError, match="suite is for"):
+        evaluate(one_layer_coder, references, PIXELS, name="it", suite=suite)
 
 
 def test_pictures_of_other_modes_are_converted(tmp_path: Path) -> None:
@@ -349,4 +349,4 @@ def test_pictures_of_other_modes_are_converted(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         Image.new(mode, (30, 30)).save(buffer, "TIFF")
         (tmp_path / f"{index}.tiff").write_bytes(buffer.getvalue())
-    assert len(References.read([tmp_path], PIXELS.framing)) == 3
+    assert len(ImageSet.read([tmp_path], PIXELS.framing)) == 3

@@ -17,8 +17,8 @@ from rac.coders.klvae import KLVAEConfig
 from rac.commands.serve import Command
 from rac.errors import RacError
 from rac.evaluate.one_image import rac_reconstructions
-from rac.evaluate.robustness import correction_curve
-from rac.serve.figures import MOVED_STEPS, Loaded, decode_moved, reconstruct
+from rac.evaluate.robustness import robustness_curve
+from rac.serve.figures import NOISED_STEPS, Loaded, decode_noised, reconstruct
 from rac.serve.guard import Limits
 from rac.serve.page import EMPTY, Answers, build, free_port, serving
 
@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_evaluate(loaded: Loaded, images, steps: int) -
 
 def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images) -> None:  # type: ignore[no-untyped-def]
     from rac.evaluate.image_sets import Batch
-    from rac.evaluate.suite import Judges
+    from rac.evaluate.suite import MetricSuite
 
     class One:
         """References of one image called "picture"."""
@@ -58,16 +58,16 @@ def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images)
         def batches(self, _: int):  # type: ignore[no-untyped-def]
             yield Batch(("picture",), images(1, 24, 24))
 
-    made = decode_moved(loaded, images(1, 24, 24), 0.7)
+    made = decode_noised(loaded, images(1, 24, 24), 0.7)
     decoders = {"teacher": loaded.teacher.decode}
-    decoders |= {f"{k}": lambda latent, k=k: loaded.coder.decode(latent, k) for k in MOVED_STEPS}
-    curve = correction_curve(
-        decoders, loaded.teacher, One(), Judges(figures=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
+    decoders |= {f"{k}": lambda latent, k=k: loaded.coder.decode(latent, k) for k in NOISED_STEPS}
+    curve = robustness_curve(
+        decoders, loaded.teacher, One(), MetricSuite(figures=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
     )
     expected = [figures[0] for figures in curve.figures["psnr"].values()]
     assert [one.psnr for one in made] == pytest.approx(expected, abs=1e-5)
-    assert [one.evaluations for one in made] == [1, *MOVED_STEPS]
-    unmoved = decode_moved(loaded, images(1, 24, 24), 0.0)
+    assert [one.evaluations for one in made] == [1, *NOISED_STEPS]
+    unmoved = decode_noised(loaded, images(1, 24, 24), 0.0)
     assert torch.equal(unmoved[0].image, loaded.teacher.reconstruct(images(1, 24, 24)))
 
 
@@ -76,10 +76,10 @@ def test_coders_without_a_flow_or_a_teacher(loaded: Loaded, images) -> None:  # 
     shown = reconstruct(Loaded("vae", loaded.teacher), image, 4)
     assert [one.name for one in shown.versions] == ["vae"]
     assert shown.decoding is None
-    assert [one.name for one in decode_moved(Loaded("vae", loaded.teacher), image, 0.5)] == ["vae"]
+    assert [one.name for one in decode_noised(Loaded("vae", loaded.teacher), image, 0.5)] == ["vae"]
     alone = Loaded("rac", loaded.coder)
     assert [one.name for one in reconstruct(alone, image, 1).versions] == ["RAC, 1 step"]
-    assert [one.evaluations for one in decode_moved(alone, image, 0.5)] == list(MOVED_STEPS)
+    assert [one.evaluations for one in decode_noised(alone, image, 0.5)] == list(NOISED_STEPS)
 
 
 # ------------------------------------------------------------------------------------------ without gradio

@@ -17,11 +17,11 @@ from ..coders.rac import RAC
 from ..config import json_safe, to_json
 from ..data import held_out_images
 from ..errors import RacError
-from ..evaluate.comparison import Comparison, Entrant, Row, coding_cost, entrants, judge
-from ..evaluate.image_sets import Framing, References
+from ..evaluate.comparison import Candidate, Comparison, Row, all_candidates, coding_cost, evaluate_candidate
+from ..evaluate.image_sets import ImageSet, Preprocessing
 from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
-from ..evaluate.suite import Judges
+from ..evaluate.suite import MetricSuite
 from ..experiments.ablation import Ablation, Equal, Training, file_name
 from ..experiments.ablation_report import (
     Showing,
@@ -91,18 +91,18 @@ def ablate(name: str, recipe: Recipe, options: Options) -> int:
     vary = tuple(_dotted(choice) for choice in options.vary)
     ablation = Ablation(recipe, vary, options.budget, options.out, options.equal)
     # Before hours of training, all that can be wrong with what comes after.
-    judging = _judging(ablation, options)
+    evaluation = _evaluation(ablation, options)
     ablation.enter(options.resume)
     trainings = ablation.trainings(ablation.measured(note))
     failures = _train(ablation, trainings)
     trained = [training for training in trainings if training.label not in failures]
-    with counting("judging") as progress:
-        rows, strips = [], Strips.start(judging.references)
+    with counting("evaluating") as progress:
+        rows, strips = [], Strips.start(evaluation.references)
         for done, training in enumerate(trained):
             progress(done, len(trained))
-            for entrant in judging.entrants(training, ablation.steps):
-                rows.append(judging.row(entrant, options.out))
-                strips.add(entrant)
+            for candidate in evaluation.candidates(training, ablation.steps):
+                rows.append(evaluation.row(candidate, options.out))
+                strips.add(candidate)
     showing = Showing(name, ablation, trainings, failures, Comparison(tuple(rows)), strips)
     _report(showing, options.out)
     return 1 if failures else 0
@@ -141,17 +141,17 @@ def _train(ablation: Ablation, trainings: Sequence[Training]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Judging:
+class _Evaluation:
     """One protocol, one set of images, one set of networks that judge: for all variants."""
 
     protocol: Protocol
-    references: References
-    judges: Judges
+    references: ImageSet
+    suite: MetricSuite
     device: str
     _teachers: dict[str, Coder] = field(default_factory=dict)
     """Loaded once, by name."""
 
-    def entrants(self, training: Training, steps: Sequence[int]) -> list[Entrant]:
+    def candidates(self, training: Training, steps: Sequence[int]) -> list[Candidate]:
         """The coder of a training at every number of steps."""
         name, coder = str(training.coder), self._load(str(training.coder))
         teachers = {}
@@ -159,18 +159,18 @@ class _Judging:
             if coder.teacher not in self._teachers:
                 self._teachers[coder.teacher] = self._load(coder.teacher)
             teachers[name] = self._teachers[coder.teacher]
-        return entrants({name: training.label}, {name: coder}, teachers, self.protocol, steps, ("own",))
+        return all_candidates({name: training.label}, {name: coder}, teachers, self.protocol, steps, ("own",))
 
-    def row(self, entrant: Entrant, out: Path) -> Row:
+    def row(self, candidate: Candidate, out: Path) -> Row:
         """Its figures: those that an earlier run left in `out`, if they are of these weights, images and protocol."""
-        path = out / "results" / f"{file_name(entrant.label)}.json"
+        path = out / "results" / f"{file_name(candidate.label)}.json"
         if path.exists():
             result = Result.load(path)
             found = (result.coder_hash, result.reference.hash, result.protocol)
-            if found == (weights_hash(entrant.coder.state_dict()), self.references.hash, entrant.protocol):
+            if found == (weights_hash(candidate.coder.state_dict()), self.references.hash, candidate.protocol):
                 first = next(self.references.batches(1)).images.to(pick_device(self.device))
-                return Row(entrant.label, entrant.family, coding_cost(entrant, first), result)
-        row = judge(entrant, self.references, self.judges)
+                return Row(candidate.label, candidate.family, coding_cost(candidate, first), result)
+        row = evaluate_candidate(candidate, self.references, self.suite)
         make_folder(path.parent)
         row.result.save(path)
         return row
@@ -181,26 +181,26 @@ class _Judging:
         return coder
 
 
-def _judging(ablation: Ablation, options: Options) -> _Judging:
+def _evaluation(ablation: Ablation, options: Options) -> _Evaluation:
     if options.protocol not in PROTOCOLS:
         raise RacError(f"no protocol {options.protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     protocol, recipe = PROTOCOLS[options.protocol], ablation.recipe
     if options.test:
         with counting("reading pictures") as progress:
-            references = References.read(
+            references = ImageSet.read(
                 options.test, protocol.framing, protocol.count, progress=lambda done: progress(done, None)
             )
     elif ablation.varies("data.paths", "data.held_out"):
         raise RacError("variants of other data hold out other pictures; give --test, pictures that none trains on")
     else:
         held_out = held_out_images(recipe.data)
-        references = References.of(held_out, "the held-out set")
-        framing = Framing(recipe.data.size, "none")
+        references = ImageSet.of(held_out, "the held-out set")
+        framing = Preprocessing(recipe.data.size, "none")
         protocol = replace(protocol, name=f"{protocol.name}, held out", framing=framing, count=None)
     device = recipe.train.device
-    judges = Judges.load(protocol.figures, protocol.extractor, pick_device(device))
-    judges.check(references)
-    return _Judging(protocol, references, judges, device)
+    suite = MetricSuite.load(protocol.figures, protocol.extractor, pick_device(device))
+    suite.check(references)
+    return _Evaluation(protocol, references, suite, device)
 
 
 def _report(showing: Showing, out: Path) -> None:

@@ -10,11 +10,11 @@ import tyro
 
 from ..errors import RacError
 from ..evaluate.comparison import short_name
-from .judging import Judging
+from .evaluation import EvaluationOptions
 
 
 @dataclass(frozen=True)
-class Command(Judging):
+class Command(EvaluationOptions):
     """Judge several coders on the same images: one table of quality, parameters, MACs and speed, and pictures.
 
     A RAC enters once for each number of steps. Writes table.md, comparison.json, report.html with its pictures, and
@@ -30,4 +30,4 @@ class Command(Judging):
         """Compare; the exit code. Raises `RacError`."""
         if not self.models:
             raise RacError("name the coders to compare, such as: rac compare rac-64 klvae-f8d4 --data PICTURES")
-        return self.judge_all(self.models, self.out, " against ".join(short_name(name) for name in self.models))
+        return self.evaluate_all(self.models, self.out, " against ".join(short_name(name) for name in self.models))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluate.comparison import short_name
-from .judging import Judging
+from .evaluation import EvaluationOptions
 from .shared import DEFAULT_CODER
 
 
 @dataclass(frozen=True)
-class Command(Judging):
+class Command(EvaluationOptions):
     """Judge a coder on images, under a protocol that says all that the figures depend on.
 
     Writes for each number of steps a JSON file with the figures, the protocol, the hash of the images, versions and
@@ -25,4 +25,4 @@ class Command(Judging):
 
     def run(self) -> int:
         """Evaluate; the exit code. Raises `RacError`."""
-        return self.judge_all([self.model], self.out, f"{short_name(self.model)}, evaluated")
+        return self.evaluate_all([self.model], self.out, f"{short_name(self.model)}, evaluated")

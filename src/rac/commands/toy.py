@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..experiments.toy import ToyConfig, judge, moons, seed_state, to_latent, train
+from ..experiments.toy import ToyConfig, measure, moons, seed_state, to_latent, train
 from ..experiments.toy_report import draw_errors, draw_flow, draw_paths, exact_table, film, table
 from ..files import make_folder, write_bytes
 from ..images import write_picture
@@ -46,7 +46,7 @@ class Command:
         note(f"trained {self.iterations} iterations, loss {loss:.4f}; drawing")
         rng = generator(self.rng_seed, "toy", "judge")
         point = moons(1_000, rng)
-        figures = judge(field, config, point, rng)
+        figures = measure(field, config, point, rng)
         shown = point[:SHOWN]
         seed = seed_state(to_latent(shown, config.cell), config, rng)
         write_picture(draw_flow(field, config, shown, seed), self.out / "flow.png")

@@ -22,18 +22,18 @@ from ..flow.solvers import SOLVERS
 from ..images import crop
 from ..report.document import Table
 from .cost import MacCounter, parameters
-from .image_sets import References
+from .image_sets import ImageSet
 from .protocol import Protocol
 from .reconstruction import evaluate
 from .result import Result
-from .robustness import CorrectionCurve
-from .suite import LATENT_FIGURES, Judges
+from .robustness import RobustnessCurve
+from .suite import LATENT_FIGURES, MetricSuite
 
 LatentSource = Literal["own", "teacher"]
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Candidate:
     """A coder in one setting: at so many steps, decoding its own latents or its teacher's."""
 
     name: str
@@ -104,19 +104,19 @@ class CodingCost:
 
 
 @torch.no_grad()
-def coding_cost(entrant: Entrant, image: Tensor) -> CodingCost:
+def coding_cost(candidate: Candidate, image: Tensor) -> CodingCost:
     """Counted while coding one image 1 3 H W."""
     with MacCounter() as encoding:
-        latent = entrant.encode(image)
+        latent = candidate.encode(image)
     evaluations = 1
     with MacCounter() as decoding:
-        if isinstance(entrant.coder, RAC):
-            flow = entrant.coder.trajectory(latent, *entrant.flow())
+        if isinstance(candidate.coder, RAC):
+            flow = candidate.coder.trajectory(latent, *candidate.flow())
             evaluations = flow.evaluations
         else:
-            entrant.decode(latent)
+            candidate.decode(latent)
     return CodingCost(
-        parameters=parameters(entrant.coder),
+        parameters=parameters(candidate.coder),
         macs_per_step=decoding.macs // evaluations,
         decoding_macs=decoding.macs,
         macs=encoding.macs + decoding.macs,
@@ -126,7 +126,7 @@ def coding_cost(entrant: Entrant, image: Tensor) -> CodingCost:
 
 @dataclass(frozen=True)
 class Row:
-    """One entrant, judged."""
+    """One candidate, judged."""
 
     label: str
     family: str
@@ -136,10 +136,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All entrants under one protocol on the same images."""
+    """All candidates under one protocol on the same images."""
 
     rows: tuple[Row, ...]
-    corrections: tuple[CorrectionCurve, ...] = ()
+    corrections: tuple[RobustnessCurve, ...] = ()
 
     @property
     def figures(self) -> list[str]:
@@ -147,7 +147,7 @@ class Comparison:
         return list(dict.fromkeys(name for row in self.rows for name in row.result.figures))
 
     def table(self) -> Table:
-        """One row for each entrant, for people."""
+        """One row for each candidate, for people."""
         columns = ("coder", *(figure_title(name) for name in self.figures), *_COST_COLUMNS)
         return Table(columns, tuple(self._cells(row) for row in self.rows))
 
@@ -167,43 +167,43 @@ class Comparison:
 _COST_COLUMNS = ("parameters", "GMACs per step", "GMACs decoding", "GMACs in all", "img/s")
 
 
-def judge(
-    entrant: Entrant,
-    references: References,
-    judges: Judges,
+def evaluate_candidate(
+    candidate: Candidate,
+    references: ImageSet,
+    suite: MetricSuite,
     *,
     batch: int = 16,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Row:
-    """Evaluate one entrant and count its cost. Raises `RacError` as `evaluate`."""
-    protocol = entrant.protocol
-    judges = replace(judges, figures=protocol.figures)
-    first = next(references.batches(1)).images.to(next(entrant.coder.parameters()).device)
+    """Evaluate one candidate and count its cost. Raises `RacError` as `evaluate`."""
+    protocol = candidate.protocol
+    suite = replace(suite, figures=protocol.figures)
+    first = next(references.batches(1)).images.to(next(candidate.coder.parameters()).device)
     # Before the images that are timed, so that no speed is that of a cold start.
-    cost = coding_cost(entrant, first)
+    cost = coding_cost(candidate, first)
     result = evaluate(
-        entrant.coder,
+        candidate.coder,
         references,
         protocol,
-        name=entrant.name,
-        teacher=entrant.teacher,
-        judges=judges,
+        name=candidate.name,
+        teacher=candidate.teacher,
+        suite=suite,
         batch=batch,
         command=command,
         progress=progress,
     )
-    return Row(entrant.label, entrant.family, cost, result)
+    return Row(candidate.label, candidate.family, cost, result)
 
 
-def entrants(
+def all_candidates(
     names: Mapping[str, str],
     coders: Mapping[str, Coder],
     teachers: Mapping[str, Coder],
     protocol: Protocol,
     steps: Sequence[int],
     latents: Sequence[LatentSource],
-) -> list[Entrant]:
+) -> list[Candidate]:
     """Every coder in every setting that it has.
 
     `names` are the coders' titles by name, `teachers` those of the coders that have one. A RAC enters once for each
@@ -218,7 +218,7 @@ def entrants(
             for number in numbers:
                 setting = replace(protocol, latents=source, steps=number)
                 setting = replace(setting, figures=_figures(setting, coder, teacher))
-                found.append(Entrant(name, names[name], coder, setting, teacher))
+                found.append(Candidate(name, names[name], coder, setting, teacher))
     return found
 
 
@@ -288,7 +288,7 @@ def extremes(result: Result, count: int) -> tuple[list[int], list[int]]:
     return order[:count], order[::-1][:count]
 
 
-def pick(references: References, places: Sequence[int]) -> dict[int, Tensor]:
+def pick(references: ImageSet, places: Sequence[int]) -> dict[int, Tensor]:
     """The images 1 3 H W at these places."""
     found: dict[int, Tensor] = {}
     wanted = set(places)

@@ -22,8 +22,8 @@ from ..report.document import Figure, Section, Table
 from ..report.pictures import Panel, scale_bar, sheet, strip
 from ..report.plots import BLACK, PALETTE, Series, Walk, heat, line_panels, shades, walk_panels
 from .comparison import (
+    Candidate,
     Comparison,
-    Entrant,
     Row,
     axis_title,
     extremes,
@@ -35,10 +35,10 @@ from .comparison import (
     short_name,
 )
 from .image_metrics import psnr
-from .image_sets import Batch, Framing, References
+from .image_sets import Batch, ImageSet, Preprocessing
 from .principal import PrincipalAxes, latent_axes, latent_colours
 from .result import Result
-from .robustness import CorrectionCurve, moved_latents
+from .robustness import RobustnessCurve, noised_latents
 
 EXTREMES = 3
 """Images shown of the worst, and of the best."""
@@ -59,48 +59,53 @@ class Material:
     """All that the report is about."""
 
     data: tuple[Path, ...]
-    entrants: Sequence[Entrant]
+    candidates: Sequence[Candidate]
     comparison: Comparison
-    references: References
+    references: ImageSet
 
     @property
     def rows(self) -> Sequence[Row]:
-        """Of the comparison, in the order of the entrants."""
+        """Of the comparison, in the order of the candidates."""
         return self.comparison.rows
 
     @cached_property
-    def settled(self) -> list[Entrant]:
-        """One entrant of each family: at the coder's own number of steps, or the nearest that was judged."""
-        families: dict[str, Entrant] = {}
-        for entrant in self.entrants:
-            best = families.setdefault(entrant.family, entrant)
-            if isinstance(entrant.coder, RAC):
-                own = entrant.coder.config.steps
-                if abs((entrant.steps or 0) - own) < abs((best.steps or 0) - own):
-                    families[entrant.family] = entrant
+    def default_steps(self) -> list[Candidate]:
+        """One candidate of each family: at the coder's own number of steps, or the nearest that was judged."""
+        families: dict[str, Candidate] = {}
+        for candidate in self.candidates:
+            best = families.setdefault(candidate.family, candidate)
+            if isinstance(candidate.coder, RAC):
+                own = candidate.coder.config.steps
+                if abs((candidate.steps or 0) - own) < abs((best.steps or 0) - own):
+                    families[candidate.family] = candidate
         return list(families.values())
 
     @cached_property
-    def focus(self) -> Entrant:
+    def highlighted(self) -> Candidate:
         """Whose best and worst images are shown: the first family with a flow, or the first."""
-        return next((entrant for entrant in self.settled if isinstance(entrant.coder, RAC)), self.settled[0])
+        return next(
+            (candidate for candidate in self.default_steps if isinstance(candidate.coder, RAC)), self.default_steps[0]
+        )
 
     @cached_property
     def colours(self) -> dict[str, str]:
         """One for each family: coders without a flow are black and grey."""
         found: dict[str, str] = {}
-        flows, plain = iter(PALETTE * len(self.settled)), iter((BLACK, "#6e6e73", "#a0a0a5") * len(self.settled))
-        for entrant in self.settled:
-            found[entrant.family] = next(flows) if isinstance(entrant.coder, RAC) else next(plain)
+        flows, plain = (
+            iter(PALETTE * len(self.default_steps)),
+            iter((BLACK, "#6e6e73", "#a0a0a5") * len(self.default_steps)),
+        )
+        for candidate in self.default_steps:
+            found[candidate.family] = next(flows) if isinstance(candidate.coder, RAC) else next(plain)
         return found
 
-    def result_of(self, entrant: Entrant) -> Result:
+    def result_of(self, candidate: Candidate) -> Result:
         """What came out for it."""
-        return self.rows[list(self.entrants).index(entrant)].result
+        return self.rows[list(self.candidates).index(candidate)].result
 
-    def members(self, family: str) -> list[Entrant]:
-        """The entrants of a family, one for each number of steps."""
-        return [entrant for entrant in self.entrants if entrant.family == family]
+    def of_family(self, family: str) -> list[Candidate]:
+        """The candidates of a family, one for each number of steps."""
+        return [candidate for candidate in self.candidates if candidate.family == family]
 
 
 def introduction(material: Material) -> str:
@@ -175,9 +180,9 @@ def _correction(material: Material) -> Section | None:
     return Section("Correction", _CORRECTION, contents) if contents else None
 
 
-def _correction_plot(curve: CorrectionCurve) -> Figure:
-    teacher, *pupils = next(iter(curve.figures.values()))
-    colours = {teacher: BLACK, **dict(zip(pupils, shades(len(pupils)), strict=True))}
+def _correction_plot(curve: RobustnessCurve) -> Figure:
+    teacher, *students = next(iter(curve.figures.values()))
+    colours = {teacher: BLACK, **dict(zip(students, shades(len(students)), strict=True))}
 
     def lines(rows: Mapping[str, Sequence[float]]) -> list[Series]:
         return [Series(name, curve.sigmas, y, colours[name], dashed=name == teacher) for name, y in rows.items()]
@@ -193,7 +198,7 @@ def _correction_plot(curve: CorrectionCurve) -> Figure:
     return Figure(line_panels(panels, label), f"correction-{file_name(teacher)}", caption)
 
 
-def _correction_table(curve: CorrectionCurve) -> Table:
+def _correction_table(curve: RobustnessCurve) -> Table:
     """The first figure, by decoder and sigma."""
     figure, rows = next(iter(curve.figures.items()))
     columns = (f"{figure_title(figure)} at sigma", *(f"{sigma:g}" for sigma in curve.sigmas))
@@ -201,18 +206,18 @@ def _correction_table(curve: CorrectionCurve) -> Table:
 
 
 @torch.no_grad()
-def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
+def _correction_strips(material: Material, curve: RobustnessCurve) -> Figure:
     """What the teacher and the same flow at its fewest and its most steps make of one image."""
-    teacher = next(entrant.teacher for entrant in material.entrants if entrant.coder.teacher == curve.teacher)
+    teacher = next(candidate.teacher for candidate in material.candidates if candidate.coder.teacher == curve.teacher)
     assert teacher is not None
-    pupils = [entrant for entrant in material.entrants if entrant.coder.teacher == curve.teacher]
+    students = [candidate for candidate in material.candidates if candidate.coder.teacher == curve.teacher]
     first = next(material.references.batches(1))
     device = next(teacher.parameters()).device
     part = Batch(first.names, first.images.to(device))
     sigmas = curve.sigmas[::2]
-    moved = list(moved_latents(teacher, part, sigmas, curve.rng_seed))
+    moved = list(noised_latents(teacher, part, sigmas, curve.rng_seed))
     decoders: dict[str, Callable[[Tensor], Tensor]] = {short_name(curve.teacher): teacher.decode}
-    decoders |= {_steps_of(entrant): entrant.decode for entrant in (pupils[0], pupils[-1])}
+    decoders |= {_steps_of(candidate): candidate.decode for candidate in (students[0], students[-1])}
     rows = []
     for name, decode in decoders.items():
         size = (part.images.shape[-2], part.images.shape[-1])
@@ -230,27 +235,27 @@ def _correction_strips(material: Material, curve: CorrectionCurve) -> Figure:
 
 
 def _best_and_worst(material: Material) -> Section:
-    focus = material.focus
-    result = material.result_of(focus)
+    highlighted = material.highlighted
+    result = material.result_of(highlighted)
     if "psnr" not in result.per_image:
         return Section("Best and worst", "This protocol has no PSNR to order the images by.")
     count = min(EXTREMES, len(result.images) // 2)
     worst, best = extremes(result, count)
     images = pick(material.references, [*worst, *best])
-    made = {place: _by_each(material.settled, image) for place, image in images.items()}
+    made = {place: _by_each(material.default_steps, image) for place, image in images.items()}
     full = _full_scale([error for place, image in images.items() for error in _errors(image, made[place])])
     figures = []
     for name, places in (("worst", worst), ("best", best)):
         rows = [_with_errors(images[place], made[place], full, result.images[place]) for place in places]
-        caption = f"The {count} {name} by PSNR of {focus.label}. {_error_words(full)}"
+        caption = f"The {count} {name} by PSNR of {highlighted.label}. {_error_words(full)}"
         figures.append(Figure(sheet([*rows, scale_bar(partial(heat, full=1.0), full)]), name, caption))
     return Section("Best and worst", _EXTREMES, figures)
 
 
 def _step_by_step(material: Material) -> Section | None:
-    """One image at every number of steps: the focus's median image."""
-    family = material.members(material.focus.family)
-    result = material.result_of(material.focus)
+    """One image at every number of steps: the highlighted coder's median image."""
+    family = material.of_family(material.highlighted.family)
+    result = material.result_of(material.highlighted)
     if len(family) < 2 or "psnr" not in result.per_image:
         return None
     order, _ = extremes(result, len(result.images))
@@ -266,9 +271,9 @@ def _step_by_step(material: Material) -> Section | None:
     return Section("Step by step", "", [Figure(picture, "step-by-step", caption)])
 
 
-def _by_each(fielded: Sequence[Entrant], image: Tensor) -> dict[str, Tensor]:
-    device = next(fielded[0].coder.parameters()).device
-    return {entrant.label: entrant.reconstruct(image.to(device)).cpu() for entrant in fielded}
+def _by_each(candidates: Sequence[Candidate], image: Tensor) -> dict[str, Tensor]:
+    device = next(candidates[0].coder.parameters()).device
+    return {candidate.label: candidate.reconstruct(image.to(device)).cpu() for candidate in candidates}
 
 
 def _errors(image: Tensor, made: dict[str, Tensor]) -> list[Tensor]:
@@ -302,7 +307,7 @@ def _error_words(full: float) -> str:
 
 @torch.no_grad()
 def _latents(material: Material) -> Section | None:
-    shown = [entrant for entrant in material.settled if entrant.protocol.latents == "own"]
+    shown = [candidate for candidate in material.default_steps if candidate.protocol.latents == "own"]
     views = _views(material.data)
     device = next(shown[0].coder.parameters()).device
     latents = _all_latents(shown, [image.to(device) for image in views.values()])
@@ -321,15 +326,15 @@ def _latents(material: Material) -> Section | None:
     return Section("Latents", _LATENTS, contents)
 
 
-def _all_latents(shown: Sequence[Entrant], images: Sequence[Tensor]) -> dict[str, tuple[int, list[Tensor], str]]:
+def _all_latents(shown: Sequence[Candidate], images: Sequence[Tensor]) -> dict[str, tuple[int, list[Tensor], str]]:
     """Title -> factor, a latent for each image, and whose axes they are shown on: a RAC's are its teacher's."""
     found: dict[str, tuple[int, list[Tensor], str]] = {}
-    for entrant in shown:
-        basis = entrant.family
-        if isinstance(entrant.coder, RAC) and entrant.teacher is not None and entrant.coder.teacher is not None:
-            basis = short_name(entrant.coder.teacher)
-            found.setdefault(basis, _latents_of(entrant.teacher, entrant.teacher.encode, images, basis))
-        found[entrant.family] = _latents_of(entrant.coder, entrant.encode, images, basis)
+    for candidate in shown:
+        basis = candidate.family
+        if isinstance(candidate.coder, RAC) and candidate.teacher is not None and candidate.coder.teacher is not None:
+            basis = short_name(candidate.coder.teacher)
+            found.setdefault(basis, _latents_of(candidate.teacher, candidate.teacher.encode, images, basis))
+        found[candidate.family] = _latents_of(candidate.coder, candidate.encode, images, basis)
     return found
 
 
@@ -342,9 +347,9 @@ def _latents_of(
 def _agreement(material: Material) -> Table | None:
     """Explained variance and offset per channel of each RAC's latents, at its own number of steps."""
     rows = []
-    for entrant, row in zip(material.entrants, material.rows, strict=True):
+    for candidate, row in zip(material.candidates, material.rows, strict=True):
         values = row.result.per_channel.get("explained variance")
-        if values and entrant in material.settled:
+        if values and candidate in material.default_steps:
             rows.append((row.label, *(f"{value:.3f}" for value in values)))
     if not rows:
         return None
@@ -363,7 +368,7 @@ def _views(data: Sequence[Path]) -> dict[str, Tensor]:
         picture = read_picture(io.BytesIO(file.read()), name=file.name)
         side = min(VIEW_SIDE, *picture.size)
         side -= side % 32 if side > 32 else 0
-        found[file.name] = _image(Framing(side, "centre").cut(picture, file.name)[0])
+        found[file.name] = _image(Preprocessing(side, "centre").cut(picture, file.name)[0])
     return found
 
 
@@ -379,22 +384,22 @@ def _image(picture: Image.Image) -> Tensor:
 @torch.no_grad()
 def _trajectories(material: Material) -> Section | None:
     figures = []
-    for entrant in material.settled:
-        if isinstance(entrant.coder, RAC) and entrant.protocol.latents == "own":
-            figures.append(_trajectory_plot(material, material.members(entrant.family)[-1]))
+    for candidate in material.default_steps:
+        if isinstance(candidate.coder, RAC) and candidate.protocol.latents == "own":
+            figures.append(_trajectory_plot(material, material.of_family(candidate.family)[-1]))
     return Section("Trajectories", _TRAJECTORIES, figures) if figures else None
 
 
-def _trajectory_plot(material: Material, entrant: Entrant) -> Figure:
+def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
     """Left: whole states of several images. Right: the channels of one image's state at several places."""
-    assert isinstance(entrant.coder, RAC)
-    device = next(entrant.coder.parameters()).device
+    assert isinstance(candidate.coder, RAC)
+    device = next(candidate.coder.parameters()).device
     image = next(material.references.batches(WALKS)).images.to(device)
-    grid = entrant.flow()[0]
-    numbers = entrant.coder.config.state_channels * image[0, 0].numel() * (grid.steps + 1)
+    grid = candidate.flow()[0]
+    numbers = candidate.coder.config.state_channels * image[0, 0].numel() * (grid.steps + 1)
     image = image[: max(2, WALK_NUMBERS // numbers)]
-    back = entrant.coder.encode_trajectory(image, *entrant.flow())
-    there = entrant.coder.trajectory(entrant.coder.contract(back.end), *entrant.flow())
+    back = candidate.coder.encode_trajectory(image, *candidate.flow())
+    there = candidate.coder.trajectory(candidate.coder.contract(back.end), *candidate.flow())
     whole = [_points(walk, lambda state: state.flatten(1)) for walk in (there, back)]
     places = [_points(walk, _some_places) for walk in (there, back)]
     panels, labels = {}, []
@@ -409,7 +414,9 @@ def _trajectory_plot(material: Material, entrant: Entrant) -> Figure:
         first, second = (f"{100 * share:.1f} % of the variance" for share in axes.shares.tolist())
         labels.append((f"axis 1 ({first})", f"axis 2 ({second})"))
     legend = "solid: decoding; dashed: encoding; ring: start, dot: end"
-    return Figure(walk_panels(panels, labels, legend), f"trajectories-{file_name(entrant.title)}", f"{entrant.label}.")
+    return Figure(
+        walk_panels(panels, labels, legend), f"trajectories-{file_name(candidate.title)}", f"{candidate.label}."
+    )
 
 
 def _points(walk: Trajectory, take: Callable[[Tensor], Tensor]) -> Tensor:
@@ -424,8 +431,8 @@ def _some_places(state: Tensor) -> Tensor:
     return places[:, chosen].T
 
 
-def _steps_of(entrant: Entrant) -> str:
-    return f"{entrant.title}, {entrant.steps} step{'' if entrant.steps == 1 else 's'}"
+def _steps_of(candidate: Candidate) -> str:
+    return f"{candidate.title}, {candidate.steps} step{'' if candidate.steps == 1 else 's'}"
 
 
 _QUALITY = (

@@ -45,7 +45,7 @@ KEEP_MB = 512
 
 
 @dataclass(frozen=True)
-class Framing:
+class Preprocessing:
     """How a picture becomes one or more images.
 
     - `centre`: its largest central square, resized to `size` once, antialiased.
@@ -104,7 +104,7 @@ class Batch(NamedTuple):
     """B 3 H W in [-1, 1]."""
 
 
-class References:
+class ImageSet:
     """A set of named images, at least two, in a fixed order.
 
     `hash` tells sets apart by their pixels alone: it is SHA-256 over the sorted SHA-256 hashes of the images, so names,
@@ -144,10 +144,10 @@ class References:
     def read(
         cls,
         paths: Sequence[Path],
-        framing: Framing,
+        framing: Preprocessing,
         count: int | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> References:
+    ) -> ImageSet:
         """The first `count` images (all if None) of folders, tar files or single pictures; `find_pictures` orders them.
 
         Without paths: scikit-image's photographs. Pictures of other modes are converted as `read_image` does. Raises
@@ -164,7 +164,7 @@ class References:
         return references
 
     @classmethod
-    def of(cls, images: Tensor, name: str) -> References:
+    def of(cls, images: Tensor, name: str) -> ImageSet:
         """Images N 3 H W in [-1, 1] that are in memory already, rounded to 8 bits."""
         named = [(f"{index:05d}", to_pixels(image)) for index, image in enumerate(images)]
         return cls(name, lambda: iter(named))
@@ -194,11 +194,11 @@ class References:
         return self._features[key]
 
 
-def _read(files: Sequence[Picture], framing: Framing, count: int | None) -> Iterator[Named]:
+def _read(files: Sequence[Picture], framing: Preprocessing, count: int | None) -> Iterator[Named]:
     return islice(_cut_all(files, framing), count)
 
 
-def _cut_all(files: Sequence[Picture], framing: Framing) -> Iterator[Named]:
+def _cut_all(files: Sequence[Picture], framing: Preprocessing) -> Iterator[Named]:
     for file in files:
         try:
             encoded = file.read()

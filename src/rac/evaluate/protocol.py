@@ -14,7 +14,7 @@ from ..errors import RacError
 from ..flow import TimeGrid
 from ..flow.solvers import SOLVERS, SolverName
 from ..representations import ExtractorName
-from .image_sets import Framing
+from .image_sets import Preprocessing
 from .suite import IMAGE_FIGURES, LATENT_FIGURES, SET_FIGURES, SHORTEST_SIDE
 
 
@@ -23,12 +23,12 @@ class Protocol:
     """All that a figure depends on, the coder's weights apart. Raises `RacError` for what does not go together."""
 
     name: str
-    framing: Framing
+    framing: Preprocessing
     """Size, crop and resize filter of the reference images."""
     count: int | None = None
     """Number of reference images; None: all there are."""
     reference: str | None = None
-    """Hash of the one set of reference images it is meant for (`References.hash`); None: any."""
+    """Hash of the one set of reference images it is meant for (`ImageSet.hash`); None: any."""
     figures: tuple[str, ...] = ("psnr", "ssim")
     """Out of `IMAGE_FIGURES`, `SET_FIGURES` and `LATENT_FIGURES`."""
     extractor: ExtractorName | None = None
@@ -83,30 +83,30 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         # Needs nothing but pixels, so it runs anywhere, and during training.
-        Protocol("pixels-64", Framing(64, "centre"), figures=("psnr", "ssim")),
+        Protocol("pixels-64", Preprocessing(64, "centre"), figures=("psnr", "ssim")),
         # Sets of some hundred images: the kernel distance is fair at any number, the Frechet distance is not.
-        Protocol("dev-64", Framing(64, "centre"), figures=(*_PIXELS, "kernel"), extractor="inception-768"),
-        Protocol("dev-128", Framing(128, "centre"), figures=(*_PIXELS, "kernel"), extractor="inception-768"),
+        Protocol("dev-64", Preprocessing(64, "centre"), figures=(*_PIXELS, "kernel"), extractor="inception-768"),
+        Protocol("dev-128", Preprocessing(128, "centre"), figures=(*_PIXELS, "kernel"), extractor="inception-768"),
         # Every picture as it is, whatever its size; 176 pixels a side at least.
-        Protocol("native", Framing(), figures=("psnr", "ssim", "ms-ssim", "lpips-alex")),
+        Protocol("native", Preprocessing(), figures=("psnr", "ssim", "ms-ssim", "lpips-alex")),
         # Enough images for a Frechet distance out of some hundred pictures.
         Protocol(
             "tiles-64",
-            Framing(64, "tiles"),
+            Preprocessing(64, "tiles"),
             figures=(*_PIXELS, "frechet", "kernel", "precision-recall"),
             extractor="inception-768",
         ),
         # The same where no weight files are at hand.
         Protocol(
             "tiles-64-lite",
-            Framing(64, "tiles"),
+            Preprocessing(64, "tiles"),
             figures=("psnr", "ssim", "frechet", "kernel", "precision-recall"),
             extractor="efficientnet-lite0",
         ),
         # The literature's rFID: the 50,000 validation images, the full Inception.
         Protocol(
             "imagenet-256",
-            Framing(256, "adm"),
+            Preprocessing(256, "adm"),
             count=50_000,
             figures=(*_PIXELS, "frechet", "spatial-frechet", "score"),
             extractor="inception-2048",

@@ -20,21 +20,21 @@ from ..representations import Extractor, Features, extract, join
 from ..runtime import autocast, generator, reproducible
 from ..storage import weights_hash
 from .image_metrics import psnr
-from .image_sets import Batch, References
+from .image_sets import Batch, ImageSet
 from .latent_metrics import LatentAgreement, state_round_trip
 from .protocol import Protocol
 from .result import ReferenceRecord, Result, command_line, versions
-from .suite import Judges
+from .suite import MetricSuite
 
 
 def evaluate(
     coder: Coder,
-    references: References,
+    references: ImageSet,
     protocol: Protocol,
     *,
     name: str,
     teacher: Coder | None = None,
-    judges: Judges | None = None,
+    suite: MetricSuite | None = None,
     batch: int = 16,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -42,17 +42,17 @@ def evaluate(
     """Judge `coder`, where it stands and in evaluation mode, by what it makes of `references`.
 
     `references` are read with the protocol's framing and count, or, during training, made of held-out images. Figures
-    do not depend on `batch` or on the order of the images. `judges` spares loading their networks again; features
+    do not depend on `batch` or on the order of the images. `suite` spares loading their networks again; features
     of the references are kept with them. `teacher` is needed for its latents. `progress` is told (images done, of all).
 
     Raises `RacError` if the protocol cannot be kept: other references than it names, too few or too small images, no
     teacher, no posterior to draw from; and where the coder gives NaN.
     """
     device = next(coder.parameters()).device
-    judges = judges or Judges.load(protocol.figures, protocol.extractor, device)
-    _check(coder, references, protocol, teacher, judges)
+    suite = suite or MetricSuite.load(protocol.figures, protocol.extractor, device)
+    _check(coder, references, protocol, teacher, suite)
     run = _Run(coder, protocol, teacher, device)
-    tally = _Tally(protocol, judges)
+    tally = _Tally(protocol, suite)
     for part in references.batches(batch):
         tally.add(run, part._replace(images=part.images.to(device)))
         if progress is not None:
@@ -68,13 +68,13 @@ def evaluate(
         per_channel={key: tuple(value.tolist()) for key, value in tally.per_channel().items()},
         per_image={key: tuple(value.tolist()) for key, value in tally.per_image().items()},
         images=references.names,
-        judges=dict(judges.files),
+        judges=dict(suite.files),
         versions=versions(),
         command=command_line() if command is None else command,
     )
 
 
-def _check(coder: Coder, references: References, protocol: Protocol, teacher: Coder | None, judges: Judges) -> None:
+def _check(coder: Coder, references: ImageSet, protocol: Protocol, teacher: Coder | None, suite: MetricSuite) -> None:
     if protocol.reference is not None and protocol.reference != references.hash:
         raise RacError(
             f"{references.name} has hash {references.hash[:12]}, protocol {protocol.name} is for the images of hash "
@@ -96,9 +96,9 @@ def _check(coder: Coder, references: References, protocol: Protocol, teacher: Co
         raise RacError(
             f"a {type(coder).__name__} has no states to go back and forth between; leave state-round-trip out"
         )
-    if judges.figures != protocol.figures:
-        raise RacError(f"the judges are for {judges.figures}, the protocol asks for {protocol.figures}; load its own")
-    judges.check(references)
+    if suite.figures != protocol.figures:
+        raise RacError(f"the suite is for {suite.figures}, the protocol asks for {protocol.figures}; load its own")
+    suite.check(references)
 
 
 class _Run:
@@ -169,8 +169,8 @@ class _Run:
 class _Tally:
     """What is collected batch by batch, and the figures of all of it."""
 
-    def __init__(self, protocol: Protocol, judges: Judges) -> None:
-        self.protocol, self.judges = protocol, judges
+    def __init__(self, protocol: Protocol, suite: MetricSuite) -> None:
+        self.protocol, self.suite = protocol, suite
         self.images = 0
         self._per_image: dict[str, list[Tensor]] = {}
         self._features: list[Features] = []
@@ -179,13 +179,13 @@ class _Tally:
     def add(self, run: _Run, part: Batch) -> None:
         """Take one batch of references, on the coder's device, there and back."""
         made = run.reconstruct(part)
-        values = self.judges.of_images(made, part.images)
+        values = self.suite.of_images(made, part.images)
         if "state-round-trip" in self.protocol.figures:
             values["psnr, state round trip"] = psnr(run.state_round_trip(part.images), part.images).cpu()
         for figure, value in values.items():
             self._per_image.setdefault(figure, []).append(value)
-        if self.judges.extractor is not None:
-            self._features.append(extract(self.judges.extractor, [made]))
+        if self.suite.extractor is not None:
+            self._features.append(extract(self.suite.extractor, [made]))
         if "explained-variance" in self.protocol.figures:
             self._agreement.update(run.encode(part.images), run.teacher_latent(part.images))
         self.images += len(part.images)
@@ -200,8 +200,8 @@ class _Tally:
 
     def figures(self, references: Callable[[Extractor], Features]) -> dict[str, float]:
         found = {figure: float(values.mean()) for figure, values in self.per_image().items()}
-        if self.judges.extractor is not None:
-            found |= self.judges.of_sets(join(self._features), references(self.judges.extractor))
+        if self.suite.extractor is not None:
+            found |= self.suite.of_sets(join(self._features), references(self.suite.extractor))
         if "explained-variance" in self.protocol.figures:
             found["explained variance"] = float(self.per_channel()["explained variance"].mean())
         return found

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..images import crop
 from ..runtime import generator, reproducible
-from .image_sets import Batch, References
-from .suite import IMAGE_FIGURES, Judges
+from .image_sets import Batch, ImageSet
+from .suite import IMAGE_FIGURES, MetricSuite
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Of the noise; a latent's own standard deviation is about 1."""
@@ -28,7 +28,7 @@ Decoder = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class CorrectionCurve:
+class RobustnessCurve:
     """Mean figures over the images, for each decoder and sigma."""
 
     teacher: str
@@ -40,11 +40,11 @@ class CorrectionCurve:
     """Figure -> decoder -> one value for each sigma."""
 
 
-def correction_curve(
+def robustness_curve(
     decoders: Mapping[str, Decoder],
     teacher: Coder,
-    references: References,
-    judges: Judges,
+    references: ImageSet,
+    suite: MetricSuite,
     *,
     name: str,
     images: int = 64,
@@ -52,25 +52,25 @@ def correction_curve(
     rng_seed: int = 0,
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
-) -> CorrectionCurve:
+) -> RobustnessCurve:
     """Decode latent + sigma * noise by every decoder, for the first `images` of the references.
 
     The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
-    for all sigmas. Compared with the original images by the image figures of `judges`. `name` is the teacher's.
+    for all sigmas. Compared with the original images by the image figures of `suite`. `name` is the teacher's.
     `progress` is told (images done, of all).
     """
-    judges = replace(judges, figures=tuple(figure for figure in judges.figures if figure in IMAGE_FIGURES))
+    suite = replace(suite, figures=tuple(figure for figure in suite.figures if figure in IMAGE_FIGURES))
     device = next(teacher.parameters()).device
     total = min(images, len(references))
     sums: dict[str, dict[str, list[float]]] = {}
     done = 0
     for part in _first(references.batches(batch), total):
         image = part.images.to(device)
-        for place, moved in enumerate(moved_latents(teacher, part._replace(images=image), sigmas, rng_seed)):
+        for place, moved in enumerate(noised_latents(teacher, part._replace(images=image), sigmas, rng_seed)):
             for decoder, decode in decoders.items():
                 with reproducible():
                     made = crop(decode(moved).float(), (image.shape[-2], image.shape[-1]))
-                for figure, values in judges.of_images(made, image).items():
+                for figure, values in suite.of_images(made, image).items():
                     row = sums.setdefault(figure, {}).setdefault(decoder, [0.0] * len(sigmas))
                     row[place] += float(values.double().sum())
         done += len(image)
@@ -80,10 +80,10 @@ def correction_curve(
         figure: {decoder: tuple(value / total for value in row) for decoder, row in rows.items()}
         for figure, rows in sums.items()
     }
-    return CorrectionCurve(name, total, rng_seed, tuple(sigmas), means)
+    return RobustnessCurve(name, total, rng_seed, tuple(sigmas), means)
 
 
-def moved_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_seed: int = 0) -> Iterator[Tensor]:
+def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_seed: int = 0) -> Iterator[Tensor]:
     """For each sigma: the teacher's latents of the images plus sigma times their noise."""
     with reproducible():
         latent = teacher.encode(part.images).float()

@@ -1,7 +1,7 @@
 """How near one set of images is to another, told by their features, N D each.
 
 All of it in float64, over all images at once and without random subsets, so that neither the order of the images nor
-their batches matter. What a distance may be called (FID, FID-768) is `judges.py`'s business.
+their batches matter. What a distance may be called (FID, FID-768) is `suite.py`'s business.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ..representations.lpips import FILES, LPIPS, Backbone
 from ..representations.weight_files import find_weights
 from ..runtime import reproducible
 from .image_metrics import MS_SSIM_SIDE, SSIM_WINDOW, ms_ssim, psnr, ssim
-from .image_sets import References
+from .image_sets import ImageSet
 from .set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall, require_more_images
 
 ImageFigure = Literal["psnr", "ssim", "ms-ssim", "lpips-alex", "lpips-vgg16"]
@@ -40,7 +40,7 @@ _BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg16": "vgg16"}
 
 
 @dataclass(frozen=True)
-class Judges:
+class MetricSuite:
     """The networks behind the figures of a protocol, loaded once and used for many coders."""
 
     figures: tuple[str, ...]
@@ -57,7 +57,7 @@ class Judges:
         extractor: ExtractorName | None = None,
         device: torch.device | str = "cpu",
         weights: Mapping[str, Path] | None = None,
-    ) -> Judges:
+    ) -> MetricSuite:
         """Only the networks that `figures` need.
 
         `weights` gives files by hand, under "lpips-alex", "lpips-vgg16" or the extractor's name. Raises `WeightsError`.
@@ -77,7 +77,7 @@ class Judges:
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
         return cls(tuple(figures), lpips, loaded, files)
 
-    def check(self, references: References) -> None:
+    def check(self, references: ImageSet) -> None:
         """Raise `RacError`, before anything is computed, if a figure cannot be had of these images."""
         shortest = min(min(size) for size in references.sizes)
         for figure in self.figures:
@@ -133,7 +133,7 @@ def set_figures(
     reference: Features,
     kind: Literal["r", "g"] = "r",
 ) -> dict[str, float]:
-    """See `Judges.of_sets`; only the score does without the reference."""
+    """See `MetricSuite.of_sets`; only the score does without the reference."""
     found: dict[str, float] = {}
     label = extractor.label
     if "frechet" in figures:

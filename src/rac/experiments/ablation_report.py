@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluate.comparison import Comparison, Entrant, figure_text, lower_is_better
+from ..evaluate.comparison import Candidate, Comparison, figure_text, lower_is_better
 from ..evaluate.image_metrics import psnr
-from ..evaluate.image_sets import References
+from ..evaluate.image_sets import ImageSet
 from ..images import from_pixels, to_pixels
 from ..report.document import Figure, Section, Table
 from ..report.pictures import Panel, sheet, strip
@@ -36,19 +36,19 @@ class Strips:
     rows: list[Image.Image] = field(default_factory=list)
 
     @classmethod
-    def start(cls, references: References) -> Strips:
+    def start(cls, references: ImageSet) -> Strips:
         """The first few references, as they are."""
         parts = list(islice(references.batches(1), SHOWN))
         names, images = [part.names[0] for part in parts], [part.images for part in parts]
         panels = [Panel(image, name) for name, image in zip(names, images, strict=True)]
         return cls(names, images, [strip(panels, "originals")])
 
-    def add(self, entrant: Entrant) -> None:
-        """A strip of what `entrant` makes of them, below the others; the teacher's above the first one."""
-        device = next(entrant.coder.parameters()).device
-        if entrant.teacher is not None and len(self.rows) == 1:
-            self._add("the teacher", entrant.teacher.reconstruct, device)
-        self._add(entrant.label, entrant.reconstruct, device)
+    def add(self, candidate: Candidate) -> None:
+        """A strip of what `candidate` makes of them, below the others; the teacher's above the first one."""
+        device = next(candidate.coder.parameters()).device
+        if candidate.teacher is not None and len(self.rows) == 1:
+            self._add("the teacher", candidate.teacher.reconstruct, device)
+        self._add(candidate.label, candidate.reconstruct, device)
 
     def _add(self, title: str, reconstruct: Callable[[Tensor], Tensor], device: torch.device) -> None:
         panels = []

@@ -145,7 +145,7 @@ class ToyFigures:
 
 
 @torch.no_grad()
-def judge(
+def measure(
     field: ToyField, config: ToyConfig, point: Tensor, rng: torch.Generator, steps: Sequence[int] = STEPS
 ) -> list[ToyFigures]:
     """Figures for points B 2 of the moons. Computed in float64, so that what is left is not rounding."""

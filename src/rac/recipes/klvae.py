@@ -16,7 +16,7 @@ from ..config import differences
 from ..data import Batch, DataConfig, Stream, open_stream
 from ..draws import Draws
 from ..errors import RacError
-from ..evaluate.image_sets import References
+from ..evaluate.image_sets import ImageSet
 from ..evaluate.reconstruction import evaluate
 from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
@@ -157,7 +157,7 @@ class KLVAETask:
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
         assert isinstance(module, KLVAE)
-        judged = evaluate(module, References.of(images, "held out"), HELD_OUT, name="KL-VAE")
+        judged = evaluate(module, ImageSet.of(images, "held out"), HELD_OUT, name="KL-VAE")
         decoded = module.reconstruct(images)
         figures = {"psnr": judged.figures["psnr"], **self.loss_networks.metrics(decoded, images)}
         return gallery({"original": images, "KL-VAE": decoded}), figures

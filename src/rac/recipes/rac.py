@@ -19,7 +19,7 @@ from ..coders.warm_start import copy_decoder
 from ..data import Batch, DataConfig, open_stream
 from ..draws import Draws
 from ..errors import RacError
-from ..evaluate.image_sets import References
+from ..evaluate.image_sets import ImageSet
 from ..evaluate.reconstruction import evaluate
 from ..fields import FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from ..objectives.image_terms import ADVERSARIAL
@@ -177,7 +177,7 @@ class RACTask:
                 f"RAC alone, {steps_taken}": module.reconstruct(images),
             }
         )
-        held_out, given = References.of(images, "held out"), replace(HELD_OUT, latents="teacher")
+        held_out, given = ImageSet.of(images, "held out"), replace(HELD_OUT, latents="teacher")
         one_step = replace(given, steps=1)
         alone = replace(HELD_OUT, figures=("psnr", "explained-variance"))
         own = evaluate(module, held_out, alone, name="RAC", teacher=self.teacher).figures

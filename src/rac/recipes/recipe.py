@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import DataConfig
 from ..errors import RacError
 from ..evaluate import protocol
-from ..evaluate.image_sets import Framing
+from ..evaluate.image_sets import Preprocessing
 from ..images import from_pixels
 from ..report.pictures import Panel, sheet, strip
 from ..train import Fitted, TrainConfig
@@ -39,7 +39,7 @@ ONE_GPU = TrainConfig(
 SHOWN = 8
 """Images in a gallery, out of those held out."""
 
-HELD_OUT = protocol.Protocol("held out", Framing(), figures=("psnr",))
+HELD_OUT = protocol.Protocol("held out", Preprocessing(), figures=("psnr",))
 """What galleries are judged by."""
 
 

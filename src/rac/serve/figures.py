@@ -15,13 +15,13 @@ from ..coders.rac import RAC
 from ..evaluate.cost import MacCounter
 from ..evaluate.image_metrics import psnr, ssim
 from ..evaluate.image_sets import Batch
-from ..evaluate.robustness import moved_latents
+from ..evaluate.robustness import noised_latents
 from ..flow import Trajectory
 from ..images import crop
 from ..runtime import reproducible
 from ..states import image_of
 
-MOVED_STEPS = (1, 2, 4, 8)
+NOISED_STEPS = (1, 2, 4, 8)
 """Numbers of steps that decode a moved latent."""
 
 
@@ -80,21 +80,21 @@ def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
     return Reconstructed(tuple(versions), *flows)
 
 
-def decode_moved(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0) -> tuple[Version, ...]:
+def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0) -> tuple[Version, ...]:
     """Image 1 3 H W -> its latent, moved by `sigma` times normal noise, decoded by teacher and RAC at 1 to 8 steps.
 
     The latent is the teacher's, or the coder's own where there is none; latents have a deviation of about 1. The noise
     is that of `evaluate.robustness` for an image called "picture". Seconds, evaluations and MACs are of decoding alone.
     """
     source = loaded.coder if loaded.teacher is None else loaded.teacher
-    (latent,) = moved_latents(source, Batch(("picture",), image), [sigma], rng_seed)
+    (latent,) = noised_latents(source, Batch(("picture",), image), [sigma], rng_seed)
     made = []
     if loaded.teacher is not None:
         run = partial(_decode, loaded.teacher, latent)
         made.append(_measured(f"teacher, {loaded.teacher_name}", image, run))
     if not isinstance(loaded.coder, RAC):
         return (*made, _measured(loaded.name, image, partial(_decode, loaded.coder, latent)))
-    for number in MOVED_STEPS:
+    for number in NOISED_STEPS:
         made.append(_measured(f"RAC, {_steps(number)}", image, partial(_flow, loaded.coder, latent, number)))
     return tuple(made)
 

@@ -25,7 +25,7 @@ from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
 from ..runtime import pick_device
-from .figures import Loaded, Version, decode_moved, reconstruct
+from .figures import Loaded, Version, decode_noised, reconstruct
 from .guard import Gate, Limits, admit
 
 GREATEST_STEPS = 16
@@ -334,7 +334,7 @@ def _steps_html(loaded: Loaded, image: Tensor, steps: int) -> str:
 
 
 def _noise_html(loaded: Loaded, image: Tensor, sigma: float) -> str:
-    versions = decode_moved(loaded, image, sigma)
+    versions = decode_noised(loaded, image, sigma)
     owner = f"latent of {loaded.name}" if loaded.teacher is None else "teacher's latent"
     note = f"All decode the same input: the {owner} plus normal noise of {sigma:g} standard deviations."
     return _notes_html(note) + pictures_html(image, versions) + figures_html(versions, "decoding")

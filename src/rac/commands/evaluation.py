@@ -9,13 +9,21 @@ from pathlib import Path
 from ..coders.protocol import Coder
 from ..config import from_json, read_json
 from ..errors import RacError
-from ..evaluate.comparison import Comparison, Entrant, LatentSource, entrants, file_name, judge, short_name
+from ..evaluate.comparison import (
+    Candidate,
+    Comparison,
+    LatentSource,
+    all_candidates,
+    evaluate_candidate,
+    file_name,
+    short_name,
+)
 from ..evaluate.comparison_report import Material, introduction, sections
-from ..evaluate.image_sets import References
+from ..evaluate.image_sets import ImageSet
 from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
-from ..evaluate.robustness import CorrectionCurve, correction_curve
-from ..evaluate.suite import IMAGE_FIGURES, Judges
+from ..evaluate.robustness import RobustnessCurve, robustness_curve
+from ..evaluate.suite import IMAGE_FIGURES, MetricSuite
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import write_picture
@@ -26,7 +34,7 @@ from .shared import load_coder, load_teacher, show
 
 
 @dataclass(frozen=True)
-class Judging:
+class EvaluationOptions:
     """The options of both verbs."""
 
     data: tuple[Path, ...] = ()
@@ -49,21 +57,21 @@ class Judging:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
-    def judge_all(self, models: Sequence[str], out: Path, title: str) -> int:
+    def evaluate_all(self, models: Sequence[str], out: Path, title: str) -> int:
         """Judge the coders called `models`, write everything to `out`, print the table; the exit code."""
         protocol = self._protocol()
         coders = {name: load_coder(name, self.device) for name in models}
         teachers = self._teachers(coders)
         self._check_latents(coders, teachers)
         references = self._references(protocol)
-        judges = Judges.load(protocol.figures, protocol.extractor, pick_device(self.device))
-        fielded = entrants(_titles(models), coders, teachers, protocol, self.steps, self.latents)
-        comparison = self._judged(fielded, references, judges, make_folder(out / "results"))
-        comparison = replace(comparison, corrections=self._corrections(fielded, references, judges))
+        suite = MetricSuite.load(protocol.figures, protocol.extractor, pick_device(self.device))
+        candidates = all_candidates(_titles(models), coders, teachers, protocol, self.steps, self.latents)
+        comparison = self._evaluated(candidates, references, suite, make_folder(out / "results"))
+        comparison = replace(comparison, corrections=self._corrections(candidates, references, suite))
         comparison.save(out / "comparison.json")
         write_bytes(out / "table.md", comparison.table().to_markdown().encode())
         show(comparison.table(), f"{protocol.name}: {len(references)} images of {references.name}")
-        self._report(Material(self.data, fielded, comparison, references), out, title)
+        self._report(Material(self.data, candidates, comparison, references), out, title)
         return 0
 
     def _protocol(self) -> Protocol:
@@ -95,35 +103,37 @@ class Judging:
             names = ", ".join(coders)
             raise RacError(f"--latents teacher needs a coder whose teacher can be loaded; {names} have none")
 
-    def _references(self, protocol: Protocol) -> References:
+    def _references(self, protocol: Protocol) -> ImageSet:
         with counting("reading pictures") as progress:
-            return References.read(self.data, protocol.framing, protocol.count, progress)
+            return ImageSet.read(self.data, protocol.framing, protocol.count, progress)
 
-    def _judged(self, fielded: Sequence[Entrant], references: References, judges: Judges, out: Path) -> Comparison:
+    def _evaluated(
+        self, candidates: Sequence[Candidate], references: ImageSet, suite: MetricSuite, out: Path
+    ) -> Comparison:
         """Each result is written as soon as it is there."""
         rows = []
-        for entrant in fielded:
-            with counting(entrant.label) as progress:
-                rows.append(judge(entrant, references, judges, batch=self.batch, progress=progress))
-            rows[-1].result.save(out / f"{file_name(entrant.label)}.json")
+        for candidate in candidates:
+            with counting(candidate.label) as progress:
+                rows.append(evaluate_candidate(candidate, references, suite, batch=self.batch, progress=progress))
+            rows[-1].result.save(out / f"{file_name(candidate.label)}.json")
         return Comparison(tuple(rows))
 
     def _corrections(
-        self, fielded: Sequence[Entrant], references: References, judges: Judges
-    ) -> tuple[CorrectionCurve, ...]:
+        self, candidates: Sequence[Candidate], references: ImageSet, suite: MetricSuite
+    ) -> tuple[RobustnessCurve, ...]:
         """One curve for each teacher: it, and all who decode its latents."""
         curves = []
-        for name, teacher in _teachers(fielded).items():
-            pupils = [entrant for entrant in fielded if entrant.coder.teacher == name]
+        for name, teacher in _teachers(candidates).items():
+            students = [candidate for candidate in candidates if candidate.coder.teacher == name]
             # A coder of own latents and of its teacher's decodes alike.
-            decoders = {short_name(name): teacher.decode, **{_plain(pupil): pupil.decode for pupil in pupils}}
-            if self.correction > 0 and set(judges.figures) & set(IMAGE_FIGURES):
+            decoders = {short_name(name): teacher.decode, **{_plain(student): student.decode for student in students}}
+            if self.correction > 0 and set(suite.figures) & set(IMAGE_FIGURES):
                 with counting(f"correction curve of {short_name(name)}") as progress:
-                    curve = correction_curve(
+                    curve = robustness_curve(
                         decoders,
                         teacher,
                         references,
-                        judges,
+                        suite,
                         name=name,
                         images=self.correction,
                         batch=self.batch,
@@ -152,16 +162,16 @@ def _protocol_file(path: Path) -> Protocol:
     return from_json(Protocol, data, str(path))
 
 
-def _teachers(fielded: Sequence[Entrant]) -> dict[str, Coder]:
+def _teachers(candidates: Sequence[Candidate]) -> dict[str, Coder]:
     return {
-        entrant.coder.teacher: entrant.teacher
-        for entrant in fielded
-        if entrant.teacher is not None and entrant.coder.teacher is not None
+        candidate.coder.teacher: candidate.teacher
+        for candidate in candidates
+        if candidate.teacher is not None and candidate.coder.teacher is not None
     }
 
 
-def _plain(entrant: Entrant) -> str:
-    return replace(entrant, protocol=replace(entrant.protocol, latents="own")).label
+def _plain(candidate: Candidate) -> str:
+    return replace(candidate, protocol=replace(candidate.protocol, latents="own")).label
 
 
 def _titles(models: Sequence[str]) -> dict[str, str]:

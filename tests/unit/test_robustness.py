@@ -7,9 +7,9 @@ import torch
 
 from rac.coders.klvae import KLVAEConfig
 from rac.evaluate.image_metrics import psnr
-from rac.evaluate.image_sets import References
-from rac.evaluate.robustness import correction_curve, moved_latents
-from rac.evaluate.suite import Judges
+from rac.evaluate.image_sets import ImageSet
+from rac.evaluate.robustness import noised_latents, robustness_curve
+from rac.evaluate.suite import MetricSuite
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,14 @@ def teacher():  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="module")
-def references(images) -> References:  # type: ignore[no-untyped-def]
-    return References.of(images(5, 16, 24), "waves")
+def references(images) -> ImageSet:  # type: ignore[no-untyped-def]
+    return ImageSet.of(images(5, 16, 24), "waves")
 
 
 def curve(teacher, references, **options):  # type: ignore[no-untyped-def]
     settings = {"name": "teacher", "images": 5, "sigmas": (0.0, 0.5, 2.0), **options}
     decoders = {"teacher": teacher.decode, "twin": teacher.decode, "grey": lambda z: 0 * teacher.decode(z)}
-    return correction_curve(decoders, teacher, references, Judges.load(("psnr",)), **settings)
+    return robustness_curve(decoders, teacher, references, MetricSuite.load(("psnr",)), **settings)
 
 
 def test_equal_decoders_get_equal_latents(teacher, references) -> None:  # type: ignore[no-untyped-def]
@@ -58,6 +58,6 @@ def test_images_are_limited_and_progress_told(teacher, references) -> None:  # t
 
 
 def test_noise_has_the_size_it_says(teacher, images) -> None:  # type: ignore[no-untyped-def]
-    references = References.of(images(8, 32, 32), "waves")
-    plain, moved = moved_latents(teacher, next(references.batches(8)), (0.0, 0.7))
+    references = ImageSet.of(images(8, 32, 32), "waves")
+    plain, moved = noised_latents(teacher, next(references.batches(8)), (0.0, 0.7))
     assert float((moved - plain).std()) == pytest.approx(0.7, rel=0.05)

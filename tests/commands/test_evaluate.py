@@ -17,7 +17,7 @@ from rac.evaluate.protocol import Protocol
 from rac.evaluate.reconstruction import evaluate
 from rac.evaluate.result import Result
 
-TINY = Protocol("tiny", Preprocessing(24, "centre"), figures=("psnr", "ssim"))
+TINY = Protocol("tiny", Preprocessing(24, "centre"), metrics=("psnr", "ssim"))
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_evaluate(tmp_path: Path, run, coder_dir: Path, pictures: Path, protocol
         again = evaluate(rac.load(coder_dir), references, replace(TINY, steps=steps), name="again", batch=2)
         assert result.steps == steps
         assert result.reference == again.reference
-        assert result.figures["psnr"] == pytest.approx(again.figures["psnr"], abs=1e-4)
+        assert result.metrics["psnr"] == pytest.approx(again.metrics["psnr"], abs=1e-4)
         assert len(result.per_channel["explained variance"]) == 4
-        assert f"{result.figures['psnr']:.2f}" in ran.out
+        assert f"{result.metrics['psnr']:.2f}" in ran.out
     for name in ("quality-against-steps", "quality-against-macs", "best", "worst", "step-by-step", "latents"):
         with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 100, name

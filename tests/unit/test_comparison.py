@@ -13,9 +13,9 @@ from rac.evaluate.comparison import (
     all_candidates,
     coding_cost,
     extremes,
-    figure_text,
     file_name,
     lower_is_better,
+    metric_text,
     pick,
     short_name,
 )
@@ -25,7 +25,7 @@ from rac.evaluate.protocol import Protocol
 from rac.evaluate.reconstruction import evaluate
 from rac.report.document import Table
 
-PROTOCOL = Protocol("tiny", Preprocessing(16, "centre"), figures=("psnr",), steps=3)
+PROTOCOL = Protocol("tiny", Preprocessing(16, "centre"), metrics=("psnr",), steps=3)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_names_of_files_and_figures() -> None:
         "rFID-768",
         "KID",
     ]
-    assert figure_text("psnr", 30.126) == "30.13"
-    assert figure_text("KID-768", -0.000123) == "-1.23e-04"
-    assert figure_text("ssim", math.nan) == "-"
+    assert metric_text("psnr", 30.126) == "30.13"
+    assert metric_text("KID-768", -0.000123) == "-1.23e-04"
+    assert metric_text("ssim", math.nan) == "-"
 
 
 def test_costs_are_of_evaluations(make_rac, images) -> None:  # type: ignore[no-untyped-def]
@@ -66,7 +66,7 @@ def test_costs_are_of_evaluations(make_rac, images) -> None:  # type: ignore[no-
 
 
 def test_entrants_reconstruct_as_they_are_judged(make_rac, images) -> None:  # type: ignore[no-untyped-def]
-    """The pictures of a report show the images that its figures are about."""
+    """The pictures of a report show the images that its metrics are about."""
     coder = make_rac(lively=0.05).eval()
     references = ImageSet.of(images(4, 16, 16), "waves")
     (candidate,) = all_candidates({"a": "a"}, {"a": coder}, {}, PROTOCOL, (2,), ("own", "teacher"))

@@ -53,14 +53,14 @@ def folder(tmp_path: Path, images: Callable[..., Tensor]) -> Path:
     return tmp_path / "pictures"
 
 
-def judged_by_colours(*figures: str) -> tuple[Protocol, MetricSuite]:
-    """A protocol of these figures and "psnr", and a suite whose extractor stands in for the one it names."""
-    protocol = replace(PIXELS, figures=("psnr", *figures), extractor="inception-768")
-    return protocol, MetricSuite(protocol.figures, extractor=MeanColours())
+def judged_by_colours(*metrics: str) -> tuple[Protocol, MetricSuite]:
+    """A protocol of these metrics and "psnr", and a suite whose extractor stands in for the one it names."""
+    protocol = replace(PIXELS, metrics=("psnr", *metrics), extractor="inception-768")
+    return protocol, MetricSuite(protocol.metrics, extractor=MeanColours())
 
 
-def evaluate_by_colours(coder, references: ImageSet, *figures: str, **options) -> Result:
-    protocol, suite = judged_by_colours(*figures)
+def evaluate_by_colours(coder, references: ImageSet, *metrics: str, **options) -> Result:
+    protocol, suite = judged_by_colours(*metrics)
     return evaluate(coder, references, protocol, name="it", suite=suite, **options)
 
 
@@ -181,10 +181,10 @@ def test_named_protocols_are_themselves() -> None:
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
-        ("figure 'fid' is not known", {"figures": ("fid",)}),
-        ("names no extractor", {"figures": ("kernel",)}),
-        ("ms-ssim needs sides of at least 176", {"figures": ("ms-ssim",)}),
-        ("asks for no figures", {"figures": ()}),
+        ("metric 'fid' is not known", {"metrics": ("fid",)}),
+        ("names no extractor", {"metrics": ("kernel",)}),
+        ("ms-ssim needs sides of at least 176", {"metrics": ("ms-ssim",)}),
+        ("asks for no metrics", {"metrics": ()}),
         ("count 1", {"count": 1}),
         ("solver 'newton'", {"solver": "newton"}),
     ],
@@ -201,14 +201,14 @@ def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
         "some has hash": {"reference": "0" * 64},
         "about 6 images, some gives 5": {"count": 6},
         "needs the teacher's latents": {"latents": "teacher"},
-        "teacher's latents": {"figures": ("explained-variance",)},
+        "teacher's latents": {"metrics": ("explained-variance",)},
         "RAC has no posterior": {"posterior": "sample"},
     }.items():
         with pytest.raises(RacError, match=words):
             evaluate(one_layer_coder, references, replace(PIXELS, **changes), name="it")
     vae = KLVAEConfig(widths=(4, 4), latent_channels=2).build().eval()
     with pytest.raises(RacError, match="no states"):
-        evaluate(vae, references, replace(PIXELS, figures=("state-round-trip",)), name="it")
+        evaluate(vae, references, replace(PIXELS, metrics=("state-round-trip",)), name="it")
 
 
 def test_too_few_or_unlike_images_never_make_a_silent_number(one_layer_coder, images, folder) -> None:
@@ -232,13 +232,13 @@ def test_too_few_or_unlike_images_never_make_a_silent_number(one_layer_coder, im
 
 def test_a_coder_that_loses_nothing(one_layer_coder, folder, tmp_path) -> None:
     references = ImageSet.read([folder], PIXELS.framing)
-    figures = ("ssim", "frechet", "kernel", "precision-recall")
-    result = evaluate_by_colours(one_layer_coder, references, *figures, command="rac evaluate")
-    assert result.figures["psnr"] == math.inf
-    assert result.figures["ssim"] == pytest.approx(1)
-    assert result.figures["rFID-colours"] == pytest.approx(0, abs=1e-12)
-    assert result.figures["precision-colours"] == result.figures["recall-colours"] == 1
-    assert not {"FID", "rFID", "KID"} & result.figures.keys()
+    metrics = ("ssim", "frechet", "kernel", "precision-recall")
+    result = evaluate_by_colours(one_layer_coder, references, *metrics, command="rac evaluate")
+    assert result.metrics["psnr"] == math.inf
+    assert result.metrics["ssim"] == pytest.approx(1)
+    assert result.metrics["rFID-colours"] == pytest.approx(0, abs=1e-12)
+    assert result.metrics["precision-colours"] == result.metrics["recall-colours"] == 1
+    assert not {"FID", "rFID", "KID"} & result.metrics.keys()
     assert (result.reference.count, result.reference.hash) == (12, references.hash)
     assert result.images == references.names
     result.save(tmp_path / "result.json")
@@ -258,50 +258,50 @@ def test_batches_and_order_do_not_matter(make_rac, images) -> None:
     ]
     for other in results[1:]:
         assert other.reference.hash == results[0].reference.hash
-        assert other.figures == pytest.approx(results[0].figures, rel=1e-5, abs=1e-6)
+        assert other.metrics == pytest.approx(results[0].metrics, rel=1e-5, abs=1e-6)
     assert results[1].per_image["psnr"] == pytest.approx(results[0].per_image["psnr"])
 
 
 def test_figures_are_those_of_the_written_files(make_rac, images) -> None:
     coder, image = make_rac(lively=0.05).eval(), from_pixels(to_pixels(images(1, 24, 24)))
     references = ImageSet.of(torch.cat([image, image]), "two")
-    protocol = replace(PIXELS, figures=("psnr",), steps=2)
+    protocol = replace(PIXELS, metrics=("psnr",), steps=2)
     result = evaluate(coder, references, protocol, name="it")
     with torch.no_grad():
         made = coder.reconstruct(image, 2)
-    assert result.figures["psnr"] == pytest.approx(float(psnr(from_pixels(to_pixels(made)), image)), abs=1e-4)
+    assert result.metrics["psnr"] == pytest.approx(float(psnr(from_pixels(to_pixels(made)), image)), abs=1e-4)
     assert result.steps == 2
     exact = evaluate(coder, references, replace(protocol, rounded=False), name="it")
-    assert exact.figures["psnr"] == pytest.approx(float(psnr(made, image)), abs=1e-4)
-    assert exact.figures != result.figures
+    assert exact.metrics["psnr"] == pytest.approx(float(psnr(made, image)), abs=1e-4)
+    assert exact.metrics != result.metrics
     assert evaluate(coder, references, replace(protocol, steps=None), name="it").steps == 4
 
 
 def test_solver_grid_and_dtype_are_obeyed(make_rac, images) -> None:
     coder, references = make_rac(lively=0.05).eval(), ImageSet.of(images(2, 24, 24), "some")
     found = {
-        evaluate(coder, references, replace(PIXELS, figures=("psnr",), rounded=False, **change), name="it").figures[
+        evaluate(coder, references, replace(PIXELS, metrics=("psnr",), rounded=False, **change), name="it").metrics[
             "psnr"
         ]
         for change in ({}, {"solver": "heun"}, {"shift": 3.0}, {"steps": 8}, {"dtype": "bfloat16"})
     }
     assert len(found) == 5
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outside = evaluate(coder, references, replace(PIXELS, figures=("psnr",), rounded=False), name="it")
-    assert outside.figures["psnr"] in found
+        outside = evaluate(coder, references, replace(PIXELS, metrics=("psnr",), rounded=False), name="it")
+    assert outside.metrics["psnr"] in found
 
 
 def test_a_teacher_and_its_latents(make_rac, images) -> None:
     torch.manual_seed(0)
     teacher = KLVAEConfig(widths=(4, 4, 4), latent_channels=4).build().eval()
     coder, references = make_rac(lively=0.05).eval(), ImageSet.of(images(3, 24, 24), "some")
-    protocol = replace(PIXELS, figures=("psnr", "explained-variance", "state-round-trip"))
+    protocol = replace(PIXELS, metrics=("psnr", "explained-variance", "state-round-trip"))
     own = evaluate(coder, references, protocol, name="it", teacher=teacher)
     assert len(own.per_channel["explained variance"]) == 4
-    assert own.figures["explained variance"] == pytest.approx(np.mean(own.per_channel["explained variance"]))
-    assert own.figures["psnr, state round trip"] > own.figures["psnr"]
+    assert own.metrics["explained variance"] == pytest.approx(np.mean(own.per_channel["explained variance"]))
+    assert own.metrics["psnr, state round trip"] > own.metrics["psnr"]
     theirs = evaluate(coder, references, replace(protocol, latents="teacher"), name="it", teacher=teacher)
-    assert theirs.figures["psnr"] != own.figures["psnr"]
+    assert theirs.metrics["psnr"] != own.metrics["psnr"]
     assert evaluate(teacher, references, PIXELS, name="teacher").steps is None
 
 
@@ -309,12 +309,12 @@ def test_posterior_samples_belong_to_images(images) -> None:
     torch.manual_seed(0)
     vae = KLVAEConfig(widths=(4, 4), latent_channels=2).build().eval()
     references = ImageSet.of(images(4, 24, 24), "some")
-    sampled = replace(PIXELS, posterior="sample", figures=("psnr",))
+    sampled = replace(PIXELS, posterior="sample", metrics=("psnr",))
     one, other = (evaluate(vae, references, sampled, name="it", batch=size) for size in (4, 1))
     assert one.per_image["psnr"] == pytest.approx(other.per_image["psnr"], abs=1e-4)
     again = evaluate(vae, references, replace(sampled, rng_seed=1), name="it")
     mean = evaluate(vae, references, replace(sampled, posterior="mean"), name="it")
-    assert len({one.figures["psnr"], again.figures["psnr"], mean.figures["psnr"]}) == 3
+    assert len({one.metrics["psnr"], again.metrics["psnr"], mean.metrics["psnr"]}) == 3
 
 
 def test_nan_is_told(make_rac, images) -> None:

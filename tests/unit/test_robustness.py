@@ -30,7 +30,7 @@ def curve(teacher, references, **options):  # type: ignore[no-untyped-def]
 
 
 def test_equal_decoders_get_equal_latents(teacher, references) -> None:  # type: ignore[no-untyped-def]
-    rows = curve(teacher, references).figures["psnr"]
+    rows = curve(teacher, references).metrics["psnr"]
     assert rows["teacher"] == rows["twin"]
     assert rows["grey"][0] == pytest.approx(rows["grey"][2], abs=1e-9)
     assert len(set(rows["teacher"])) == 3
@@ -39,13 +39,13 @@ def test_equal_decoders_get_equal_latents(teacher, references) -> None:  # type:
 def test_no_noise_is_the_plain_reconstruction(teacher, references) -> None:  # type: ignore[no-untyped-def]
     image = next(references.batches(5)).images
     plain = float(psnr(teacher.reconstruct(image), image).mean())
-    assert curve(teacher, references).figures["psnr"]["teacher"][0] == pytest.approx(plain, abs=1e-5)
+    assert curve(teacher, references).metrics["psnr"]["teacher"][0] == pytest.approx(plain, abs=1e-5)
 
 
 def test_batches_and_seed(teacher, references) -> None:  # type: ignore[no-untyped-def]
-    one, other = (curve(teacher, references, batch=size).figures["psnr"]["teacher"] for size in (1, 4))
+    one, other = (curve(teacher, references, batch=size).metrics["psnr"]["teacher"] for size in (1, 4))
     assert one == pytest.approx(other, abs=1e-4)
-    reseeded = curve(teacher, references, rng_seed=1).figures["psnr"]["teacher"]
+    reseeded = curve(teacher, references, rng_seed=1).metrics["psnr"]["teacher"]
     assert reseeded[0] == pytest.approx(one[0], abs=1e-4)
     assert abs(reseeded[2] - one[2]) > 1e-4
 

@@ -62,9 +62,9 @@ def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images)
     decoders = {"teacher": loaded.teacher.decode}
     decoders |= {f"{k}": lambda latent, k=k: loaded.coder.decode(latent, k) for k in NOISED_STEPS}
     curve = robustness_curve(
-        decoders, loaded.teacher, One(), MetricSuite(figures=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
+        decoders, loaded.teacher, One(), MetricSuite(metrics=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
     )
-    expected = [figures[0] for figures in curve.figures["psnr"].values()]
+    expected = [figures[0] for figures in curve.metrics["psnr"].values()]
     assert [one.psnr for one in made] == pytest.approx(expected, abs=1e-5)
     assert [one.evaluations for one in made] == [1, *NOISED_STEPS]
     unmoved = decode_noised(loaded, images(1, 24, 24), 0.0)

@@ -162,7 +162,7 @@ class _Evaluation:
         return all_candidates({name: training.label}, {name: coder}, teachers, self.protocol, steps, ("own",))
 
     def row(self, candidate: Candidate, out: Path) -> Row:
-        """Its figures: those that an earlier run left in `out`, if they are of these weights, images and protocol."""
+        """Its metrics: those that an earlier run left in `out`, if they are of these weights, images and protocol."""
         path = out / "results" / f"{file_name(candidate.label)}.json"
         if path.exists():
             result = Result.load(path)
@@ -198,7 +198,7 @@ def _evaluation(ablation: Ablation, options: Options) -> _Evaluation:
         framing = Preprocessing(recipe.data.size, "none")
         protocol = replace(protocol, name=f"{protocol.name}, held out", framing=framing, count=None)
     device = recipe.train.device
-    suite = MetricSuite.load(protocol.figures, protocol.extractor, pick_device(device))
+    suite = MetricSuite.load(protocol.metrics, protocol.extractor, pick_device(device))
     suite.check(references)
     return _Evaluation(protocol, references, suite, device)
 

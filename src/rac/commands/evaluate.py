@@ -12,10 +12,10 @@ from .shared import DEFAULT_CODER
 
 @dataclass(frozen=True)
 class Command(EvaluationOptions):
-    """Judge a coder on images, under a protocol that says all that the figures depend on.
+    """Judge a coder on images, under a protocol that says all that the metrics depend on.
 
-    Writes for each number of steps a JSON file with the figures, the protocol, the hash of the images, versions and
-    command; a table; and a report with pictures. Figures of sets are named after their features: only FID is the FID.
+    Writes for each number of steps a JSON file with the metrics, the protocol, the hash of the images, versions and
+    command; a table; and a report with pictures. Metrics of sets are named after their features: only FID is the FID.
     """
 
     model: str = DEFAULT_CODER

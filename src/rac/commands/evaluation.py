@@ -23,7 +23,7 @@ from ..evaluate.image_sets import ImageSet
 from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
 from ..evaluate.robustness import RobustnessCurve, robustness_curve
-from ..evaluate.suite import IMAGE_FIGURES, MetricSuite
+from ..evaluate.suite import IMAGE_METRICS, MetricSuite
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
 from ..images import write_picture
@@ -49,11 +49,11 @@ class EvaluationOptions:
     count: int | None = None
     """Take only so many images, for a quick look. None: as many as the protocol says."""
     pictures: bool = True
-    """Draw the report's pictures, too; otherwise its figures alone."""
+    """Draw the report's pictures, too; otherwise its numbers alone."""
     correction: int = 64
     """Images for the correction curve; 0 leaves it out."""
     batch: int = 16
-    """Images at a time; changes no figure."""
+    """Images at a time; changes no metric."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -64,7 +64,7 @@ class EvaluationOptions:
         teachers = self._teachers(coders)
         self._check_latents(coders, teachers)
         references = self._references(protocol)
-        suite = MetricSuite.load(protocol.figures, protocol.extractor, pick_device(self.device))
+        suite = MetricSuite.load(protocol.metrics, protocol.extractor, pick_device(self.device))
         candidates = all_candidates(_titles(models), coders, teachers, protocol, self.steps, self.latents)
         comparison = self._evaluated(candidates, references, suite, make_folder(out / "results"))
         comparison = replace(comparison, corrections=self._corrections(candidates, references, suite))
@@ -127,7 +127,7 @@ class EvaluationOptions:
             students = [candidate for candidate in candidates if candidate.coder.teacher == name]
             # A coder of own latents and of its teacher's decodes alike.
             decoders = {short_name(name): teacher.decode, **{_plain(student): student.decode for student in students}}
-            if self.correction > 0 and set(suite.figures) & set(IMAGE_FIGURES):
+            if self.correction > 0 and set(suite.metrics) & set(IMAGE_METRICS):
                 with counting(f"correction curve of {short_name(name)}") as progress:
                     curve = robustness_curve(
                         decoders,

@@ -1,4 +1,4 @@
-"""`rac reconstruct`: images through a coder and back, as pictures and figures."""
+"""`rac reconstruct`: images through a coder and back, as pictures and metrics."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .protocol import Protocol
 from .reconstruction import evaluate
 from .result import Result
 from .robustness import RobustnessCurve
-from .suite import LATENT_FIGURES, MetricSuite
+from .suite import LATENT_METRICS, MetricSuite
 
 LatentSource = Literal["own", "teacher"]
 
@@ -142,13 +142,13 @@ class Comparison:
     corrections: tuple[RobustnessCurve, ...] = ()
 
     @property
-    def figures(self) -> list[str]:
-        """The names of the figures that at least one row has, in order."""
-        return list(dict.fromkeys(name for row in self.rows for name in row.result.figures))
+    def metrics(self) -> list[str]:
+        """The names of the metrics that at least one row has, in order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.result.metrics))
 
     def table(self) -> Table:
         """One row for each candidate, for people."""
-        columns = ("coder", *(figure_title(name) for name in self.figures), *_COST_COLUMNS)
+        columns = ("coder", *(metric_title(name) for name in self.metrics), *_COST_COLUMNS)
         return Table(columns, tuple(self._cells(row) for row in self.rows))
 
     def save(self, path: str | Path) -> None:
@@ -157,11 +157,11 @@ class Comparison:
         write_bytes(path, (text + "\n").encode())
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        found, cost = row.result.figures, row.cost
-        figures = (figure_text(name, found[name]) if name in found else "-" for name in self.figures)
+        found, cost = row.result.metrics, row.cost
+        metrics = (metric_text(name, found[name]) if name in found else "-" for name in self.metrics)
         costs = (cost.macs_per_step, cost.decoding_macs, cost.macs)
         gmacs = (f"{macs / 1e9:.3g}" for macs in costs)
-        return row.label, *figures, f"{cost.parameters:,}", *gmacs, f"{row.result.images_per_second:.3g}"
+        return row.label, *metrics, f"{cost.parameters:,}", *gmacs, f"{row.result.images_per_second:.3g}"
 
 
 _COST_COLUMNS = ("parameters", "GMACs per step", "GMACs decoding", "GMACs in all", "img/s")
@@ -178,7 +178,7 @@ def evaluate_candidate(
 ) -> Row:
     """Evaluate one candidate and count its cost. Raises `RacError` as `evaluate`."""
     protocol = candidate.protocol
-    suite = replace(suite, figures=protocol.figures)
+    suite = replace(suite, metrics=protocol.metrics)
     first = next(references.batches(1)).images.to(next(candidate.coder.parameters()).device)
     # Before the images that are timed, so that no speed is that of a cold start.
     cost = coding_cost(candidate, first)
@@ -207,7 +207,7 @@ def all_candidates(
     """Every coder in every setting that it has.
 
     `names` are the coders' titles by name, `teachers` those of the coders that have one. A RAC enters once for each
-    number of steps and each kind of latents; other coders once. Latent figures are asked of a RAC alone.
+    number of steps and each kind of latents; other coders once. Latent metrics are asked of a RAC alone.
     """
     found = []
     for name, coder in coders.items():
@@ -217,14 +217,14 @@ def all_candidates(
         for source in sources:
             for number in numbers:
                 setting = replace(protocol, latents=source, steps=number)
-                setting = replace(setting, figures=_figures(setting, coder, teacher))
+                setting = replace(setting, metrics=_metrics(setting, coder, teacher))
                 found.append(Candidate(name, names[name], coder, setting, teacher))
     return found
 
 
-def _figures(protocol: Protocol, coder: Coder, teacher: Coder | None) -> tuple[str, ...]:
-    """The protocol's figures, with those about a RAC's own latents where it has them."""
-    plain = tuple(figure for figure in protocol.figures if figure not in LATENT_FIGURES)
+def _metrics(protocol: Protocol, coder: Coder, teacher: Coder | None) -> tuple[str, ...]:
+    """The protocol's metrics, with those about a RAC's own latents where it has them."""
+    plain = tuple(metric for metric in protocol.metrics if metric not in LATENT_METRICS)
     if not isinstance(coder, RAC) or protocol.latents == "teacher":
         return plain
     return (*plain, "state-round-trip") if teacher is None else (*plain, "explained-variance", "state-round-trip")
@@ -258,23 +258,23 @@ _TITLES = {
 _LOWER_IS_BETTER = ("lpips", "FID", "KID")
 
 
-def figure_title(name: str) -> str:
+def metric_title(name: str) -> str:
     """As it stands in tables."""
     return _TITLES.get(name, name)
 
 
 def axis_title(name: str) -> str:
     """As it stands beside a plot, with an arrow to where it is better."""
-    return f"{figure_title(name)} {'↓' if lower_is_better(name) else '↑'}"
+    return f"{metric_title(name)} {'↓' if lower_is_better(name) else '↑'}"
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a smaller value of the figure is a better one."""
+    """Whether a smaller value of the metric is a better one."""
     return any(part in name for part in _LOWER_IS_BETTER)
 
 
-def figure_text(name: str, value: float) -> str:
-    """A figure with the digits that mean something."""
+def metric_text(name: str, value: float) -> str:
+    """A metric with the digits that mean something."""
     if math.isnan(value):
         return "-"
     if name.startswith("psnr") or "FID" in name:
@@ -298,10 +298,10 @@ def pick(references: ImageSet, places: Sequence[int]) -> dict[int, Tensor]:
     return found
 
 
-def quality(rows: Sequence[Row], figure: str, x: Callable[[Row], Any]) -> dict[str, list[tuple[Any, float]]]:
-    """For each family: (x, figure) of its rows that have both, in rising x."""
+def quality(rows: Sequence[Row], metric: str, x: Callable[[Row], Any]) -> dict[str, list[tuple[Any, float]]]:
+    """For each family: (x, metric) of its rows that have both, in rising x."""
     found: dict[str, list[tuple[Any, float]]] = {}
     for row in rows:
-        if figure in row.result.figures:
-            found.setdefault(row.family, []).append((x(row), row.result.figures[figure]))
+        if metric in row.result.metrics:
+            found.setdefault(row.family, []).append((x(row), row.result.metrics[metric]))
     return {family: sorted(points) if points[0][0] is not None else points for family, points in found.items()}

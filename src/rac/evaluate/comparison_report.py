@@ -27,9 +27,9 @@ from .comparison import (
     Row,
     axis_title,
     extremes,
-    figure_text,
-    figure_title,
     file_name,
+    metric_text,
+    metric_title,
     pick,
     quality,
     short_name,
@@ -120,7 +120,7 @@ def introduction(material: Material) -> str:
 
 
 def sections(material: Material, pictures: bool, progress: Callable[[int, int | None], None]) -> list[Section]:
-    """Those for which there is something to show; without `pictures`, only tables and plots of figures."""
+    """Those for which there is something to show; without `pictures`, only tables and plots of metrics."""
     makers = [_quality, _correction]
     if pictures:
         makers += [_best_and_worst, _step_by_step, _latents, _trajectories]
@@ -131,27 +131,27 @@ def sections(material: Material, pictures: bool, progress: Callable[[int, int | 
     return found
 
 
-# ------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------- metrics
 
 
 def _quality(material: Material) -> Section:
     comparison = material.comparison
     contents: list[Table | Figure] = [comparison.table()]
-    shown = [figure for figure in comparison.figures if figure not in ("explained variance", "psnr, state round trip")]
+    shown = [metric for metric in comparison.metrics if metric not in ("explained variance", "psnr, state round trip")]
     steps = sorted({row.result.steps for row in material.rows if row.result.steps is not None})
     if len(steps) > 1:
-        panels = {axis_title(figure): _against_steps(material, figure, steps) for figure in shown}
+        panels = {axis_title(metric): _against_steps(material, metric, steps) for metric in shown}
         contents.append(Figure(line_panels(panels, "steps", "log2", steps), "quality-against-steps", _STEPS_CAPTION))
-    panels = {axis_title(figure): _against_macs(material, figure) for figure in shown}
+    panels = {axis_title(metric): _against_macs(material, metric) for metric in shown}
     label = "GMACs to encode and decode one image"
     contents.append(Figure(line_panels(panels, label, "log10"), "quality-against-macs", _MACS_CAPTION))
     height, width = material.rows[0].cost.side
     return Section("Quality and cost", _QUALITY.format(height=height, width=width), contents)
 
 
-def _against_steps(material: Material, figure: str, steps: Sequence[int]) -> list[Series]:
+def _against_steps(material: Material, metric: str, steps: Sequence[int]) -> list[Series]:
     found = []
-    for family, points in quality(material.rows, figure, lambda row: row.result.steps).items():
+    for family, points in quality(material.rows, metric, lambda row: row.result.steps).items():
         x, y = zip(*points, strict=True)
         level = x[0] is None
         colour = material.colours[family]
@@ -159,9 +159,9 @@ def _against_steps(material: Material, figure: str, steps: Sequence[int]) -> lis
     return found
 
 
-def _against_macs(material: Material, figure: str) -> list[Series]:
+def _against_macs(material: Material, metric: str) -> list[Series]:
     found = []
-    for row_family, points in quality(material.rows, figure, lambda row: row.cost.macs / 1e9).items():
+    for row_family, points in quality(material.rows, metric, lambda row: row.cost.macs / 1e9).items():
         x, y = zip(*points, strict=True)
         steps = sorted(row.result.steps or 0 for row in material.rows if row.family == row_family)
         marks = [str(number) for number in steps] if steps[0] else ()
@@ -181,16 +181,16 @@ def _correction(material: Material) -> Section | None:
 
 
 def _correction_plot(curve: RobustnessCurve) -> Figure:
-    teacher, *students = next(iter(curve.figures.values()))
+    teacher, *students = next(iter(curve.metrics.values()))
     colours = {teacher: BLACK, **dict(zip(students, shades(len(students)), strict=True))}
 
     def lines(rows: Mapping[str, Sequence[float]]) -> list[Series]:
         return [Series(name, curve.sigmas, y, colours[name], dashed=name == teacher) for name, y in rows.items()]
 
-    panels = {axis_title(figure): lines(rows) for figure, rows in curve.figures.items()}
-    figure, rows = next(iter(curve.figures.items()))
+    panels = {axis_title(metric): lines(rows) for metric, rows in curve.metrics.items()}
+    metric, rows = next(iter(curve.metrics.items()))
     if curve.sigmas[0] == 0:
-        panels[f"{figure_title(figure)}, change from sigma 0"] = lines(
+        panels[f"{metric_title(metric)}, change from sigma 0"] = lines(
             {name: [value - y[0] for value in y] for name, y in rows.items()}
         )
     caption = f"Mean over {curve.images} images; the same noise for every decoder. Dashed: the teacher, {teacher}."
@@ -199,10 +199,10 @@ def _correction_plot(curve: RobustnessCurve) -> Figure:
 
 
 def _correction_table(curve: RobustnessCurve) -> Table:
-    """The first figure, by decoder and sigma."""
-    figure, rows = next(iter(curve.figures.items()))
-    columns = (f"{figure_title(figure)} at sigma", *(f"{sigma:g}" for sigma in curve.sigmas))
-    return Table(columns, tuple((name, *(figure_text(figure, y) for y in values)) for name, values in rows.items()))
+    """The first metric, by decoder and sigma."""
+    metric, rows = next(iter(curve.metrics.items()))
+    columns = (f"{metric_title(metric)} at sigma", *(f"{sigma:g}" for sigma in curve.sigmas))
+    return Table(columns, tuple((name, *(metric_text(metric, y) for y in values)) for name, values in rows.items()))
 
 
 @torch.no_grad()

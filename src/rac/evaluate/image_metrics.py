@@ -1,6 +1,6 @@
 """How near an image is to its reference: PSNR, SSIM and MS-SSIM, one value per image.
 
-All compare images in [-1, 1], clamped but not rounded to 8 bits: figures do not depend on a file format, and lie
+All compare images in [-1, 1], clamped but not rounded to 8 bits: metrics do not depend on a file format, and lie
 within a few hundredths of a dB of those of the written files up to about 40 dB.
 """
 

@@ -1,6 +1,6 @@
 """The images that a coder is judged on: where they come from, how a picture becomes an image, and their hash.
 
-Read strictly: training may skip a damaged picture, an evaluation may not, as its figures would silently be of other
+Read strictly: training may skip a damaged picture, an evaluation may not, as its metrics would silently be of other
 images.
 """
 

@@ -105,7 +105,7 @@ def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Ima
 
 
 def per_image(results: Results) -> Table:
-    """Every figure, unrounded, one row per image and coder: for programs."""
+    """Every metric, unrounded, one row per image and coder: for programs."""
     rows = [
         (name, one.name, repr(one.psnr), repr(one.ssim), str(one.evaluations), str(one.macs))
         for name, made in results.items()

@@ -41,7 +41,7 @@ def evaluate(
 ) -> Result:
     """Judge `coder`, where it stands and in evaluation mode, by what it makes of `references`.
 
-    `references` are read with the protocol's framing and count, or, during training, made of held-out images. Figures
+    `references` are read with the protocol's framing and count, or, during training, made of held-out images. Metrics
     do not depend on `batch` or on the order of the images. `suite` spares loading their networks again; features
     of the references are kept with them. `teacher` is needed for its latents. `progress` is told (images done, of all).
 
@@ -49,7 +49,7 @@ def evaluate(
     teacher, no posterior to draw from; and where the coder gives NaN.
     """
     device = next(coder.parameters()).device
-    suite = suite or MetricSuite.load(protocol.figures, protocol.extractor, device)
+    suite = suite or MetricSuite.load(protocol.metrics, protocol.extractor, device)
     _check(coder, references, protocol, teacher, suite)
     run = _Run(coder, protocol, teacher, device)
     tally = _Tally(protocol, suite)
@@ -63,12 +63,12 @@ def evaluate(
         protocol=protocol,
         steps=protocol.grid(coder).steps if isinstance(coder, RAC) else None,
         reference=ReferenceRecord(references.name, len(references), references.hash),
-        figures=tally.figures(lambda extractor: references.features(extractor, batch, device)),
+        metrics=tally.metrics(lambda extractor: references.features(extractor, batch, device)),
         images_per_second=len(references) / run.seconds,
         per_channel={key: tuple(value.tolist()) for key, value in tally.per_channel().items()},
         per_image={key: tuple(value.tolist()) for key, value in tally.per_image().items()},
         images=references.names,
-        judges=dict(suite.files),
+        metric_files=dict(suite.files),
         versions=versions(),
         command=command_line() if command is None else command,
     )
@@ -85,19 +85,19 @@ def _check(coder: Coder, references: ImageSet, protocol: Protocol, teacher: Code
             f"protocol {protocol.name} is about {protocol.count} images, {references.name} gives {len(references)}; "
             "read the references with its count"
         )
-    if teacher is None and (protocol.latents == "teacher" or "explained-variance" in protocol.figures):
+    if teacher is None and (protocol.latents == "teacher" or "explained-variance" in protocol.metrics):
         raise RacError(f"protocol {protocol.name} needs the teacher's latents; give the teacher")
     encoder = coder if protocol.latents == "own" else teacher
     if protocol.posterior == "sample" and not isinstance(encoder, KLVAE):
         raise RacError(
             f"a {type(encoder).__name__} has no posterior to draw from; use a protocol with posterior 'mean'"
         )
-    if "state-round-trip" in protocol.figures and not isinstance(coder, RAC):
+    if "state-round-trip" in protocol.metrics and not isinstance(coder, RAC):
         raise RacError(
             f"a {type(coder).__name__} has no states to go back and forth between; leave state-round-trip out"
         )
-    if suite.figures != protocol.figures:
-        raise RacError(f"the suite is for {suite.figures}, the protocol asks for {protocol.figures}; load its own")
+    if suite.metrics != protocol.metrics:
+        raise RacError(f"the suite is for {suite.metrics}, the protocol asks for {protocol.metrics}; load its own")
     suite.check(references)
 
 
@@ -167,7 +167,7 @@ class _Run:
 
 
 class _Tally:
-    """What is collected batch by batch, and the figures of all of it."""
+    """What is collected batch by batch, and the metrics of all of it."""
 
     def __init__(self, protocol: Protocol, suite: MetricSuite) -> None:
         self.protocol, self.suite = protocol, suite
@@ -180,28 +180,28 @@ class _Tally:
         """Take one batch of references, on the coder's device, there and back."""
         made = run.reconstruct(part)
         values = self.suite.of_images(made, part.images)
-        if "state-round-trip" in self.protocol.figures:
+        if "state-round-trip" in self.protocol.metrics:
             values["psnr, state round trip"] = psnr(run.state_round_trip(part.images), part.images).cpu()
-        for figure, value in values.items():
-            self._per_image.setdefault(figure, []).append(value)
+        for metric, value in values.items():
+            self._per_image.setdefault(metric, []).append(value)
         if self.suite.extractor is not None:
             self._features.append(extract(self.suite.extractor, [made]))
-        if "explained-variance" in self.protocol.figures:
+        if "explained-variance" in self.protocol.metrics:
             self._agreement.update(run.encode(part.images), run.teacher_latent(part.images))
         self.images += len(part.images)
 
     def per_image(self) -> dict[str, Tensor]:
-        return {figure: torch.cat(values).double() for figure, values in self._per_image.items()}
+        return {metric: torch.cat(values).double() for metric, values in self._per_image.items()}
 
     def per_channel(self) -> dict[str, Tensor]:
-        if "explained-variance" not in self.protocol.figures:
+        if "explained-variance" not in self.protocol.metrics:
             return {}
         return {"explained variance": self._agreement.explained_variance(), "offset": self._agreement.offset()}
 
-    def figures(self, references: Callable[[Extractor], Features]) -> dict[str, float]:
-        found = {figure: float(values.mean()) for figure, values in self.per_image().items()}
+    def metrics(self, references: Callable[[Extractor], Features]) -> dict[str, float]:
+        found = {metric: float(values.mean()) for metric, values in self.per_image().items()}
         if self.suite.extractor is not None:
             found |= self.suite.of_sets(join(self._features), references(self.suite.extractor))
-        if "explained-variance" in self.protocol.figures:
+        if "explained-variance" in self.protocol.metrics:
             found["explained variance"] = float(self.per_channel()["explained variance"].mean())
         return found

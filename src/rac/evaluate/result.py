@@ -1,4 +1,4 @@
-"""What an evaluation gives: the figures, and all one needs to get them again."""
+"""What an evaluation gives: the metrics, and all one needs to get them again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config import from_json, json_safe, read_json, to_json
+from ..config import from_json, json_safe, read_json, saved_as, to_json
 from ..files import write_bytes
 from .protocol import Protocol
 
@@ -37,16 +37,16 @@ class Result:
     steps: int | None
     """Of each way; None for a coder without a flow."""
     reference: ReferenceRecord
-    figures: dict[str, float]
-    """The name of a set figure says what features it is made of: only `rFID` is an FID."""
+    metrics: dict[str, float] = field(metadata=saved_as("figures"))
+    """The name of a set metric says what features it is made of: only `rFID` is an FID."""
     images_per_second: float
     """Through the coder, there and back, in this run on this machine."""
     per_channel: dict[str, tuple[float, ...]]
     """Of the latents."""
     per_image: dict[str, tuple[float, ...]]
-    """Image figures, in the order of `images`."""
+    """Image metrics, in the order of `images`."""
     images: tuple[str, ...]
-    judges: dict[str, str]
+    metric_files: dict[str, str] = field(metadata=saved_as("judges"))
     """Weight files of the metrics, and the SHA-256 of each."""
     versions: dict[str, str]
     command: str
@@ -66,7 +66,7 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    """Of what figures may depend on."""
+    """Of what metrics may depend on."""
     from .. import __version__
 
     packages = {package: metadata.version(package) for package in ("torch", "torchmetrics", "numpy", "pillow")}

@@ -8,17 +8,18 @@ maps once (RAC, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ..coders.protocol import Coder
+from ..config import saved_as
 from ..images import crop
 from ..runtime import generator, reproducible
 from .image_sets import Batch, ImageSet
-from .suite import IMAGE_FIGURES, MetricSuite
+from .suite import IMAGE_METRICS, MetricSuite
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Of the noise; a latent's own standard deviation is about 1."""
@@ -29,15 +30,15 @@ Decoder = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RobustnessCurve:
-    """Mean figures over the images, for each decoder and sigma."""
+    """Mean metrics over the images, for each decoder and sigma."""
 
     teacher: str
     """Whose latents they are."""
     images: int
     rng_seed: int
     sigmas: tuple[float, ...]
-    figures: dict[str, dict[str, tuple[float, ...]]]
-    """Figure -> decoder -> one value for each sigma."""
+    metrics: dict[str, dict[str, tuple[float, ...]]] = field(metadata=saved_as("figures"))
+    """Metric -> decoder -> one value for each sigma."""
 
 
 def robustness_curve(
@@ -56,10 +57,10 @@ def robustness_curve(
     """Decode latent + sigma * noise by every decoder, for the first `images` of the references.
 
     The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
-    for all sigmas. Compared with the original images by the image figures of `suite`. `name` is the teacher's.
+    for all sigmas. Compared with the original images by the image metrics of `suite`. `name` is the teacher's.
     `progress` is told (images done, of all).
     """
-    suite = replace(suite, figures=tuple(figure for figure in suite.figures if figure in IMAGE_FIGURES))
+    suite = replace(suite, metrics=tuple(metric for metric in suite.metrics if metric in IMAGE_METRICS))
     device = next(teacher.parameters()).device
     total = min(images, len(references))
     sums: dict[str, dict[str, list[float]]] = {}
@@ -70,15 +71,15 @@ def robustness_curve(
             for decoder, decode in decoders.items():
                 with reproducible():
                     made = crop(decode(moved).float(), (image.shape[-2], image.shape[-1]))
-                for figure, values in suite.of_images(made, image).items():
-                    row = sums.setdefault(figure, {}).setdefault(decoder, [0.0] * len(sigmas))
+                for metric, values in suite.of_images(made, image).items():
+                    row = sums.setdefault(metric, {}).setdefault(decoder, [0.0] * len(sigmas))
                     row[place] += float(values.double().sum())
         done += len(image)
         if progress is not None:
             progress(done, total)
     means = {
-        figure: {decoder: tuple(value / total for value in row) for decoder, row in rows.items()}
-        for figure, rows in sums.items()
+        metric: {decoder: tuple(value / total for value in row) for decoder, row in rows.items()}
+        for metric, rows in sums.items()
     }
     return RobustnessCurve(name, total, rng_seed, tuple(sigmas), means)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluate.comparison import Candidate, Comparison, figure_text, lower_is_better
+from ..evaluate.comparison import Candidate, Comparison, lower_is_better, metric_text
 from ..evaluate.image_metrics import psnr
 from ..evaluate.image_sets import ImageSet
 from ..images import from_pixels, to_pixels
@@ -23,7 +23,7 @@ from .ablation import Ablation, Training
 SHOWN = 6
 """Images of each strip."""
 CURVES = {"psnr": "PSNR dB ↑", "psnr_round_trip": "PSNR dB, round trip ↑"}
-"""Figures of the held-out images that are drawn over training, and what stands beside the axis."""
+"""Metrics of the held-out images that are drawn over training, and what stands beside the axis."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Strips:
     def _add(self, title: str, reconstruct: Callable[[Tensor], Tensor], device: torch.device) -> None:
         panels = []
         for image in self.images:
-            # As a file would hold it, and as the figures judge it.
+            # As a file would hold it, and as the metrics see it.
             made = from_pixels(to_pixels(reconstruct(image.to(device)).float().cpu()))
             panels.append(Panel(made, f"{float(psnr(made, image)):.2f} dB"))
         self.rows.append(strip(panels, title))
@@ -92,13 +92,13 @@ def introduction(showing: Showing) -> str:
 
 
 def summary(showing: Showing) -> Table:
-    """A row for each variant: figures and cost. The best value of each figure has a star."""
+    """A row for each variant: metrics and cost. The best value of each metric has a star."""
     table = showing.comparison.table()
-    best = {name: _best(showing.comparison, name) for name in showing.comparison.figures}
+    best = {name: _best(showing.comparison, name) for name in showing.comparison.metrics}
     rows = []
     for row, cells in zip(showing.comparison.rows, table.rows, strict=True):
         label, *rest = cells
-        for place, name in enumerate(showing.comparison.figures):
+        for place, name in enumerate(showing.comparison.metrics):
             if rest[place] == best[name] and len(table.rows) > 1:
                 rest[place] = f"* {rest[place]}"
         assert label == row.label
@@ -119,7 +119,7 @@ def training_table(showing: Showing) -> Table:
 
 
 def sections(showing: Showing) -> list[Section]:
-    """The report, from the figures to the pictures."""
+    """The report, from the numbers to the pictures."""
     strips = Figure(sheet(showing.strips.rows), "strips", "PSNR of each image below it.")
     found = [
         Section("Quality and cost", _QUALITY, [summary(showing)]),
@@ -146,7 +146,7 @@ def markdown_report(title: str, text: str, contents: Sequence[Section]) -> str:
 
 
 def _curves(showing: Showing) -> list[Figure]:
-    """Held-out figures and the loss, over the images seen."""
+    """Held-out metrics and the loss, over the images seen."""
     trained = [training for training in showing.trainings if training.label not in showing.failures]
     panels: dict[str, list[Series]] = {}
     for number, training in enumerate(trained):
@@ -172,9 +172,9 @@ def _points(training: Training) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-def _best(comparison: Comparison, figure: str) -> str:
-    values = [row.result.figures[figure] for row in comparison.rows if figure in row.result.figures]
-    return figure_text(figure, min(values) if lower_is_better(figure) else max(values))
+def _best(comparison: Comparison, metric: str) -> str:
+    values = [row.result.metrics[metric] for row in comparison.rows if metric in row.result.metrics]
+    return metric_text(metric, min(values) if lower_is_better(metric) else max(values))
 
 
 def _minutes(seconds: float) -> str:
@@ -183,7 +183,7 @@ def _minutes(seconds: float) -> str:
 
 _SHARED = "All see the same images in the same order, with the same rng."
 _QUALITY = (
-    "Means over all images; a star marks the best of each figure. A coder that takes steps is judged at each number of "
+    "Means over all images; a star marks the best of each metric. A coder that takes steps is judged at each number of "
     "steps asked for, which needs no training of its own. GMACs are 10^9 multiply-accumulates for one image."
 )
 _TRAINING = "Time is that of the training alone, on this machine: galleries of held-out images are left out."

@@ -124,7 +124,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class ToyFigures:
+class ToyMetrics:
     """What a field is worth at one number of steps; distances are in the plane, root mean squares over the points."""
 
     steps: int
@@ -147,8 +147,8 @@ class ToyFigures:
 @torch.no_grad()
 def measure(
     field: ToyField, config: ToyConfig, point: Tensor, rng: torch.Generator, steps: Sequence[int] = STEPS
-) -> list[ToyFigures]:
-    """Figures for points B 2 of the moons. Computed in float64, so that what is left is not rounding."""
+) -> list[ToyMetrics]:
+    """Metrics for points B 2 of the moons. Computed in float64, so that what is left is not rounding."""
     exact = copy.deepcopy(field).double()
     point = point.double()
     latent = to_latent(point, config.cell)
@@ -165,7 +165,7 @@ def measure(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # `undone` says it
             undone = integrate(exact, there, back, undo).end
-        figures = ToyFigures(
+        metrics = ToyMetrics(
             number,
             latents_found=float((own == latent).all(1).double().mean()),
             image_error=_rms(integrate(exact, config.cell * own, grid).end - point),
@@ -175,7 +175,7 @@ def measure(
             undone=float(((undone - seed).abs().amax(1) < 1e-5).double().mean()),
             reversible=_rms(integrate(exact, heun.end, back, ReversibleHeun(), carry=heun.carry).end - seed),
         )
-        found.append(figures)
+        found.append(metrics)
     return found
 
 

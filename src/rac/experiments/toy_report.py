@@ -12,7 +12,7 @@ from torch import Tensor
 from ..flow import Euler, TimeGrid, integrate
 from ..report.document import Table
 from ..report.pictures import curves
-from .toy import STEPS, ToyConfig, ToyField, ToyFigures, to_latent
+from .toy import STEPS, ToyConfig, ToyField, ToyMetrics, to_latent
 
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRAMES = 24
@@ -20,7 +20,7 @@ FRAMES = 24
 INK, PALE = "#1c1c1e", "#b8b8bd"
 
 
-def table(figures: list[ToyFigures]) -> Table:
+def table(metrics: list[ToyMetrics]) -> Table:
     """For people."""
     columns = (
         *("steps", "latents found", "point, by its latent", "point, by its state"),
@@ -31,15 +31,15 @@ def table(figures: list[ToyFigures]) -> Table:
             *(str(one.steps), f"{100 * one.latents_found:.1f} %", f"{one.image_error:.3f}", f"{one.state_error:.3f}"),
             *(f"{one.euler:.1e}", f"{one.fixed_point:.1e}", f"{100 * one.undone:.1f} %", f"{one.reversible:.1e}"),
         )
-        for one in figures
+        for one in metrics
     )
     return Table(columns, rows)
 
 
-def exact_table(figures: list[ToyFigures]) -> Table:
-    """Every figure, unrounded: for programs."""
-    names = tuple(ToyFigures.__dataclass_fields__)
-    return Table(names, tuple(tuple(repr(getattr(one, name)) for name in names) for one in figures))
+def exact_table(metrics: list[ToyMetrics]) -> Table:
+    """Every metric, unrounded: for programs."""
+    names = tuple(ToyMetrics.__dataclass_fields__)
+    return Table(names, tuple(tuple(repr(getattr(one, name)) for name in names) for one in metrics))
 
 
 def draw_flow(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> Image.Image:
@@ -84,12 +84,12 @@ def draw_paths(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) 
     return _rendered(figure)
 
 
-def draw_errors(figures: list[ToyFigures]) -> Image.Image:
+def draw_errors(metrics: list[ToyMetrics]) -> Image.Image:
     """How far the way back ends from the seed state, over the number of steps."""
-    steps = [one.steps for one in figures]
+    steps = [one.steps for one in metrics]
     named = {"reversed Euler": "euler", "fixed point": "fixed_point", "reversible Heun": "reversible"}
     # Rounding can be none at all, which a logarithmic axis has no place for.
-    series = {name: (steps, [max(getattr(one, key), 1e-17) for one in figures]) for name, key in named.items()}
+    series = {name: (steps, [max(getattr(one, key), 1e-17) for one in metrics]) for name, key in named.items()}
     return curves(series, "steps", "distance from the seed state (RMS)")
 
 

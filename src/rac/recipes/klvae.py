@@ -159,8 +159,8 @@ class KLVAETask:
         assert isinstance(module, KLVAE)
         judged = evaluate(module, ImageSet.of(images, "held out"), HELD_OUT, name="KL-VAE")
         decoded = module.reconstruct(images)
-        figures = {"psnr": judged.figures["psnr"], **self.loss_networks.metrics(decoded, images)}
-        return gallery({"original": images, "KL-VAE": decoded}), figures
+        metrics = {"psnr": judged.metrics["psnr"], **self.loss_networks.metrics(decoded, images)}
+        return gallery({"original": images, "KL-VAE": decoded}), metrics
 
     def save(self, module: nn.Module, directory: Path) -> None:
         """See `Task`."""

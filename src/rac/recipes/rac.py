@@ -179,12 +179,12 @@ class RACTask:
         )
         held_out, given = ImageSet.of(images, "held out"), replace(HELD_OUT, latents="teacher")
         one_step = replace(given, steps=1)
-        alone = replace(HELD_OUT, figures=("psnr", "explained-variance"))
-        own = evaluate(module, held_out, alone, name="RAC", teacher=self.teacher).figures
+        alone = replace(HELD_OUT, metrics=("psnr", "explained-variance"))
+        own = evaluate(module, held_out, alone, name="RAC", teacher=self.teacher).metrics
         return picture, {
-            "psnr_teacher": evaluate(self.teacher, held_out, HELD_OUT, name="teacher").figures["psnr"],
-            "psnr_1_step": evaluate(module, held_out, one_step, name="RAC", teacher=self.teacher).figures["psnr"],
-            "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).figures["psnr"],
+            "psnr_teacher": evaluate(self.teacher, held_out, HELD_OUT, name="teacher").metrics["psnr"],
+            "psnr_1_step": evaluate(module, held_out, one_step, name="RAC", teacher=self.teacher).metrics["psnr"],
+            "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).metrics["psnr"],
             "psnr_round_trip": own["psnr"],
             "explained_variance": own["explained variance"],
             **self.loss_networks.metrics(decoded, images),

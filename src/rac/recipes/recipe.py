@@ -39,7 +39,7 @@ ONE_GPU = TrainConfig(
 SHOWN = 8
 """Images in a gallery, out of those held out."""
 
-HELD_OUT = protocol.Protocol("held out", Preprocessing(), figures=("psnr",))
+HELD_OUT = protocol.Protocol("held out", Preprocessing(), metrics=("psnr",))
 """What galleries are judged by."""
 
 

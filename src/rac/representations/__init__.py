@@ -1,6 +1,6 @@
 """Networks that turn an image into features to compare sets of images by, and the names of what comes of them.
 
-A figure carries the name of its features: only the 2048 features of the Inception graph of 2015-12-05 make an FID, all
+A metric carries the name of its features: only the 2048 features of the Inception graph of 2015-12-05 make an FID, all
 others append what they are, as in FID-768 and FID-EffNetLite0.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..errors import RacError, WeightsError
 from .efficientnet import EfficientNetLite0
-from .extractor import Extractor, Features, extract, figure_name, join
+from .extractor import Extractor, Features, extract, join, metric_name
 from .inception import INCEPTION, INCEPTION_TO_MIXED_8, Inception768, Inception2048
 from .lpips import FILES
 from .weight_files import WeightFile, find_weights
@@ -25,9 +25,9 @@ __all__ = [
     "Inception768",
     "Inception2048",
     "extract",
-    "figure_name",
     "join",
     "load_extractor",
+    "metric_name",
 ]
 
 ExtractorName = Literal["inception-2048", "inception-768", "efficientnet-lite0"]

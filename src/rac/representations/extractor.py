@@ -34,7 +34,7 @@ class Extractor(Protocol):
 
     @property
     def label(self) -> str:
-        """What follows the name of a figure made of the pooled features or the logits; empty for the real FID's."""
+        """What follows the name of a metric made of the pooled features or the logits; empty for the real FID's."""
         ...
 
     @property
@@ -88,6 +88,6 @@ def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if present else None
 
 
-def figure_name(figure: str, label: str) -> str:
+def metric_name(metric: str, label: str) -> str:
     """`FID` and the extractor's label -> `FID-768`; no label, nothing appended."""
-    return f"{figure}-{label}" if label else figure
+    return f"{metric}-{label}" if label else metric

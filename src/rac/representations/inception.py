@@ -67,7 +67,7 @@ class InceptionV3(nn.ModuleDict):
 
     def to_mixed_7(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image B 3 H W in [-1, 1] -> mixed_7, B 768 17 17, and mixed_6's first branch, B 192 17 17."""
-        # Not antialiased, and half-pixel centres: as pytorch-fid resizes, whose figures are the common ones.
+        # Not antialiased, and half-pixel centres: as pytorch-fid resizes, whose metrics are the common ones.
         x = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
         x = F.max_pool2d(self._run(x, "conv", "conv_1", "conv_2"), 3, 2)
         x = F.max_pool2d(self._run(x, "conv_3", "conv_4"), 3, 2)

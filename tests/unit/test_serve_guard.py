@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 
 import rac
 from rac.errors import ImageError, RacError
-from rac.serve.guard import MESSAGE_BYTES, Gate, Limits, admit, suffixes
+from rac.images import PICTURE_SUFFIXES
+from rac.serve.guard import MESSAGE_BYTES, Gate, Limits, admit
 
 
 def png_of(width: int, height: int, data: bytes = b"") -> bytes:
@@ -89,14 +90,13 @@ def test_grey_and_transparent_ones_are_taken(tmp_path: Path) -> None:
         assert admit(tmp_path / "x.png", Limits()).image.shape == (1, 3, 20, 20)
 
 
-@pytest.mark.parametrize("suffix", suffixes())
+@pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
 def test_every_suffix_that_is_offered_is_taken(tmp_path: Path, suffix: str) -> None:
+    kind = Image.registered_extensions()[suffix]
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow was built without {kind}")
     Image.new("RGB", (20, 16), "red").save(tmp_path / f"x{suffix}")
     assert admit(tmp_path / f"x{suffix}", Limits()).image.shape == (1, 3, 16, 20)
-
-
-def test_common_suffixes_are_offered() -> None:
-    assert {".png", ".jpg", ".webp", ".tif", ".ppm"} <= set(suffixes())
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")

@@ -18,7 +18,8 @@ from ..errors import ImageError, RacError
 from ..images import PICTURE_FORMATS, from_pixels, read_rgb
 
 FORMATS = tuple(PICTURE_FORMATS)
-"""Of Pillow's many: the decoders of others, such as EPS, run foreign programs or have seen little hostile input."""
+"""The picture formats that are taken, by Pillow's names. Pillow reads more, but some of its other decoders run foreign
+programs (EPS), or have seen little hostile input."""
 
 MESSAGE_BYTES = 2**16
 """The largest message, uploads apart: a page's own are below a thousand bytes."""
@@ -100,7 +101,7 @@ def _check_header(path: Path, pixels: int) -> None:
                 width, height = picture.size
     except (UnidentifiedImageError, TypeError):
         raise ImageError(
-            f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, BMP, TIFF, GIF or PPM file"
+            f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, TIFF or BMP file"
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large ({error}); scale it down first") from None

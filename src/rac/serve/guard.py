@@ -17,9 +17,6 @@ from torch import Tensor
 from ..errors import ImageError, RacError
 from ..images import PICTURE_FORMATS, from_pixels, read_rgb
 
-FORMATS = tuple(PICTURE_FORMATS)
-"""Of Pillow's many: the decoders of others, such as EPS, run foreign programs or have seen little hostile input."""
-
 MESSAGE_BYTES = 2**16
 """The largest message, uploads apart: a page's own are below a thousand bytes."""
 
@@ -74,11 +71,20 @@ def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
     return Admitted(from_pixels(np.asarray(picture)), " ".join(notes))
 
 
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are let in, those of `PICTURE_FORMATS` that this Pillow was built with.
+
+    The decoders of others, such as EPS, run foreign programs or have seen little hostile input.
+    """
+    Image.init()
+    return tuple(kind for kind in PICTURE_FORMATS if kind in Image.OPEN)
+
+
 def _check_header(path: Path, name: str, pixels: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(path, formats=formats()) as picture:
                 width, height = picture.size
     except (UnidentifiedImageError, TypeError):
         raise ImageError(f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, BMP or TIFF") from None

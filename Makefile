@@ -8,7 +8,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types docs check clean
+.PHONY: help install demo test test-all floors lint types docs check clean
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,13 @@ test: $(VENV)/.installed-dev  ## the fast tests
 test-all: $(VENV)/.installed-dev  ## the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not gpu'
 
+# torch apart, of which few versions fit a given Python.
+FLOORS := $(shell sed -n '/^dependencies/,/^]/s/^  "\([^>]*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch==')
+floors:  ## the fast unit tests on the oldest versions that pyproject.toml declares, in .venv-floors
+	$(PYTHON) -m venv $(VENV)-floors
+	$(VENV)-floors/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest hypothesis $(FLOORS)
+	OMP_NUM_THREADS=1 $(VENV)-floors/bin/python -m pytest -m 'not slow and not gpu' tests/unit
+
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +53,4 @@ docs: $(VENV)/.installed-dev  ## the site, in site/; a warning is an error
 check: lint types docs test  ## all of it
 
 clean:  ## remove what the commands above made
-	rm -rf $(VENV) demo build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-floors demo build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

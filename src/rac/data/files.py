@@ -95,7 +95,9 @@ def _sources_in(path: Path, progress: Callable[[int], None]) -> list[Source]:
     if path.is_dir():
         folder = Folder.search(path)
         return (
-            [folder] if folder.names else [Tar.open(tar, progress) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
+            [folder]
+            if folder.names
+            else [Tar.open(tar, progress) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
         )
     if not path.is_file():
         raise RacError(_why_not(path))

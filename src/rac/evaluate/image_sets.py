@@ -203,7 +203,9 @@ def _cut_all(files: Sequence[Picture], framing: Preprocessing) -> Iterator[Named
         try:
             encoded = file.read()
         except OSError as error:
-            raise RacError(f"{file.description} cannot be read ({error.strerror or error}); check its permissions") from error
+            raise RacError(
+                f"{file.description} cannot be read ({error.strerror or error}); check its permissions"
+            ) from error
         images = framing.cut(read_picture(io.BytesIO(encoded), name=file.name), file.name)
         for index, image in enumerate(images):
             yield file.name if len(images) == 1 else f"{file.name}#{index}", np.asarray(image)

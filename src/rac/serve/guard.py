@@ -17,10 +17,6 @@ from torch import Tensor
 from ..errors import ImageError, RacError
 from ..images import PICTURE_FORMATS, from_pixels, read_rgb
 
-FORMATS = tuple(PICTURE_FORMATS)
-"""The picture formats that are taken, by Pillow's names. Pillow reads more, but some of its other decoders run foreign
-programs (EPS), or have seen little hostile input."""
-
 MESSAGE_BYTES = 2**16
 """The largest message, uploads apart: a page's own are below a thousand bytes."""
 
@@ -92,12 +88,21 @@ def _read(path: Path, limits: Limits) -> tuple[Image.Image, str, str]:
     return read_rgb(path, max_pixels=limits.pixels, name=path.name)
 
 
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are let in, those of `PICTURE_FORMATS` that this Pillow was built with.
+
+    The decoders of others, such as EPS, run foreign programs or have seen little hostile input.
+    """
+    Image.init()
+    return tuple(kind for kind in PICTURE_FORMATS if kind in Image.OPEN)
+
+
 def _check_header(path: Path, pixels: int) -> None:
     name = path.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(path, formats=formats()) as picture:
                 width, height = picture.size
     except (UnidentifiedImageError, TypeError):
         raise ImageError(

@@ -78,17 +78,17 @@ def test_broken_off_in_a_training_and_while_judging(
     assert (out / "runs" / "02-spread=shuffle" / "checkpoints" / "00000002").exists()
     measured = json.loads((out / "ablation.json").read_text())
 
-    judged = []
-    judge = verb.judge
+    evaluated = []
+    evaluate = verb.evaluate_candidate
 
-    def judge_one(*arguments: Any) -> Any:
-        if judged:
+    def evaluate_one(*arguments: Any) -> Any:
+        if evaluated:
             raise KeyboardInterrupt
-        judged.append(arguments)
-        return judge(*arguments)
+        evaluated.append(arguments)
+        return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "evaluate_candidate", judge_one)
+        patch.setattr(verb, "evaluate_candidate", evaluate_one)
         with pytest.raises(KeyboardInterrupt):
             ablate("tiny", recipe, replace(options, resume=True))
     assert len(list((out / "results").iterdir())) == 1

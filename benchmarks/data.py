@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rac.data import CachedStream, DataConfig, ImageStream, Stream, batches
-from rac.data.cache import Layout, plan_of, prepare
+from rac.data.cache import Latents, Layout, plan_of, prepare
 from rac.latents import LatentSpec
 
 MIB = 2**20
@@ -95,11 +95,11 @@ class Pooling(nn.Module):
 
 def caches(folder: Path, config: DataConfig, count: int) -> None:
     config = DataConfig(**{**vars(config), "cached_crops": count})
-    teacher = Pooling()
-    plan = plan_of(config, 0, teacher, "pooling", Layout(dtype="bfloat16"))
+    latents = Latents(Pooling(), "pooling")
+    plan = plan_of(config, 0, latents, Layout(dtype="bfloat16"))
     stream = ImageStream(config)
     before = resident()
-    _, seconds = timed(lambda: prepare(folder, plan, stream, teacher))
+    _, seconds = timed(lambda: prepare(folder, plan, stream, latents))
     size = sum(file.stat().st_size for file in folder.iterdir()) / MIB
     print(f"  {count:,} crops made at {count / seconds:,.0f} a second, {size:.0f} MiB on the disk")
     print(f"  MiB resident: {before:.0f} before, {resident():.0f} after")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import RacError
+from .errors import RacError, out_of_memory
 from .notices import spoken
 
 VERBS = {
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             return _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             return _fail("error: out of memory; take tiles (--tile), smaller images (--size) or another device", 2)
 
@@ -98,7 +98,3 @@ def _fail(line: str, code: int) -> int:
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     print(f"rac: warning: {message}", file=sys.stderr)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -1,7 +1,8 @@
 """Random numbers that do not depend on how a batch is cut.
 
 A batch may be worked off in parts (accumulation, ranks). Each part draws for the whole batch and keeps its own rows, so
-image i meets the same numbers however the batch is cut, and equal seeds give equal training.
+image i meets the same numbers however the batch is cut, and equal seeds give equal training. Where a whole batch of
+numbers would take too much memory, every image has a generator of its own instead, and a part draws its own rows alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LARGE = 2**26
+"""Numbers for a whole batch, 256 MB, from which on every image has a generator of its own."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,19 @@ class Draws:
     def normal(self, like: Tensor, rng_seed: int | None = None) -> Tensor:
         """Standard normal numbers of the shape, type and device of `like`, whose first dimension is `count`.
 
-        With an `rng_seed` (from `rng_seed()`) the same numbers come again as often as they are asked for.
+        With an `rng_seed` (from `rng_seed()`) the same numbers come again as often as they are asked for. Batches of
+        `LARGE` numbers and more, over all parts, are drawn image by image, each from a generator of its own.
         """
-        device = self.own.device
+        device, shape = self.own.device, like.shape[1:]
         generator = self.own if rng_seed is None else torch.Generator(device).manual_seed(rng_seed)
-        return self._rows(torch.randn(self.total, *like.shape[1:], generator=generator, device=device)).to(like)
+        if self.total * shape.numel() < LARGE:
+            return self._rows(torch.randn(self.total, *shape, generator=generator, device=device)).to(like)
+        seeds = torch.randint(2**62, (self.total,), generator=generator, device=device)
+        # Row by row into its place: a second copy of the part is what there may be no room for.
+        numbers = torch.empty(self.count, *shape, dtype=like.dtype, device=like.device)
+        for row, seed in zip(numbers, self._rows(seeds).tolist(), strict=True):
+            row.copy_(torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device))
+        return numbers
 
     def uniform(self, like: Tensor) -> Tensor:
         """One number in [0, 1) per image: `count`, with the type and device of `like`."""

@@ -21,3 +21,8 @@ class WeightsError(RacError):
 
 class ConvergenceWarning(UserWarning):
     """An implicit step did not reach its tolerance; the result carries the residual."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, in Python's words or in torch's, on any device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import RacError
+
+MARKER = ".rac-output"
+"""The file that tells a folder of results from one of pictures: a search for pictures passes such folders over."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[RacError] = RacError) -> None:
@@ -28,6 +31,50 @@ def make_folder(path: str | os.PathLike[str], error: type[RacError] = RacError) 
     with explained(path, error):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def make_output(path: str | os.PathLike[str]) -> Path:
+    """Creates the folder `path` for results, with its parents, and marks it, so that a search for pictures passes it.
+
+    A folder that holds other files already is left unmarked, see `check_output`. Raises `RacError` where refused.
+    """
+    folder = make_folder(home_expanded(path))
+    if not any(folder.iterdir()):
+        write_bytes(folder / MARKER, b"rac wrote what is in this folder; a search for pictures passes it over.\n")
+    return folder
+
+
+def check_output(path: str | os.PathLike[str], searched: Sequence[Path]) -> None:
+    """Raises `RacError` if results in the folder `path` would be found by a search for pictures in `searched`.
+
+    That is so where it lies in one of them and holds files that rac did not write.
+    """
+    folder = home_expanded(path)
+    if not folder.is_dir() or (folder / MARKER).exists() or not any(folder.iterdir()):
+        return
+    for other in searched:
+        if folder.resolve().is_relative_to(home_expanded(other).resolve()):
+            raise RacError(
+                f"{folder} holds other files and lies in {other}, where pictures are looked for: what is written there "
+                "would be taken for more of them; choose a new folder, or one elsewhere"
+            )
+
+
+def home_expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ replaced by the home folder. Raises `RacError` where there is none, as in some containers."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RacError(f"{path} cannot be found: no home folder is known here; set HOME, or write it out") from None
+
+
+def cache_folder() -> Path | None:
+    """Where what can be computed again is kept: RAC_CACHE_DIR, or rac in the user's cache; None without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(os.environ.get("RAC_CACHE_DIR") or Path(cache) / "rac").expanduser()
+    except RuntimeError:
+        return None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from training_toy import contents as trained
 
 import rac
 from rac.coders.klvae import KLVAEConfig
-from rac.data import CachedStream
+from rac.data import CachedStream, Latents
 
 Run = Callable[..., Any]
 
@@ -171,6 +171,33 @@ def test_nothing_to_prepare(material: Path, tmp_path: Path, run: Run) -> None:
     assert ran.code == 2
     assert "there is nothing to prepare; give a teacher" in ran.err
     assert not (tmp_path / "crops").exists()
+
+
+def test_moments_are_kept_labelled_and_sampled(material: Path, tmp_path: Path, run: Run) -> None:
+    for number, picture in enumerate(sorted((material / "pictures").iterdir())):
+        folder = tmp_path / "photos" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    asked = ("--data.paths", tmp_path / "photos", "--data.held-out", 2, "--data.size", 16, "--crops", 20)
+    ran = run(
+        "cache", *asked, "--teacher", material / "teacher", "--moments", "--no-pixels", "--out", tmp_path / "crops"
+    )
+    assert ran.code == 0, ran.err
+    assert "20 crops of 16 x 16 with moments of" in ran.out
+    coder = rac.load(material / "teacher")
+    samples, means = (
+        CachedStream(
+            tmp_path / "crops", wants={"latents", "labels"}, latents=Latents(coder, "teacher", posterior=posterior)
+        ).batch(0, 20)
+        for posterior in ("sample", "mean")
+    )
+    images = CachedStream(tmp_path / "crops", wants={"images"}).batch(0, 20).need("images")
+    with torch.no_grad():
+        torch.testing.assert_close(means.need("latents"), coder.encode(images), rtol=1e-4, atol=1e-4)
+    assert samples.need("latents").sub(means.need("latents")).abs().mean() > 0.01
+    assert set(samples.need("labels").tolist()) == {0, 1}
+    ran = run("cache", *asked, "--moments", "--out", tmp_path / "other")
+    assert (ran.code, "with moments, a teacher is needed; give --teacher" in ran.err) == (2, True)
 
 
 def test_whole_pictures(material: Path, tmp_path: Path, run: Run) -> None:

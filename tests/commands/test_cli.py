@@ -17,7 +17,7 @@ from safetensors import safe_open
 import rac
 from rac.cli import VERBS
 from rac.errors import RacError
-from rac.files import explained
+from rac.files import MARKER, explained
 from rac.flow import RK4
 from rac.progress import watched
 
@@ -112,7 +112,7 @@ def test_reconstruct(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:
     ran = run("reconstruct", photo, "--model", coder_dir, "--steps", 1, 3, "--out", out)
     assert ran.code == 0
     assert not ran.err
-    assert sorted(os.listdir(out)) == ["photo-strip.png", "photo-trajectory.png", "results.csv"]
+    assert sorted(os.listdir(out)) == [MARKER, "photo-strip.png", "photo-trajectory.png", "results.csv"]
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert [row["coder"] for row in rows] == [
         *("teacher", "RAC, 1 step", "RAC, 3 steps"),
@@ -158,7 +158,7 @@ def test_reconstruct_without_the_teacher(tmp_path: Path, photo: Path, run, make_
 def test_reconstruct_by_a_teacher(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
     ran = run("reconstruct", photo, "--model", coder_dir.parent / "teacher", "--out", tmp_path / "out")
     assert ran.code == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["photo-strip.png", "results.csv"]
+    assert sorted(os.listdir(tmp_path / "out")) == [MARKER, "photo-strip.png", "results.csv"]
 
 
 # ------------------------------------------------------------------------------------------ models, demo, train

@@ -10,13 +10,16 @@ import pytest
 from PIL import Image
 
 from rac.experiments import toy
+from rac.files import MARKER
 
 
 def test_toy(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("rac.experiments.toy_report.FRAMES", 2)
     ran = run("toy", "--out", tmp_path / "toy", "--iterations", 3)
     assert ran.code == 0, ran
-    assert sorted(os.listdir(tmp_path / "toy")) == ["errors.png", "figures.csv", "film.gif", "flow.png", "paths.png"]
+    assert sorted(os.listdir(tmp_path / "toy")) == [
+        *(MARKER, "errors.png", "figures.csv", "film.gif", "flow.png", "paths.png")
+    ]
     with Image.open(tmp_path / "toy" / "film.gif") as film:
         assert film.n_frames == 6
     rows = list(csv.DictReader((tmp_path / "toy" / "figures.csv").open()))
@@ -36,4 +39,4 @@ def test_toy_refuses_and_stops(tmp_path: Path, run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(toy, "moons", interrupt)
     ran = run("toy", "--out", tmp_path / "toy")
     assert (ran.code, ran.err) == (130, "rac: stopped\n")
-    assert not list((tmp_path / "toy").iterdir())
+    assert os.listdir(tmp_path / "toy") == [MARKER]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rac.data import Batch
+from rac.data.pictures import Fingerprint
 from rac.draws import Draws
 from rac.objectives.image_terms import ImageLosses, image_terms
 from rac.runtime import generator
@@ -20,6 +21,9 @@ from rac.storage import write_tensors
 from rac.train import TrainConfig, fit
 from rac.train.discriminator import DiscriminatorConfig, PatchDiscriminator
 from rac.train.task import Adversary
+
+PICTURES = Fingerprint(None, "toy")
+"""The fingerprint of images that no file holds."""
 
 
 @dataclass
@@ -29,6 +33,8 @@ class ToyStream:
     pause: float = 0.0
     dtype: torch.dtype = torch.float32
     skipped: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    fingerprint: Fingerprint = PICTURES
 
     def batch(self, first: int, count: int) -> Batch:
         time.sleep(self.pause)

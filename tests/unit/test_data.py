@@ -289,4 +289,4 @@ def test_real_tar(data_dir: Path) -> None:
     assert images.min() >= -1
     assert images.max() <= 1
     assert images.std() > 0.3
-    assert torch.equal(images[:1], from_pixels(stream.crop(0)))
+    assert torch.equal(images[:1], from_pixels(stream.crop(0).pixels))

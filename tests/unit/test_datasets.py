@@ -199,9 +199,9 @@ def test_a_streamed_set_is_read_in_windows_and_only_once(
     read: list[int] = []
     row = module._Row
 
-    def counted(label: str, value: Any) -> Any:
-        read.append(int(label.split()[1]))
-        return row(label, value)
+    def counted(description: str, *rest: Any) -> Any:
+        read.append(int(description.split()[1]))
+        return row(description, *rest)
 
     monkeypatch.setattr(module, "_Row", counted)
     stream.batch(8, 16)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rac.data import CachedStream, DataConfig, ImageStream, held_out_images, open_stream
-from rac.data.cache import PLAN, Layout, plan_of, prepare
+from rac.data.cache import PLAN, Latents, Layout, plan_of, prepare
 from rac.errors import RacError
 from rac.latents import LatentSpec
 
@@ -62,10 +62,10 @@ def make(
     **layout: Any,
 ) -> list[Path]:
     """Prepare in shards of 32, by default with latents of `Halving()`."""
-    teacher, stream = teacher or Halving(), ImageStream(config, 4)
-    count = len(stream) if layout.get("whole") else crops
-    plan = plan_of(replace(config, cached_crops=count), 4, teacher, "halving", Layout(**{"shard_size": 32, **layout}))
-    return prepare(folder, plan, stream, teacher, part=part, workers=workers)
+    latents, stream = Latents(teacher or Halving(), "halving"), ImageStream(config, 4)
+    count = len(stream) if layout.get("centre_crops") else crops
+    plan = plan_of(replace(config, cached_crops=count), 4, latents, Layout(**{"shard_size": 32, **layout}))
+    return prepare(folder, plan, stream, latents, part=part, workers=workers)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -81,7 +81,7 @@ def as_bytes(images: Tensor) -> Counter[bytes]:
 
 def test_prepared_crops_carry_the_teachers_latents(config: DataConfig, tmp_path: Path) -> None:
     config, cache, teacher = replace(config, cached_crops=20), tmp_path / "sub" / "crops", Halving()
-    stream = open_stream(config, 4, cache=cache, teacher=teacher, teacher_name="halving")
+    stream = open_stream(config, 4, cache=cache, latents=Latents(teacher, "halving"))
     assert isinstance(stream, CachedStream)
     calls = teacher.calls
     batch = stream.batch(0, 20)
@@ -94,7 +94,7 @@ def test_prepared_crops_carry_the_teachers_latents(config: DataConfig, tmp_path:
     assert not torch.equal(batch.images, stream.batch(20, 20).images)
     assert as_bytes(stream.batch(20, 20).images) == as_bytes(batch.images)
 
-    again = open_stream(config, 4, cache=cache, teacher=teacher, teacher_name="halving")
+    again = open_stream(config, 4, cache=cache, latents=Latents(teacher, "halving"))
     assert teacher.calls == calls + 1, "prepared once, and the one call of this test"
     assert torch.equal(again.batch(7, 5).images, stream.batch(7, 5).images)
     assert [path.name for path in cache.parent.iterdir()] == ["crops"]
@@ -113,14 +113,14 @@ def test_the_order_of_prepared_crops_is_a_permutation_of_the_first_crops(config:
 
 def test_prepared_crops_of_several_sizes_lie_side_by_side(config: DataConfig, tmp_path: Path) -> None:
     config, cache = replace(config, cached_crops=8, further_sizes=(16,)), tmp_path / "crops"
-    stream = open_stream(config, 4, batch=4, cache=cache, teacher=Halving(), teacher_name="halving")
+    stream = open_stream(config, 4, batch=4, cache=cache, latents=Latents(Halving(), "halving"))
     for first, size in ((0, config.size), (4, 16), (8, config.size)):
         batch = stream.batch(first, 4)
         assert batch.latents is not None
         assert (batch.images.shape[-1], batch.latents.shape[-1]) == (size, size // 4)
     assert sorted(path.name for path in cache.iterdir()) == sorted([str(config.size), "16"])
     with pytest.raises(RacError, match="one size"):
-        plan_of(config, 4, None, None)
+        plan_of(config, 4)
 
 
 def test_prepared_crops_without_a_teacher(config: DataConfig, tmp_path: Path) -> None:
@@ -130,14 +130,14 @@ def test_prepared_crops_without_a_teacher(config: DataConfig, tmp_path: Path) ->
 
 def test_crops_prepared_otherwise_are_refused(config: DataConfig, tmp_path: Path) -> None:
     config, cache = replace(config, cached_crops=5), tmp_path / "crops"
-    open_stream(config, cache=cache, teacher=Halving(), teacher_name="halving")
+    open_stream(config, cache=cache, latents=Latents(Halving(), "halving"))
     with pytest.raises(RacError, match=r"teacher\.weights .* delete it"):
-        open_stream(config, cache=cache, teacher=Halving(0.4), teacher_name="halving")
+        open_stream(config, cache=cache, latents=Latents(Halving(0.4), "halving"))
     with pytest.raises(RacError, match="teacher null, was"):
         open_stream(config, cache=cache)
     with pytest.raises(RacError, match=r"data\.flip false, was true; rng_seed 1, was 0"):
-        open_stream(replace(config, flip=False), 1, cache=cache, teacher=Halving(), teacher_name="halving")
-    open_stream(replace(config, keep_mb=1), cache=cache, teacher=Halving(), teacher_name="halving")
+        open_stream(replace(config, flip=False), 1, cache=cache, latents=Latents(Halving(), "halving"))
+    open_stream(replace(config, keep_mb=1), cache=cache, latents=Latents(Halving(), "halving"))
 
 
 def test_prepared_crops_need_a_folder_that_is_theirs(config: DataConfig, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_prepared_crops_need_a_folder_that_is_theirs(config: DataConfig, tmp_pat
     teacher = Halving()
     teacher.spec = LatentSpec(3, 3)
     with pytest.raises(RacError, match="size 8 must be a multiple of the teacher's factor 3"):
-        open_stream(config, cache=tmp_path / "new", teacher=teacher, teacher_name="odd")
+        open_stream(config, cache=tmp_path / "new", latents=Latents(teacher, "odd"))
 
 
 def test_preparing_that_broke_off_goes_on(config: DataConfig, tmp_path: Path) -> None:
@@ -165,12 +165,12 @@ def test_preparing_that_broke_off_goes_on(config: DataConfig, tmp_path: Path) ->
 
     config, broken = replace(config, cached_crops=1024 + 64), tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
-        open_stream(config, cache=broken, teacher=Failing(), teacher_name="halving")
+        open_stream(config, cache=broken, latents=Latents(Failing(), "halving"))
     assert sorted(contents(broken)) == [PLAN, "held-out.safetensors"], "nothing that could be taken for whole"
     teacher = Failing()
     teacher.calls = 3
     for cache in (broken, tmp_path / "whole"):
-        open_stream(config, cache=cache, teacher=teacher, teacher_name="halving")
+        open_stream(config, cache=cache, latents=Latents(teacher, "halving"))
     assert contents(broken) == contents(tmp_path / "whole")
 
 
@@ -216,7 +216,7 @@ def test_what_a_killed_process_left_is_swept_once_it_is_old(config: DataConfig, 
 def test_going_on_with_other_pictures_is_refused(config: DataConfig, tmp_path: Path) -> None:
     make(tmp_path / "crops", config, part=(0, 2))
     shutil.copy(tmp_path / "pictures" / "1.png", tmp_path / "pictures" / "new.png")
-    with pytest.raises(RacError, match=r"pictures\.count 10, was 9; pictures\.fingerprint"):
+    with pytest.raises(RacError, match=r"pictures\.count 13, was 12; pictures\.hash"):
         make(tmp_path / "crops", config, part=(1, 2))
 
 
@@ -230,7 +230,7 @@ def test_latents_are_kept_as_asked_and_come_back_as_float32(config: DataConfig, 
         stored = file.get_tensor("latents")
         plan = json.loads(file.metadata()["made_from"])
     assert stored.dtype == getattr(torch, dtype)
-    assert (plan["format"], plan["version"], plan["teacher"]["name"]) == ("rac crops", 1, "halving")
+    assert (plan["format"], plan["version"], plan["teacher"]["name"]) == ("rac crops", 2, "halving")
     assert plan["data"]["paths"] == [str(tmp_path / "pictures")]
     batch = CachedStream(tmp_path / "crops", 4).batch(0, 80)
     assert batch.latents is not None
@@ -249,17 +249,19 @@ def test_without_pixels_crops_are_cut_again(config: DataConfig, tmp_path: Path) 
     make(tmp_path / "full", config)
     make(tmp_path / "latents", config, pixels=False)
     full, latents = (CachedStream(tmp_path / name, 7) for name in ("full", "latents"))
-    for one, two in zip(full.batch(5, 90), latents.batch(5, 90), strict=True):
-        assert torch.equal(one, two)
+    one, two = full.batch(5, 90), latents.batch(5, 90)
+    assert torch.equal(one.images, two.images)
+    assert torch.equal(one.latents, two.latents)
     sizes = [sum(map(len, contents(tmp_path / name).values())) for name in ("full", "latents")]
     assert sizes[1] < sizes[0] - 80 * 8 * 8 * 3
     (tmp_path / "pictures" / "3.png").unlink()
     with pytest.raises(RacError, match="holds latents alone, not of the pictures that are in"):
         CachedStream(tmp_path / "latents")
+    assert torch.equal(CachedStream(tmp_path / "latents", 7, wants={"latents"}).batch(5, 90).latents, two.latents)
 
 
 def test_whole_pictures_once_each(config: DataConfig, tmp_path: Path) -> None:
-    make(tmp_path / "crops", config, whole=True)
+    make(tmp_path / "crops", config, centre_crops=True)
     stream = CachedStream(tmp_path / "crops")
     assert len(stream) == COUNT - 3
     centres = []
@@ -284,7 +286,7 @@ def test_a_folder_of_prepared_crops_is_trained_on_as_it_is(config: DataConfig, t
     make(tmp_path / "crops", config)
     shutil.rmtree(tmp_path / "pictures")
     asked = DataConfig(paths=(tmp_path / "crops",), size=8, held_out=2, cached_crops=30_000)
-    stream = open_stream(asked, 4, teacher=Halving(), teacher_name="the same by another name")
+    stream = open_stream(asked, 4, latents=Latents(Halving(), "the same by another name"))
     batch = stream.batch(0, 80)
     assert batch.latents is not None
     torch.testing.assert_close(batch.latents, Halving().encode(batch.images).detach())
@@ -297,11 +299,11 @@ def test_a_foreign_teacher_is_refused_and_both_are_named(config: DataConfig, tmp
     make(tmp_path / "crops", config)
     asked = DataConfig(paths=(tmp_path / "crops",), size=8)
     with pytest.raises(RacError, match=r"latents of the teacher halving \(weights \w+\), not of other \(weights \w+\)"):
-        open_stream(asked, teacher=Halving(0.4), teacher_name="other")
+        open_stream(asked, latents=Latents(Halving(0.4), "other"))
     other = Halving()
     other.spec = LatentSpec(4, 3, statistics="0123456789abcdef")
     with pytest.raises(RacError, match="not of other"):
-        open_stream(asked, teacher=other, teacher_name="other")
+        open_stream(asked, latents=Latents(other, "other"))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,7 @@ def no_plan(folder: Path) -> None:
 
 
 def next_version(folder: Path) -> None:
-    (folder / PLAN).write_text((folder / PLAN).read_text().replace('"version": 1', '"version": 2'))
+    (folder / PLAN).write_text((folder / PLAN).read_text().replace('"version": 2', '"version": 3'))
 
 
 def of_other_crops(folder: Path) -> None:

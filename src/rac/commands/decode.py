@@ -13,7 +13,7 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
-from ..files import make_folder
+from ..files import make_output
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
 from ..images import crop, write_image
@@ -47,7 +47,7 @@ class Command:
         if self.steps is not None:
             check_steps(self.steps)
         files = _latent_files(self.path)
-        make_folder(self.out)
+        make_output(self.out)
         coders: dict[str, Coder] = {}
 
         def work(file: Path) -> None:

@@ -14,7 +14,7 @@ from ..coders.rac import RAC
 from ..data.files import find_pictures
 from ..evaluate.demo_report import INTRODUCTION, STEPS, sections
 from ..evaluate.one_image import Results, means, per_image, rac_reconstructions
-from ..files import make_folder, write_bytes
+from ..files import make_output, write_bytes
 from ..images import check_size, read_image, write_picture
 from ..progress import watched
 from ..report.document import Figure, Section, html_report
@@ -46,7 +46,7 @@ class Command:
         coder = need_rac(load_coder(self.model, self.device), self.model)
         teacher = load_teacher(coder, self.device)
         photographs = self._photographs()
-        make_folder(self.out)
+        make_output(self.out)
         results = _reconstruct(coder, teacher, photographs)
         self._write(sections(coder, teacher, photographs, results), results)
         show(means(results), f"{self.model}: {len(results)} photographs at {self.size} x {self.size}, means")

@@ -20,7 +20,8 @@ from ..flow.solvers import SOLVERS, SolverName
 from ..images import check_size, image_files, read_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac, stems
+from .outputs import result_names
+from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Command:
                 raise RacError(
                     f"--exact is for explicit solvers; {self.solver} is undone by its carry, which no file keeps"
                 )
-        names = stems(files)
+        names = result_names(files)
         make_folder(self.out)
 
         def work(file: Path) -> None:

@@ -24,7 +24,7 @@ from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
 from ..evaluate.robustness import RobustnessCurve, robustness_curve
 from ..evaluate.suite import IMAGE_METRICS, MetricSuite
-from ..files import make_folder, write_bytes
+from ..files import check_output, make_folder, make_output, write_bytes
 from ..flow.grid import check_steps
 from ..images import write_picture
 from ..progress import counting
@@ -60,13 +60,14 @@ class EvaluationOptions:
     def evaluate_all(self, models: Sequence[str], out: Path, title: str) -> int:
         """Judge the coders called `models`, write everything to `out`, print the table; the exit code."""
         protocol = self._protocol()
+        check_output(out, self.data)
         coders = {name: load_coder(name, self.device) for name in models}
         teachers = self._teachers(coders)
         self._check_latents(coders, teachers)
         references = self._references(protocol)
         suite = MetricSuite.load(protocol.metrics, protocol.extractor, pick_device(self.device))
         candidates = all_candidates(_titles(models), coders, teachers, protocol, self.steps, self.latents)
-        comparison = self._evaluated(candidates, references, suite, make_folder(out / "results"))
+        comparison = self._evaluated(candidates, references, suite, make_folder(make_output(out) / "results"))
         comparison = replace(comparison, corrections=self._corrections(candidates, references, suite))
         comparison.save(out / "comparison.json")
         write_bytes(out / "table.md", comparison.table().to_markdown().encode())

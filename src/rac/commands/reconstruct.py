@@ -23,13 +23,14 @@ from ..evaluate.one_image import (
     per_image,
     rac_reconstructions,
 )
-from ..files import make_folder, write_bytes
+from ..files import make_output, write_bytes
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
 from ..images import check_size, image_files, read_image, write_picture
 from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show, stems
+from .outputs import result_names
+from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Command:
         files = image_files(self.path)
         coder = load_coder(self.model, self.device)
         teacher = load_teacher(coder, self.device)
-        names = stems(files)
-        make_folder(self.out)
+        names = result_names(files)
+        make_output(self.out)
         results: Results = {}
 
         def work(file: Path) -> None:

@@ -16,7 +16,7 @@ from .. import hub
 from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..coders.tiling import TILE, exact, tiled
-from ..errors import RacError
+from ..errors import RacError, out_of_memory
 from ..progress import watched
 from ..report.document import Table
 from ..runtime import pick_device
@@ -83,16 +83,20 @@ def load_teacher(coder: Coder, device: str) -> Coder | None:
 def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool) -> int:
     """Do `work` for each file; the exit code. Errors name the file.
 
-    In a batch a file that fails with `RacError` does not stop the others; all failures are listed at the end, and the
-    code is 1. Otherwise the error is raised.
+    In a batch no file stops the others, whether it is damaged, cannot be read, is too large for the memory or has a
+    name that cannot be written: all failures are listed at the end, and the code is 1, or 2 where nothing was done. A
+    single file's error is raised.
     """
-    failures = []
+    failures: list[str] = []
     with closing(watched(files, lambda file: file.name)) as shown:
         for file in shown:
             try:
                 work(file)
-            except RacError as error:
-                message = str(error) if file.name in str(error) else f"{file}: {error}"
+            except BrokenPipeError:  # the reader of this output has gone, which is no fault of the file
+                raise
+            except (RacError, OSError, MemoryError, UnicodeError, RuntimeError) as error:
+                reason = _reason(error)
+                message = reason if file.name in reason else f"{file}: {reason}"
                 if not batch:
                     raise RacError(message) from error
                 failures.append(message)
@@ -100,13 +104,20 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
         note(f"{len(failures)} of {len(files)} files failed:")
         for failure in failures:
             print(f"  {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return 0 if not failures else 1 if len(failures) < len(files) else 2
 
 
-def stems(files: Sequence[Path]) -> dict[Path, str]:
-    """For each file the name its results begin with: its stem, or its whole name where stems collide."""
-    all_stems = [file.stem for file in files]
-    return {file: file.stem if all_stems.count(file.stem) == 1 else file.name for file in files}
+def _reason(error: Exception) -> str:
+    """Says in one line what went wrong with a file. Raises the error itself if it is a fault of the program."""
+    if isinstance(error, RacError):
+        return str(error)
+    if out_of_memory(error):
+        return "out of memory; take tiles (--tile), a smaller image (--size) or another device"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}; check the file and its permissions"
+    if isinstance(error, UnicodeError):
+        return f"a name cannot be written in this encoding ({error}); rename the file, or set PYTHONUTF8=1"
+    raise error
 
 
 def show(table: Table, title: str = "") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..experiments.toy import ToyConfig, measure, moons, seed_state, to_latent, train
 from ..experiments.toy_report import draw_errors, draw_flow, draw_paths, exact_table, film, table
-from ..files import make_folder, write_bytes
+from ..files import make_output, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..runtime import generator
@@ -40,7 +40,7 @@ class Command:
     def run(self) -> int:
         """Train, draw, print; the exit code. Raises `RacError`."""
         config = ToyConfig(self.cell, self.seed_noise, self.iterations)
-        make_folder(self.out)
+        make_output(self.out)
         with counting("training") as progress:
             field, loss = train(config, self.rng_seed, progress)
         note(f"trained {self.iterations} iterations, loss {loss:.4f}; drawing")

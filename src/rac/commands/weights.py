@@ -10,7 +10,7 @@ from ..errors import RacError
 from ..report.document import Table
 from ..representations import WEIGHT_FILES
 from ..representations.weight_files import VARIABLE, WeightFile, convert, located, sha256, weights_folder
-from .shared import show, tell
+from .shared import note, show
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Command:
         rows = tuple(_row(file, folder.expanduser()) for file in WEIGHT_FILES)
         show(Table(("file", "for", "found", "SHA-256", "made of"), rows), f"looked for in {folder}")
         if self.convert is not None and not made:
-            tell(f"nothing in {self.convert} could be converted; the last column names the files that are")
+            note(f"nothing in {self.convert} could be converted; the last column names the files that are")
             return 1
         return 0
 
@@ -60,7 +60,7 @@ def _check_name(path: Path) -> None:
     """Warn if a file's name promises another SHA-256."""
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if promised and not (digest := sha256(path)).startswith(promised[1]):
-        tell(f"{path.name} has a SHA-256 that begins with {digest[:8]}: it is damaged, or another file of that name")
+        note(f"{path.name} has a SHA-256 that begins with {digest[:8]}: it is damaged, or another file of that name")
 
 
 def _row(file: WeightFile, folder: Path) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Training images: folders, tar shards, data sets, scikit-image's photographs; random crops; prepared crops."""
 
-from .cache import CachedStream, held_out_images, open_stream
+from .cache import CachedStream, Latents, held_out_images, open_stream
 from .config import DataConfig
+from .record import check_pictures
 from .stream import Batch, ImageStream, InTurn, Stream, batches
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "DataConfig",
     "ImageStream",
     "InTurn",
+    "Latents",
     "Stream",
     "batches",
+    "check_pictures",
     "held_out_images",
     "open_stream",
 ]

@@ -1,9 +1,9 @@
-"""Crops and their latents, prepared once: a frozen teacher need not encode the same image again and again.
+"""Crops, their latents and their labels, prepared once: a frozen coder need not encode the same image again and again.
 
 A folder of prepared crops holds crops.json (what they were made from), held-out.safetensors, and shards,
 00000.safetensors and on, each with a stretch of crops and, in its header, what crops.json says. A shard is a function
 of that and of its number, whoever makes it and whenever; so work that was broken off goes on, and several processes
-can share it.
+can share it. Latents are kept finished, or as raw moments of the posterior, from which they are finished when read.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,43 +22,51 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import differences, from_json, read_json, to_json
 from ..errors import RacError
-from ..files import make_folder, write_bytes
+from ..files import home_expanded, make_folder, write_bytes
 from ..images import from_pixels
 from ..latents import LatentSpec
 from ..progress import counting
-from ..runtime import reproducible
+from ..runtime import generator, reproducible
 from ..storage import weights_hash
 from .config import DataConfig
-from .files import has_scheme
+from .files import find_pictures, has_scheme
+from .pictures import Fingerprint, Pictures
 from .prefetch import ahead
-from .stream import Batch, Crops, ImageStream, InTurn, Stream, StreamedImages, permutation
+from .stream import IMAGES, Batch, Crop, Crops, ImageStream, InTurn, Stream, StreamedImages, Want, permutation
 
 PLAN = "crops.json"
 """The file that makes a folder one of prepared crops."""
 
-_HEADER = {"format": "rac crops", "version": 1}
+_HEADER = {"format": "rac crops", "version": 2}
 _HELD_OUT = "held-out.safetensors"
 _ENCODED_AT_ONCE = 32
-_DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 _ABANDONED = 60.0
 """Seconds after which a temporary file has no writer any more."""
 
 
-class Teacher(Protocol):
-    """What the cache asks of a coder that is an `nn.Module` too."""
+class LatentCoder(Protocol):
+    """What the cache asks of a coder, which is an `nn.Module` too."""
 
     @property
     def spec(self) -> LatentSpec:
-        """What its latents are."""
+        """What one must know to use its latents."""
         ...
 
     def encode(self, image: Tensor) -> Tensor:
         """Image B 3 H W in [-1, 1] -> latent B c h w."""
+        ...
+
+    def moments(self, image: Tensor) -> Tensor:
+        """Image B 3 H W in [-1, 1] -> raw moments B m h w: the raw latent, or the posterior's mean and log-variance."""
+        ...
+
+    def finish(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Raw moments B m h w -> latent B c h w: of the mean, or of the mean and `noise` B c h w deviations."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,15 +75,58 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
+class Latents:
+    """Which latents batches shall carry: a coder's, and how they are taken from its posterior."""
+
+    coder: LatentCoder
+    name: str | None = None
+    """What the coder is called; for messages and the record of what was prepared."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the coder is."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """The mean of the posterior, always the same, or a new sample at each draw."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these latents from another coder's, as JSON."""
+        return {"name": self.name, "spec": to_json(self.coder.spec), "weights": weights_hash(self.coder.state_dict())}
+
+    def prepared(self, pixels: NDArray[np.uint8], layout: Layout) -> Tensor:
+        """Pixels B H W 3 -> what is kept of them: raw moments B m h w, or latents B c h w, on the CPU.
+
+        Raises `RacError` where the type that they are kept in cannot hold them.
+        """
+        with reproducible():
+            images = from_pixels(pixels).to(self.device)
+            coded = self.coder.moments(images) if layout.moments else self.coder.encode(images)
+            kept = coded.float().cpu().to(getattr(torch, layout.dtype))
+        if not torch.isfinite(kept).all():
+            raise RacError(f"the teacher gives latents that are no numbers in {layout.dtype}; take float32 or bfloat16")
+        return kept
+
+    def finished(self, moments: Tensor, rng_seed: int, draws: Sequence[int]) -> Tensor:
+        """Raw moments B m h w -> latents B c h w. The sample of a draw depends on `rng_seed` and its number alone."""
+        noise = None
+        if self.posterior == "sample":
+            shape = (self.coder.spec.channels, *moments.shape[-2:])
+            own = [torch.randn(shape, generator=generator(rng_seed, "posterior", draw)) for draw in draws]
+            noise = torch.stack(own).to(self.device)
+        with torch.no_grad():
+            return self.coder.finish(moments.to(self.device), noise)
+
+
+@dataclass(frozen=True)
 class Layout:
     """What is kept of each crop, and in how large files."""
 
-    whole: bool = False
+    centre_crops: bool = False
     """The centres of all pictures, once each, instead of random crops."""
     pixels: bool = True
-    """Keep pixels; without, only latents are kept, and crops are cut again from the pictures while training."""
+    """Keep pixels; without, images are cut again from the pictures while training, where a training asks for any."""
+    moments: bool = False
+    """Keep the raw moments of the posterior instead of finished latents, so that it can be sampled when they are read:
+    twice the room for a coder that has a variance."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the latents."""
+    """Number type of latents or moments."""
     shard_size: int = 1024
     """Crops in a file."""
 
@@ -87,77 +139,119 @@ def open_stream(
     config: DataConfig,
     rng_seed: int = 0,
     *,
+    wants: Collection[Want] = IMAGES,
     batch: int = 1,
     cache: Path | None = None,
-    teacher: Teacher | None = None,
-    teacher_name: str | None = None,
-    device: torch.device | None = None,
+    latents: Latents | None = None,
 ) -> Stream:
-    """The stream a `DataConfig` asks for: always new crops, or prepared ones; of several sizes, every `batch` another.
+    """Opens the stream a `DataConfig` asks for: always new crops, or prepared ones.
 
-    `config.cached_crops` crops are read from the folder `cache`, and those that are not there are made first: crops as
-    pixels, and the latents that `teacher` (on `device`) gives for them. Where `config.paths` is a folder that
-    `rac cache` made, it is read. Without a teacher, or without prepared crops, batches carry no latents. Raises
-    `RacError` if a folder was made from other data or by another teacher, or is damaged.
+    Args:
+        config: where pictures are, and how crops are drawn. Of several sizes every batch has the next one. Where its
+            paths are a folder that `rac cache` made, that is read.
+        rng_seed: chooses crops, their order and samples of the posterior.
+        wants: what every batch must hold. Latents must then be prepared; pixels are read for images alone.
+        batch: images of a batch, with several sizes.
+        cache: folder in which `config.cached_crops` crops are kept; those that are not there are made first.
+        latents: the coder whose latents to prepare. Where crops are prepared with latents, batches carry them, whether
+            `wants` names them or not; where they are cut anew they do not, and it is left to the caller to encode.
+
+    Raises `RacError` if a folder was made from other pictures or by another coder, or is damaged, if latents are wanted
+    and not prepared, and if labels are wanted and a picture has none.
     """
+    wants = frozenset(wants)
     if config.further_sizes:
         alone = replace(config, further_sizes=(), keep_mb=config.keep_mb // len(config.sizes))
-        streams = [
-            open_stream(
-                replace(alone, size=size),
-                rng_seed,
-                cache=None if cache is None else cache / str(size),
-                teacher=teacher,
-                teacher_name=teacher_name,
-                device=device,
-            )
+        folders = {size: None if cache is None else cache / str(size) for size in config.sizes}
+        sizes = [
+            open_stream(replace(alone, size=size), rng_seed, wants=wants, cache=folders[size], latents=latents)
             for size in config.sizes
         ]
-        return InTurn(streams, batch)
+        return InTurn(sizes, batch)
     if prepared := _prepared(config.paths):
-        stream = CachedStream(prepared, rng_seed, latents=teacher is not None, held_out=config.held_out)
-        _check_use(stream, config, teacher, teacher_name)
+        if latents is not None and _read_plan(prepared)["teacher"] is not None:
+            wants |= {"latents"}
+        stream = CachedStream(prepared, rng_seed, wants=wants, latents=latents, held_out=config.held_out)
+        _check_use(stream, config, latents)
         return stream
-    if not config.cached_crops:
-        return fresh_stream(config, rng_seed)
+    if config.cached_crops:
+        return _cached(config, rng_seed, wants, cache, latents)
+    if "latents" in wants:
+        raise RacError("latents are asked for, but none are prepared; give cached_crops, or a folder of rac cache")
+    return fresh_stream(config, rng_seed, wants)
+
+
+def _cached(
+    config: DataConfig, rng_seed: int, wants: frozenset[Want], cache: Path | None, latents: Latents | None
+) -> CachedStream:
+    """The crops in the folder `cache`, made first where they are not there."""
     if cache is None:
         raise RacError(f"cached_crops is {config.cached_crops}, but no folder was named to keep them in; give cache")
-    asked = plan_of(config, rng_seed, teacher, teacher_name)
+    if "latents" in wants and latents is None:
+        raise RacError("latents are asked for, but no coder was named to make them; give latents")
+    cache = home_expanded(cache)
+    asked = plan_of(config, rng_seed, latents, Layout(moments=latents is not None and latents.posterior == "sample"))
+    if not _is_streamed(config):  # other pictures in the same place make other crops
+        pictures = find_pictures(config.paths).of_classes(config.classes, config.without_classes)
+        asked = {**asked, **_collection(pictures)}
     if not _is_whole(cache, asked):
-        prepare(cache, asked, fresh_stream(config, rng_seed), teacher, device)
-    return CachedStream(cache, rng_seed)
+        prepare(cache, asked, fresh_stream(config, rng_seed), latents)
+    return CachedStream(cache, rng_seed, wants=wants if latents is None else wants | {"latents"}, latents=latents)
 
 
-def fresh_stream(config: DataConfig, rng_seed: int = 0) -> Crops:
-    """Always new crops, each a function of `rng_seed` and its number. Raises `RacError` where there are no pictures."""
-    if len(config.paths) == 1 and has_scheme(config.paths[0], "hf-stream"):
-        return StreamedImages(config, rng_seed)
-    return ImageStream(config, rng_seed)
+def fresh_stream(config: DataConfig, rng_seed: int = 0, wants: Collection[Want] = IMAGES) -> Crops:
+    """Opens a stream of always new crops, each a function of `rng_seed` and its number. Raises as `open_stream`."""
+    return (StreamedImages if _is_streamed(config) else ImageStream)(config, rng_seed, wants)
 
 
 def held_out_images(config: DataConfig) -> Tensor:
-    """What `Stream.held_out` of this configuration gives."""
+    """Returns what `Stream.held_out` of this configuration gives."""
     prepared = _prepared(config.paths)
-    return (CachedStream(prepared, held_out=config.held_out) if prepared else fresh_stream(config)).held_out()
+    if prepared:
+        return CachedStream(prepared, wants=(), held_out=config.held_out).held_out()
+    return fresh_stream(config).held_out()
 
 
 class CachedStream:
-    """Prepared crops, each once an epoch, with their latents where a teacher encoded them.
+    """Prepared crops, each once an epoch, with what was prepared of them.
 
-    They stay on the disk until they are asked for. Without `latents` those are left there, and of the held-out images
-    all but the first `held_out`. Raises `RacError` if the folder is no such cache, is unfinished, or damaged.
+    They stay on the disk until they are asked for. Batches hold what `wants` names (None: images, latents if there are
+    any, and labels if every crop has one); without images no pixel is read. Raw moments are finished by the coder of
+    `latents`. Of the held-out images there are the first `held_out`. Raises `RacError` if the folder is no such cache,
+    lacks what is asked for, is unfinished, or damaged.
     """
 
-    def __init__(self, folder: Path, rng_seed: int = 0, *, latents: bool = True, held_out: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rng_seed: int = 0,
+        *,
+        wants: Collection[Want] | None = None,
+        latents: Latents | None = None,
+        held_out: int | None = None,
+    ) -> None:
         self.folder = folder
         self.plan = _read_plan(folder)
-        self._rng_seed = rng_seed
-        self._held_out = _Rows.of(folder / _HELD_OUT, self.plan, "pixels").all()[:held_out]
+        self.layout = Layout(**self.plan["layout"])
+        self.classes: tuple[str, ...] = tuple(self.plan["classes"])
+        """Names of the classes that labels stand for; none if no picture belonged to any."""
+        self.wants = self._held() if wants is None else frozenset(wants)
+        self._rng_seed, self._latents, self._first_held_out = rng_seed, latents, held_out
+        self._check_wants()
         shards = _shards(folder, self.plan)
-        kept, coded = self.plan["layout"]["pixels"], self.plan["teacher"] is not None and latents
-        self._pixels = [_Rows.of(path, self.plan, "pixels") for path in shards if kept]
-        self._latents = [_Rows.of(path, self.plan, "latents") for path in shards if coded]
-        self._source = None if kept else self._reopen()
+        _header(folder / _HELD_OUT, self.plan)
+        for path in shards:
+            _header(path, self.plan)
+        kept = {
+            "images": "pixels" if self.layout.pixels else None,
+            "latents": "moments" if self.layout.moments else "latents",
+            "labels": "labels",
+        }
+        self._rows = {
+            want: [_Rows.of(path, self.plan, name) for path in shards] for want in self.wants if (name := kept[want])
+        }
+        self._labels = torch.cat([rows.all() for rows in self._rows.pop("labels", ())] or [torch.empty(0)])
+        self._source = self._reopen() if "images" in self.wants and not self.layout.pixels else None
 
     def __len__(self) -> int:
         """Prepared crops."""
@@ -168,31 +262,76 @@ class CachedStream:
         """Damaged pictures met when crops are cut again; those met while preparing were named then."""
         return {} if self._source is None else self._source.skipped
 
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What tells the pictures that the crops were cut from from others."""
+        return Fingerprint(self.plan["pictures"]["count"], str(self.plan["pictures"]["hash"]))
+
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1`."""
-        places = (divmod(draw, len(self)) for draw in range(first, first + count))
+        draws = range(first, first + count)
+        places = (divmod(draw, len(self)) for draw in draws)
         chosen = [int(permutation(len(self), self._rng_seed, epoch)[place]) for epoch, place in places]
-        images = from_pixels(np.stack([self._crop(number) for number in chosen]))
-        if not self._latents:
-            return Batch(images)
-        return Batch(images, torch.stack([self._row(self._latents, number) for number in chosen]).float())
+        images = latents = None
+        if "images" in self.wants:
+            images = from_pixels(np.stack([self._pixels(number) for number in chosen]))
+        if "latents" in self.wants:
+            latents = torch.stack([self._row("latents", number) for number in chosen]).float()
+            if self.layout.moments and self._latents is not None:
+                latents = self._latents.finished(latents, self._rng_seed, draws)
+        return Batch(images, latents, self._labels[chosen] if "labels" in self.wants else None)
 
     def held_out(self) -> Tensor:
-        """The held-out images of the stream that the crops came from."""
+        """The held-out images of the stream that the crops came from, N 3 S S in [-1, 1]."""
         return from_pixels(self._held_out.numpy())
 
-    def _crop(self, number: int) -> NDArray[np.uint8]:
-        if self._source is None:
-            return self._row(self._pixels, number).numpy()
-        return _cut(self._source, number, self.plan)
+    @cached_property
+    def _held_out(self) -> Tensor:
+        return _Rows.of(self.folder / _HELD_OUT, self.plan, "pixels").all()[: self._first_held_out]
 
-    def _row(self, shards: Sequence[_Rows], number: int) -> Tensor:
-        shard, row = divmod(number, self.plan["layout"]["shard_size"])
-        return shards[shard].read(row, 1)[0]
+    def _held(self) -> frozenset[Want]:
+        """All that batches can hold."""
+        found: dict[Want, bool] = {
+            "images": True,
+            "latents": self.plan["teacher"] is not None,
+            "labels": bool(self.classes) and self.plan["unlabelled"] is None,
+        }
+        return frozenset(want for want, there in found.items() if there)
+
+    def _check_wants(self) -> None:
+        if "labels" in self.wants and not self.classes:
+            raise RacError(f"labels are asked for, but the crops in {self.folder} have none; prepare others of classes")
+        if "labels" in self.wants and self.plan["unlabelled"] is not None:
+            raise RacError(
+                f"labels are asked for, but {self.plan['unlabelled']} and maybe others in {self.folder} belong to no "
+                "class; prepare them again, with classes chosen"
+            )
+        if "latents" not in self.wants:
+            return
+        if self.plan["teacher"] is None:
+            raise RacError(
+                f"latents are asked for, but {self.folder} holds none; prepare them with rac cache --teacher"
+            )
+        if self.layout.moments and self._latents is None:
+            raise RacError(f"{self.folder} holds moments, which their coder has to finish; name it, as a teacher")
+        if not self.layout.moments and self._latents is not None and self._latents.posterior == "sample":
+            raise RacError(
+                f"{self.folder} holds means of the posterior alone, which cannot be sampled; prepare it with "
+                "rac cache --moments"
+            )
+
+    def _pixels(self, number: int) -> NDArray[np.uint8]:
+        if self._source is None:
+            return self._row("images", number).numpy()
+        return _cut(self._source, number, self.layout).pixels
+
+    def _row(self, want: Want, number: int) -> Tensor:
+        shard, row = divmod(number, self.layout.shard_size)
+        return self._rows[want][shard].read(row, 1)[0]
 
     def _reopen(self) -> Crops:
         source = fresh_stream(from_json(DataConfig, self.plan["data"]), self.plan["rng_seed"])
-        if _pictures(source) != self.plan["pictures"]:
+        if _collection(source)["pictures"] != self.plan["pictures"]:
             paths = ", ".join(self.plan["data"]["paths"]) or "scikit-image"
             raise RacError(
                 f"{self.folder} holds latents alone, not of the pictures that are in {paths} now; prepare them again"
@@ -200,17 +339,21 @@ class CachedStream:
         return source
 
 
-def _check_use(stream: CachedStream, config: DataConfig, teacher: Teacher | None, name: str | None) -> None:
-    """Raise `RacError` unless the crops are what `config` and `teacher` ask for, as far as they ask."""
+def _is_streamed(config: DataConfig) -> bool:
+    return len(config.paths) == 1 and has_scheme(config.paths[0], "hf-stream")
+
+
+def _check_use(stream: CachedStream, config: DataConfig, latents: Latents | None) -> None:
+    """Raises `RacError` unless the crops are what `config` and `latents` ask for, as far as they ask."""
     folder, plan = stream.folder, stream.plan
-    made = from_json(DataConfig, plan["data"], str(folder / PLAN))
-    for field in fields(DataConfig):
-        asked, found = getattr(config, field.name), getattr(made, field.name)
-        free = field.name in ("paths", "cached_crops", "keep_mb") or (field.name == "held_out" and asked <= found)
-        if not free and asked != found and (asked != field.default or field.name == "size"):
-            raise RacError(f"{folder} was prepared with {field.name} {found}, not {asked}; give {found}")
-    if teacher is not None and plan["teacher"] is not None:
-        ours, theirs = _teacher_identity(teacher, name), plan["teacher"]
+    prepared = from_json(DataConfig, plan["data"], str(folder / PLAN))
+    for setting in fields(DataConfig):
+        name, asked, found = setting.name, getattr(config, setting.name), getattr(prepared, setting.name)
+        free = name in ("paths", "cached_crops", "keep_mb") or (name == "held_out" and asked <= found)
+        if not free and asked != found and (asked != setting.default or name == "size"):
+            raise RacError(f"{folder} was prepared with {name} {found}, not {asked}; give {found}")
+    if latents is not None and plan["teacher"] is not None:
+        ours, theirs = latents.identity(), plan["teacher"]
         if (ours["weights"], ours["spec"]) != (theirs["weights"], theirs["spec"]):
             raise RacError(
                 f"{folder} holds latents of the teacher {theirs['name']} (weights {theirs['weights']}), not of "
@@ -223,21 +366,29 @@ def _check_use(stream: CachedStream, config: DataConfig, teacher: Teacher | None
 
 
 def plan_of(
-    config: DataConfig, rng_seed: int, teacher: Teacher | None, name: str | None, layout: Layout | None = None
+    config: DataConfig, rng_seed: int, latents: Latents | None = None, layout: Layout | None = None
 ) -> dict[str, Any]:
-    """What `config.cached_crops` crops are made from, as JSON; all of it is known before a picture is read."""
+    """Returns what `config.cached_crops` crops are made from, as JSON, as far as it is known without the pictures.
+
+    Raises `RacError` for several sizes, for one that does not fit the coder, and where there is nothing to prepare.
+    """
+    layout = layout or Layout()
     if config.further_sizes:
         raise RacError(f"a folder of prepared crops has one size, not {config.sizes}; leave out further_sizes")
-    if teacher is not None and config.size % teacher.spec.factor:
-        raise RacError(f"size {config.size} must be a multiple of the teacher's factor {teacher.spec.factor}")
+    if latents is not None and config.size % latents.coder.spec.factor:
+        raise RacError(f"size {config.size} must be a multiple of the teacher's factor {latents.coder.spec.factor}")
+    if latents is None and (layout.moments or not layout.pixels):
+        raise RacError("without pixels, or with moments, a teacher is needed; give --teacher")
     schemes = [has_scheme(path, "hf", "hf-stream") for path in config.paths]
-    paths = [path if named else path.expanduser().resolve() for path, named in zip(config.paths, schemes, strict=True)]
+    paths = [
+        path if named else home_expanded(path).resolve() for path, named in zip(config.paths, schemes, strict=True)
+    ]
     return {
         **_HEADER,
         "data": to_json(replace(config, paths=tuple(paths), keep_mb=0)),
         "rng_seed": rng_seed,
-        "teacher": None if teacher is None else _teacher_identity(teacher, name),
-        "layout": asdict(layout or Layout()),
+        "teacher": None if latents is None else latents.identity(),
+        "layout": asdict(layout),
         "count": config.cached_crops,
     }
 
@@ -246,36 +397,29 @@ def prepare(
     folder: Path,
     asked: dict[str, Any],
     stream: Crops,
-    teacher: Teacher | None,
-    device: torch.device | None = None,
+    latents: Latents | None = None,
     *,
     part: tuple[int, int] = (0, 1),
     workers: int = 1,
 ) -> list[Path]:
-    """Make the shards that `folder` lacks, or every n-th of them, from the k-th on, where `part` is (k, n).
+    """Makes the shards that `folder` lacks, or every n-th of them, from the k-th on, where `part` is (k, n).
 
     Each appears whole or not at all, so a process that is killed loses the shard in hand; `workers` threads read
     ahead. Returns the shards that are still to be made, by other parts. Raises `RacError` where the folder holds
     crops made otherwise, or something else, or a damaged shard.
     """
-    plan = {**asked, "pictures": _pictures(stream)}
+    plan = {**asked, **_collection(stream)}
     _enter(folder, plan)
     if not _exists(folder / _HELD_OUT, plan):
         _write(folder / _HELD_OUT, {"pixels": [torch.from_numpy(stream.held_out_pixels)]}, plan)
     shards = _shards(folder, plan)
     mine = [number for number in range(part[0], len(shards), part[1]) if not _exists(shards[number], plan)]
-    _write_shards(folder, plan, mine, stream, teacher, device or torch.device("cpu"), workers)
+    _write_shards(folder, plan, mine, stream, latents, workers)
     return [path for path in shards if not path.exists()]
 
 
 def _write_shards(
-    folder: Path,
-    plan: dict[str, Any],
-    numbers: Sequence[int],
-    stream: Crops,
-    teacher: Teacher | None,
-    device: torch.device,
-    workers: int,
+    folder: Path, plan: dict[str, Any], numbers: Sequence[int], stream: Crops, latents: Latents | None, workers: int
 ) -> None:
     count, layout, paths = plan["count"], Layout(**plan["layout"]), _shards(folder, plan)
     starts = [
@@ -284,37 +428,34 @@ def _write_shards(
         for first in range(number * layout.shard_size, min((number + 1) * layout.shard_size, count), _ENCODED_AT_ONCE)
     ]
 
-    def cut(first: int) -> NDArray[np.uint8]:
-        return np.stack([_cut(stream, draw, plan) for draw in range(first, min(first + _ENCODED_AT_ONCE, count))])
+    def cut(first: int) -> list[Crop]:
+        return [_cut(stream, draw, layout) for draw in range(first, min(first + _ENCODED_AT_ONCE, count))]
 
     parts: dict[str, list[Tensor]] = {}
     done, total = 0, sum(min(count - first, _ENCODED_AT_ONCE) for first in starts)
     with counting(f"preparing {total:,} crops") as progress, closing(ahead(cut, starts, workers)) as supply:
-        for first, pixels in zip(starts, supply, strict=True):
+        for first, crops in zip(starts, supply, strict=True):
+            pixels = np.stack([crop.pixels for crop in crops])
             if layout.pixels:
                 parts.setdefault("pixels", []).append(torch.from_numpy(pixels))
-            if teacher is not None:
-                parts.setdefault("latents", []).append(_encode(teacher, pixels, device, layout))
-            done, end = done + len(pixels), first + len(pixels)
+            if latents is not None:
+                name = "moments" if layout.moments else "latents"
+                parts.setdefault(name, []).append(latents.prepared(pixels, layout))
+            if plan["classes"]:
+                labels = [stream.label(crop.class_name) for crop in crops]
+                parts.setdefault("labels", []).append(torch.tensor(labels, dtype=torch.int64))
+            done, end = done + len(crops), first + len(crops)
             progress(done, total)
             if end % layout.shard_size == 0 or end == count:
                 _write(paths[first // layout.shard_size], parts, plan)
                 parts = {}
 
 
-def _encode(teacher: Teacher, pixels: NDArray[np.uint8], device: torch.device, layout: Layout) -> Tensor:
-    with reproducible():
-        latents = teacher.encode(from_pixels(pixels).to(device)).float().cpu().to(getattr(torch, layout.dtype))
-    if not torch.isfinite(latents).all():
-        raise RacError(f"the teacher gives latents that are no numbers in {layout.dtype}; take float32 or bfloat16")
-    return latents
-
-
-def _cut(stream: Crops, number: int, plan: dict[str, Any]) -> NDArray[np.uint8]:
-    if not plan["layout"]["whole"]:
+def _cut(stream: Crops, number: int, layout: Layout) -> Crop:
+    if not layout.centre_crops:
         return stream.crop(number)
     assert isinstance(stream, ImageStream)
-    return stream.whole(number)
+    return stream.centre(number)
 
 
 def _write(path: Path, parts: dict[str, list[Tensor]], plan: dict[str, Any]) -> None:
@@ -336,15 +477,17 @@ def _enter(folder: Path, plan: dict[str, Any]) -> None:
         write_bytes(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
 
 
-def _pictures(stream: Crops) -> dict[str, Any]:
-    """What tells the same pictures, found again, from others."""
-    if not isinstance(stream, ImageStream):
-        return {"count": None, "fingerprint": None}
-    return {"count": len(stream), "fingerprint": stream.files.fingerprint()}
-
-
-def _teacher_identity(teacher: Teacher, name: str | None) -> dict[str, Any]:
-    return {"name": name, "spec": to_json(teacher.spec), "weights": weights_hash(teacher.state_dict())}
+def _collection(found: Crops | Pictures) -> dict[str, Any]:
+    """What tells the pictures that crops are cut from from others, and their classes, as JSON."""
+    if isinstance(found, ImageStream):
+        found = found.pictures
+    if isinstance(found, Crops):  # read in its own order, so most of it is not known
+        return {"pictures": {"count": None, "hash": None}, "classes": list(found.classes), "unlabelled": None}
+    fingerprint, unlabelled = found.fingerprint(), None
+    if found.classes:
+        unlabelled = next((picture.description for picture in found if picture.class_name is None), None)
+    pictures = {"count": fingerprint.count, "hash": fingerprint.hash}
+    return {"pictures": pictures, "classes": list(found.classes), "unlabelled": unlabelled}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -352,7 +495,7 @@ def _teacher_identity(teacher: Teacher, name: str | None) -> dict[str, Any]:
 
 def _prepared(paths: Sequence[Path]) -> Path | None:
     """The folder of prepared crops that `paths` is, if it is one."""
-    found = [path for path in map(Path.expanduser, paths) if (path / PLAN).is_file()]
+    found = [path for path in map(home_expanded, paths) if (path / PLAN).is_file()]
     if found and len(paths) > 1:
         raise RacError(f"{found[0]} holds prepared crops, which go alone; leave out the other paths")
     return found[0] if found else None
@@ -375,11 +518,13 @@ def _check(folder: Path, asked: dict[str, Any]) -> None:
 def _read_plan(folder: Path) -> dict[str, Any]:
     try:
         plan = read_json(folder / PLAN)
+        if plan["format"] == _HEADER["format"] and plan["version"] < _HEADER["version"]:
+            raise RacError(f"{folder} was prepared by an earlier version of rac; delete it to prepare it again")
         known = {name: plan[name] for name in _HEADER} == _HEADER
-        if known and {"data", "rng_seed", "teacher", "layout", "count", "pictures"} <= plan.keys():
-            return plan
-    except (RacError, TypeError, KeyError):
-        pass
+    except (TypeError, KeyError):
+        known = False
+    if known and {"data", "rng_seed", "teacher", "layout", "count", "pictures", "classes", "unlabelled"} <= plan.keys():
+        return plan
     raise RacError(f"{folder} is damaged or holds no prepared crops of this version; delete it to prepare them again")
 
 
@@ -437,13 +582,14 @@ def _header(path: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], int]:
     if not path.exists():
         raise RacError(f"{path} is not there yet: the crops were not all prepared; give the same rac cache again")
     try:
-        with safe_open(path, "pt"):  # refuses what is no safetensors file, or cut short
-            pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else {}
         found = json.loads(header["__metadata__"]["made_from"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+        if 8 + length + max(ends) != path.stat().st_size:
+            raise ValueError("cut short")
+    except (OSError, KeyError, TypeError, ValueError):
         raise RacError(f"{path} is damaged or holds no prepared crops; delete it to prepare them again") from None
     if changed := differences(plan, found):
         raise RacError(f"{path} belongs to other crops: {'; '.join(changed)}; delete it to prepare it again")

@@ -17,6 +17,11 @@ class DataConfig:
     """Folders of images (searched through), tar shards (also folders of them, and patterns such as
     shards-{000..099}.tar), single images, Hugging Face data sets (hf:PATH_OR_NAME:split:column; hf-stream:... reads
     one in its own order), or, alone, a folder that `rac cache` made. None: scikit-image's photographs."""
+    classes: tuple[str, ...] = ()
+    """Take the pictures of these classes alone. A picture's class is the folder directly above it, below the path that
+    is given, also within a tar file; in a data set, what its column of classes says. None: all pictures."""
+    without_classes: tuple[str, ...] = ()
+    """Leave out the pictures of these classes."""
     size: int = 64
     """Side of the square training crops, in pixels."""
     further_sizes: tuple[int, ...] = ()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..errors import ImageError, RacError
+from ..files import home_expanded
 from .pictures import Names
 
 
@@ -38,30 +40,92 @@ class Rows:
 
     def __init__(self, rows: Any, column: str, text: str) -> None:
         self._size_hint = int.from_bytes(hashlib.sha256(rows._fingerprint.encode()).digest()[:6], "big")
+        self._all = rows
         self._rows = encoded_images(rows.select_columns([column]), column)
         self._column = column
         self._text = text
         self.names = Names.of(f"{index:09d}" for index in range(len(rows)))
+        self.identity = (rows._fingerprint, column)
+        """Tells the rows from those of another data set, split or slice."""
 
     @classmethod
     def open(cls, text: str) -> Rows:
-        """Open what `text` spells. Raises `RacError`."""
+        """Opens what `text` spells. Raises `RacError`."""
         hf_path = HFPath.read(text)
         rows = load_rows(hf_path, text, streaming=False)
         column = image_column(hf_path, rows.features, text)
         return cls(rows, column, text)
 
     def describe(self, index: int) -> str:
-        """See `Source`."""
+        """The row's number, and the data set that it is in."""
         return f"row {index} of {self._text}"
 
     def size_hint(self, index: int) -> int:
-        """See `Source`; one for all rows, which changes when any of them does."""
+        """One number for all rows, which changes when any of them does."""
         return self._size_hint
 
+    def class_of(self, index: int) -> str | None:
+        """The name of the row's class, or what its column called label holds; None without such a column."""
+        return None if self._labels is None else self._labels.name_of(self._values[index])
+
     def read(self, index: int) -> bytes:
-        """See `Source`."""
+        """The encoded bytes. Raises `OSError`, and `ImageError` for a row without a picture."""
         return encoded(self._rows[index][self._column], self.describe(index))
+
+    @property
+    def text(self) -> str:
+        """What was spelled."""
+        return self._text
+
+    @cached_property
+    def _labels(self) -> LabelColumn | None:
+        return LabelColumn.of(self._all.features, self._text)
+
+    @cached_property
+    def _values(self) -> Any:
+        assert self._labels is not None
+        column = self._labels.column
+        return self._all.select_columns([column])[:][column]
+
+
+class LabelColumn(NamedTuple):
+    """The column of a data set that says which class a row belongs to."""
+
+    column: str
+    names: tuple[str, ...] | None
+    """Names of the classes by number, where the data set has them."""
+
+    @classmethod
+    def of(cls, features: Any, text: str) -> LabelColumn | None:
+        """Finds the only column of classes, or the one called label; None if there is none. Raises `RacError`."""
+        from datasets import ClassLabel
+
+        found = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+        if "label" in features:
+            found = ["label"]
+        if len(found) > 1:
+            raise RacError(f"{text}: which column is the class? It has {', '.join(found)}; call one of them label")
+        if not found:
+            return None
+        kind = features[found[0]]
+        return cls(found[0], tuple(kind.names) if isinstance(kind, ClassLabel) else None)
+
+    def name_of(self, value: Any) -> str | None:
+        """The name of the class that a row's `value` stands for; None for -1 and for nothing, as of test sets."""
+        if value is None or value == "" or (isinstance(value, int) and value < 0):
+            return None
+        return str(value) if self.names is None else self.names[value]
+
+
+def check_apart(opened: Sequence[Rows]) -> None:
+    """Raises `RacError` if two of the data sets may share rows: slices of one split."""
+    begun: dict[tuple[str, str, str | None], Rows] = {}
+    for rows in opened:
+        hf_path = HFPath.read(rows.text)
+        key = (hf_path.name, hf_path.split.split("[")[0], hf_path.column)
+        other = begun.setdefault(key, rows)
+        if other.identity != rows.identity:
+            raise RacError(f"{other.text} and {rows.text} are of one split and may share rows; give one of them")
 
 
 def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
@@ -73,14 +137,10 @@ def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
             f"{text} needs Hugging Face's datasets, which is not installed; "
             "pip install 'rectified-auto-coder[datasets]'"
         ) from None
-    path = Path(hf_path.name).expanduser()
+    path = home_expanded(hf_path.name)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.DatasetDict):
-                if hf_path.split not in saved:
-                    raise RacError(f"{text} has no split {hf_path.split}; it has {', '.join(saved)}")
-                saved = saved[hf_path.split]
+            saved = _chosen(datasets.load_from_disk(str(path)), hf_path, text)
             return saved.to_iterable_dataset() if streaming else saved
         name = str(path) if path.exists() else hf_path.name
         return datasets.load_dataset(name, split=hf_path.split, streaming=streaming)
@@ -88,6 +148,30 @@ def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
         raise
     except Exception as error:  # a loader fails in many ways, all with the same mend
         raise unreadable(text, error) from error
+
+
+def _chosen(saved: Any, hf_path: HFPath, text: str) -> Any:
+    """The rows of a saved data set, or of several splits saved together, that `hf_path` asks for."""
+    import datasets
+
+    if not isinstance(saved, datasets.DatasetDict):
+        if text.count(":") == 1:
+            return saved
+        # One split that was saved alone; it may have kept its name.
+        own = str(saved.split) if saved.split is not None else "train"
+        saved = {own.split("[")[0]: saved}
+    wanted = re.findall(r"(?:^|\+)\s*([^\[\]+\s]+)", hf_path.split)
+    if missing := [name for name in wanted if name not in saved]:
+        raise RacError(f"{text} has no split {missing[0]}; it has {', '.join(saved)}")
+    if hf_path.split in saved:
+        return saved[hf_path.split]
+    spans = datasets.ReadInstruction.from_spec(hf_path.split).to_absolute({name: len(saved[name]) for name in wanted})
+    parts = [saved[span.splitname].select(range(span.from_ or 0, _end(span, saved))) for span in spans]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _end(span: Any, saved: Any) -> int:
+    return len(saved[span.splitname]) if span.to is None else span.to
 
 
 def unreadable(text: str, error: Exception) -> RacError:

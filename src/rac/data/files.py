@@ -6,18 +6,25 @@ import importlib.util
 import itertools
 import os
 import re
+import stat
+import warnings
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from ..errors import RacError
+from ..files import MARKER, home_expanded
 from ..images import PICTURE_SUFFIXES, is_picture
 from ..progress import ProgressFn, counting
-from .datasets import Rows
-from .pictures import Names, Pictures, Source
-from .tars import Tar, is_tar
+from .datasets import Rows, check_apart
+from .pictures import Names, Pictures, Source, folder_class
+from .tars import Tar
 
 # Photographs among scikit-image's files; drawings, stereo twins and thumbnails are left out. Few pictures make a
 # poor lottery, so the ones to hold out (the first quarter) are chosen: an object, an animal, a street scene.
@@ -29,18 +36,33 @@ _PHOTOGRAPHS = (
 
 
 def find_pictures(paths: Sequence[Path]) -> Pictures:
-    """All pictures under `paths`, in an order that looks random but depends on their names alone.
+    """Finds all pictures under `paths`, each once, in an order that looks random but depends on their names alone.
 
-    Paths are folders of pictures (searched through), folders of tar shards, tar shards, brace patterns of such
-    (`shards-{000..099}.tar`), single pictures, and Hugging Face data sets (`hf:PATH_OR_NAME:split:column`). Cutting
-    the list anywhere gives fair samples (of every label), and the same ones everywhere. Without paths: scikit-image's
-    photographs. Raises `RacError` if a path is missing, damaged, or holds no picture.
+    Paths are folders of pictures (searched through, linked folders too), folders of tar shards, tar shards, brace
+    patterns of such (`shards-{000..099}.tar`), single pictures, and Hugging Face data sets
+    (`hf:PATH_OR_NAME:split:column`). Where paths overlap a file still counts once. Cutting the list anywhere gives fair
+    samples of every class, and the same ones everywhere. Without paths: scikit-image's photographs. A warning says what
+    a search passed over: folders that rac wrote, folders that cannot be read, tar files beside pictures, pictures of
+    other formats. Raises `RacError` if a path is missing, damaged, or holds no picture.
     """
     if not paths:
         folder = photographs()
         return Pictures([folder], np.arange(len(folder.names)))
     with counting("finding pictures") as progress:
-        return Pictures(list(_sources([one for path in paths for one in _expanded(path.expanduser())], progress)))
+        found = list(_sources([one for path in paths for one in _expanded(home_expanded(path))], progress))
+    return Pictures(_each_once(found))
+
+
+def collection_name(paths: Sequence[Path]) -> str:
+    """What reports call the pictures under `paths`: the names of files and folders, also where that is "."."""
+    names = [str(path) if has_scheme(path, "hf", "hf-stream") else _name(path) for path in paths]
+    return ", ".join(names) or "scikit-image photographs"
+
+
+def _name(path: Path) -> str:
+    path = home_expanded(path)
+    # ".." has a name of its own, but tells no more than "." does.
+    return path.name if path.name not in ("", "..") else path.resolve().name or str(path.resolve())
 
 
 def has_scheme(path: Path, *kinds: str) -> bool:
@@ -51,35 +73,116 @@ def has_scheme(path: Path, *kinds: str) -> bool:
 class Folder:
     """A folder of picture files, or some of them."""
 
-    def __init__(self, path: Path, names: Names) -> None:
+    def __init__(self, path: Path, names: Names, keys: NDArray[np.uint64] | None = None) -> None:
         self.path = path
         self.names = names
+        self.keys = np.array([_key(os.stat(path / name)) for name in names], np.uint64) if keys is None else keys
+        """N 3: device, number on the device and size of each file; the first two tell files apart."""
+        self.keys = self.keys.reshape(-1, 3)
 
     @classmethod
-    def search(cls, path: Path) -> Folder:
-        """All pictures in the folder `path` and below."""
-        found = (Path(folder, name) for folder, _, files in os.walk(path) for name in files if is_picture(name))
-        return cls(path, Names.of(file.relative_to(path).as_posix() for file in found if file.is_file()))
+    def search(cls, path: Path, passed: Counter[str], tars: list[Path] | None = None) -> Folder:
+        """Finds all pictures in the folder `path` and below, and appends the tar files there to `tars`.
+
+        `passed` counts what is passed over. Raises `RacError` if the folder itself cannot be read.
+        """
+        letters, keys = bytearray(), array("Q")
+        for name, found in _walk(path, passed):
+            if is_picture(name):
+                letters += name.encode("utf-8", "surrogateescape") + b"\0"
+                keys.extend(_key(found))
+            elif tars is not None and name.lower().endswith(".tar"):
+                tars.append(path / name)
+            elif kind := _kind(name):
+                passed[kind] += 1
+        return cls(path, Names(bytes(letters)), np.frombuffer(keys, np.uint64).copy())
 
     def describe(self, index: int) -> str:
-        """See `Source`."""
+        """The picture's path from the folder."""
         return self.names[index]
 
     def size_hint(self, index: int) -> int:
-        """See `Source`."""
-        return (self.path / self.names[index]).stat().st_size
+        """The file's size in bytes, when the folder was searched."""
+        return int(self.keys[index, 2])
+
+    def class_of(self, index: int) -> str | None:
+        """The name of the folder directly above the picture; None for pictures directly in `path`."""
+        return folder_class(self.names[index])
 
     def read(self, index: int) -> bytes:
-        """See `Source`."""
+        """The encoded bytes. Raises `OSError`."""
         return (self.path / self.names[index]).read_bytes()
+
+    def where(self, keep: NDArray[np.bool_]) -> Folder:
+        """Some of its pictures."""
+        return Folder(self.path, Names.of(self.names[int(k)] for k in np.flatnonzero(keep)), self.keys[keep])
+
+
+def _key(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev % 2**64, found.st_ino % 2**64, found.st_size
+
+
+def _walk(root: Path, passed: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file in `root` and below, by its path from there; each folder once, linked ones after all others."""
+    entered: set[tuple[int, int]] = set()
+    waiting, linked = deque([""]), deque[str]()
+    while waiting or linked:
+        inner = waiting.popleft() if waiting else linked.popleft()
+        try:
+            own = os.stat(root / inner)
+            if (own.st_dev, own.st_ino) in entered:
+                continue
+            entered.add((own.st_dev, own.st_ino))
+            with os.scandir(root / inner) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not inner:
+                raise RacError(f"{root} cannot be read ({error.strerror or error}); check its permissions") from None
+            passed["folder(s) that cannot be read"] += 1
+            continue
+        if inner and any(entry.name == MARKER for entry in found):
+            passed["folder(s) that rac wrote"] += 1
+            continue
+        for entry in found:
+            name = f"{inner}/{entry.name}" if inner else entry.name
+            try:
+                status = entry.stat()
+            except OSError:  # a link to nothing, or to itself
+                if is_picture(name):
+                    passed["link(s) to nothing"] += 1
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                (linked if entry.is_symlink() else waiting).append(name)
+            elif stat.S_ISREG(status.st_mode):
+                yield name, status
+
+
+def _kind(name: str) -> str | None:
+    """What a warning calls a file that is no picture here but may hold some; None for others."""
+    pure = PurePosixPath(name)
+    suffix = pure.suffix.lower()
+    if pure.name.startswith("."):
+        return None
+    if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", pure.name.lower()):
+        return "compressed archive(s)"
+    if suffix not in PICTURE_SUFFIXES and suffix in Image.registered_extensions():
+        return f"{suffix} file(s)"
+    return None
 
 
 def _sources(paths: Sequence[Path], progress: ProgressFn) -> Iterator[Source]:
     total = 0
     for path in paths:
-        found = _sources_in(path, partial(_beyond, progress, total))
+        passed: Counter[str] = Counter()
+        found = _sources_in(path, partial(_beyond, progress, total), passed)
+        over = ", ".join(f"{count:,} {kind}" for kind, count in sorted(passed.items()))
         if not any(source.names for source in found):
-            raise RacError(f"{path} holds no pictures; looked for {' '.join(PICTURE_SUFFIXES)}, and tar files of them")
+            raise RacError(
+                f"{path} holds no pictures; looked for {' '.join(PICTURE_SUFFIXES)}, and tar files of them"
+                + (f"; passed over {over}" if over else "")
+            )
+        if over:
+            warnings.warn(f"{path}: passed over {over}", stacklevel=2)
         total += sum(len(source.names) for source in found)
         progress(total)
         yield from found
@@ -89,21 +192,50 @@ def _beyond(progress: ProgressFn, before: int, done: int) -> None:
     progress(before + done)
 
 
-def _sources_in(path: Path, progress: Callable[[int], None]) -> list[Source]:
+def _sources_in(path: Path, progress: Callable[[int], None], passed: Counter[str]) -> list[Source]:
     if has_scheme(path, "hf"):
         return [Rows.open(str(path))]
     if path.is_dir():
-        folder = Folder.search(path)
-        return (
-            [folder]
-            if folder.names
-            else [Tar.open(tar, progress) for tar in sorted(path.rglob("*")) if is_tar(tar.name)]
-        )
+        tars: list[Path] = []
+        folder = Folder.search(path, passed, tars)
+        if not folder.names:
+            return [Tar.open(tar, progress) for tar in sorted(tars)]
+        if tars:
+            passed["tar file(s) beside pictures"] += len(tars)
+        return [folder]
     if not path.is_file():
         raise RacError(_why_not(path))
-    if is_picture(path.name):
+    if is_picture(path.name) or (path.suffix.lower() != ".tar" and _is_readable(path.name)):
         return [Folder(path.parent, Names.of([path.name]))]
     return [Tar.open(path, progress)]
+
+
+def _is_readable(name: str) -> bool:
+    """Whether Pillow knows the format that a name ends with, so that a file that is named by itself can be tried."""
+    return PurePosixPath(name).suffix.lower() in Image.registered_extensions()
+
+
+def _each_once(sources: Sequence[Source]) -> list[Source]:
+    """The same sources without the files that an earlier one holds too, or the same one under another name."""
+    check_apart([source for source in sources if isinstance(source, Rows)])
+    kept: list[Source] = []
+    seen: set[object] = set()
+    for source in sources:
+        identity = source.identity if isinstance(source, (Tar, Rows)) else None
+        if identity is None or identity not in seen:
+            kept.append(source)
+        seen.add(identity)
+    folders = [source for source in kept if isinstance(source, Folder)]
+    if not folders:
+        return kept
+    files = np.concatenate([folder.keys for folder in folders])[:, :2]
+    _, first = np.unique(files, axis=0, return_index=True)
+    if len(first) == len(files):
+        return kept
+    keep = np.zeros(len(files), bool)
+    keep[first] = True
+    parts = iter(np.split(keep, np.cumsum([len(folder.keys) for folder in folders])[:-1]))
+    return [source.where(next(parts)) if isinstance(source, Folder) else source for source in kept]
 
 
 def _why_not(path: Path) -> str:

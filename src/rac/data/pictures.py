@@ -1,17 +1,29 @@
-"""Collections of pictures, wherever they lie.
+"""Pictures that can be read when they are needed, and what tells one collection of them from another.
 
 A collection is a few dozen bytes a picture: names, and where to read. Any picture can be read without the others.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, overload
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import RacError
+
+SAMPLED = 32
+"""Pictures, spread over the collection, whose contents count in its fingerprint."""
+LISTED = 10_000
+"""Pictures up to which a fingerprint lists them, so that it can be said which of them changed."""
 
 
 class Names(Sequence[str]):
@@ -24,7 +36,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Hold `names`; those that are not Unicode (a file system allows that) come back as they were."""
+        """Holds `names`; those that are not Unicode (a file system allows that) come back as they were."""
         letters = bytearray()
         for name in names:
             letters += name.encode("utf-8", "surrogateescape") + b"\0"
@@ -52,7 +64,7 @@ class Source(Protocol):
 
     @property
     def names(self) -> Names:
-        """Names of its pictures: for messages and for ordering; they do not depend on where the source lies."""
+        """Names of its pictures, for ordering; they do not depend on where the source lies."""
         ...
 
     def describe(self, index: int) -> str:
@@ -60,11 +72,15 @@ class Source(Protocol):
         ...
 
     def size_hint(self, index: int) -> int:
-        """What tells picture `index` from another of its name without reading it: its size, where that is known."""
+        """A number that changes when picture `index` is replaced, known without reading it: its size, if it has one."""
+        ...
+
+    def class_of(self, index: int) -> str | None:
+        """The class of picture `index`: its folder's name, or what a data set says; None if it has none."""
         ...
 
     def read(self, index: int) -> bytes:
-        """Its encoded bytes; any thread may ask. Raises `OSError`."""
+        """The encoded bytes of picture `index`; any thread may ask. Raises `OSError`."""
         ...
 
 
@@ -85,9 +101,40 @@ class Picture:
         """Name for messages: says which shard it is in."""
         return self.source.describe(self.index)
 
+    @property
+    def class_name(self) -> str | None:
+        """The class that it belongs to; None if it belongs to none."""
+        return self.source.class_of(self.index)
+
     def read(self) -> bytes:
         """The encoded bytes; any thread may ask. Raises `OSError`."""
         return self.source.read(self.index)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a collection of pictures from another, wherever they lie."""
+
+    count: int | None
+    """Pictures; None for a data set that is read in its own order, whose length is not known."""
+    hash: str
+    """16 hex digits of SHA-256 over all names and sizes, and over the contents of `SAMPLED` pictures."""
+    pictures: tuple[tuple[str, int], ...] | None = None
+    """Names and sizes, sorted, of up to `LISTED` pictures; None for more."""
+
+    def changes(self, before: Fingerprint) -> str:
+        """Says in a few words what changed since `before`."""
+        if self.pictures is None or before.pictures is None:
+            return f"{_count(self.count)} with fingerprint {self.hash}, was {_count(before.count)} with {before.hash}"
+        now, then = Counter(self.pictures), Counter(before.pictures)
+        new, gone = ({name for name, _ in (a - b).elements()} for a, b in ((now, then), (then, now)))
+        kinds = (("new", new - gone), ("missing", gone - new), ("of another size", new & gone))
+        changes = [f"{len(names):,} {kind}, such as {min(names)}" for kind, names in kinds if names]
+        return "; ".join(changes) or "contents differ, names and sizes do not"
+
+
+def _count(count: int | None) -> str:
+    return "pictures" if count is None else f"{count:,} pictures"
 
 
 class Pictures(Sequence[Picture]):
@@ -112,13 +159,80 @@ class Pictures(Sequence[Picture]):
         place = int(np.searchsorted(self._starts, number, "right")) - 1
         return Picture(self._sources[place], number - int(self._starts[place]))
 
-    def fingerprint(self) -> str:
-        """A hash of all names and traces, in their order."""
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of these pictures, in `class_order`; a label is a place in it."""
+        return class_order({name for name in (picture.class_name for picture in self) if name is not None})
+
+    def of_classes(self, chosen: Sequence[str], without: Sequence[str]) -> Pictures:
+        """The pictures of the classes `chosen` (all if none is), those of the classes `without` left out.
+
+        Raises `RacError` for a class that none of the pictures belongs to, naming the near ones.
+        """
+        keep = ClassChoice(chosen, without)
+        if not keep.chooses:
+            return self
+        keep.check(self.classes)
+        mask = np.fromiter((keep(picture.class_name) for picture in self), bool, len(self))
+        if not mask.any():
+            raise RacError(f"none of the {len(self)} pictures is left by classes and without_classes; choose others")
+        return Pictures(self._sources, self._order[mask])
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells these pictures from others: their names, sizes and, of `SAMPLED` of them, contents."""
         digest = hashlib.sha256()
+        listed: list[tuple[str, int]] | None = [] if len(self) <= LISTED else None
         for picture in self:
-            digest.update(picture.source.names.encoded(picture.index))
-            digest.update(b"\0%d\0" % picture.source.size_hint(picture.index))
-        return digest.hexdigest()[:16]
+            encoded, size = picture.source.names.encoded(picture.index), picture.source.size_hint(picture.index)
+            digest.update(encoded + b"\0%d\0" % size)
+            if listed is not None:
+                listed.append((picture.name, size))
+        for place in np.unique(np.linspace(0, len(self) - 1, SAMPLED).astype(int)) if len(self) else ():
+            with suppress(RacError, OSError):  # what cannot be read is skipped, and named, when its turn comes
+                digest.update(hashlib.sha256(self[int(place)].read()).digest())
+        return Fingerprint(len(self), digest.hexdigest()[:16], None if listed is None else tuple(sorted(listed)))
+
+
+class ClassChoice(NamedTuple):
+    """Which classes to take: those `chosen`, or all if there are none, and of these all but `without`."""
+
+    chosen: Sequence[str]
+    without: Sequence[str]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is left out at all."""
+        return bool(self.chosen or self.without)
+
+    def __call__(self, name: str | None) -> bool:
+        """Whether to take a picture of the class `name`. One without a class is taken unless classes are chosen."""
+        return (not self.chosen or name in self.chosen) and name not in self.without
+
+    def check(self, classes: Sequence[str]) -> None:
+        """Raises `RacError` for a class that is not among `classes`, naming the near ones."""
+        for name in (*self.chosen, *self.without):
+            if name in classes:
+                continue
+            if not classes:
+                raise RacError(f"there is no class {name!r}: no picture belongs to one; classes are names of folders")
+            near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(classes[:8])}"
+            raise RacError(f"there is no class {name!r}; {hint}{', ...' if not near and len(classes) > 8 else ''}")
+
+
+def class_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sorts names of classes: whole numbers by value, before words in the order of their letters."""
+    return tuple(sorted(set(names), key=_class_key))
+
+
+def _class_key(name: str) -> tuple[bool, int, str]:
+    is_number = name.isascii() and name.isdecimal()
+    return not is_number, int(name) if is_number else 0, name
+
+
+def folder_class(name: str) -> str | None:
+    """The folder directly above a picture called `name`, a path with slashes; None if it is in none."""
+    return PurePosixPath(name).parent.name or None
 
 
 def _digests(sources: Sequence[Source]) -> bytearray:

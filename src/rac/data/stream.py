@@ -5,15 +5,16 @@ Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on aft
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from threading import Lock
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from ..errors import ImageError, RacError
 from ..images import from_pixels, read_picture, upright_size
 from ..runtime import generator
 from .config import DataConfig
-from .datasets import HFPath, encoded, encoded_images, image_column, load_rows, unreadable
-from .files import find_pictures
-from .pictures import Picture
+from .datasets import HFPath, LabelColumn, encoded, encoded_images, image_column, load_rows, unreadable
+from .files import collection_name, find_pictures
+from .pictures import ClassChoice, Fingerprint, Picture, Pictures, class_order
 from .prefetch import ahead
 
 T = TypeVar("T")
@@ -36,23 +37,44 @@ Size = tuple[int, int]
 """Width and height."""
 
 
-class Batch(NamedTuple):
-    """Images to train on, with the teacher's latents where those were prepared."""
+Want = Literal["images", "latents", "labels"]
+"""Something that a batch can hold."""
 
-    images: Tensor
+IMAGES: frozenset[Want] = frozenset({"images"})
+"""What batches hold where nothing else is asked for."""
+
+
+class Batch(NamedTuple):
+    """Images to train on, their latents and their labels: those that the stream was opened for, in the same order."""
+
+    images: Tensor | None = None
     """B 3 H W in [-1, 1]."""
     latents: Tensor | None = None
     """B c h w, normalised."""
+    labels: Tensor | None = None
+    """B, int64: places in the stream's `classes`."""
+
+    @property
+    def size(self) -> int:
+        """The number of images, latents or labels."""
+        return next(len(tensor) for tensor in self if tensor is not None)
+
+    def need(self, what: Want) -> Tensor:
+        """Returns its images, latents or labels. Raises `RacError` if the stream was not opened for them."""
+        found = getattr(self, what)
+        if found is None:
+            raise RacError(f"the batch holds no {what}; open the stream with wants={{'{what}'}} among others")
+        return found
 
     def rows(self, rows: slice) -> Batch:
-        """Some of the images."""
-        return Batch(self.images[rows], None if self.latents is None else self.latents[rows])
+        """Returns some of the rows of all that it holds."""
+        return Batch(*(None if tensor is None else tensor[rows] for tensor in self))
 
     def to(self, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Batch:
-        """The same on `device`, the images laid out as asked."""
+        """Returns the same on `device`, the images laid out as asked."""
+        images, latents, labels = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
         # Moved first, laid out there: the processor would be slower at it.
-        images = self.images.to(device, non_blocking=True).contiguous(memory_format=layout)
-        return Batch(images, None if self.latents is None else self.latents.to(device, non_blocking=True))
+        return Batch(None if images is None else images.contiguous(memory_format=layout), latents, labels)
 
 
 class Stream(Protocol):
@@ -61,6 +83,16 @@ class Stream(Protocol):
     @property
     def skipped(self) -> Mapping[str, str]:
         """Names of the damaged pictures met so far, and what was wrong with each."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that labels stand for, see `class_order`; none if no picture belongs to any."""
+        ...
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What tells the pictures that it draws from, held-out ones included, from others."""
         ...
 
     def batch(self, first: int, count: int) -> Batch:
@@ -80,17 +112,33 @@ class PictureLike(Protocol):
         """Name for messages."""
         ...
 
+    @property
+    def class_name(self) -> str | None:
+        """The class that it belongs to; None if it belongs to none."""
+        ...
+
     def read(self) -> bytes:
         """The encoded bytes. Raises `OSError`."""
         ...
 
 
-class Crops(ABC):
-    """What streams of freshly cut crops share: reading, passing damaged pictures over, held-out images."""
+class Crop(NamedTuple):
+    """A square piece of a picture."""
 
-    def __init__(self, config: DataConfig, rng_seed: int) -> None:
+    pixels: NDArray[np.uint8]
+    """size size 3."""
+    class_name: str | None
+    """The class of the picture that it was cut from, which is another than the one drawn if that one is damaged."""
+
+
+class Crops(ABC):
+    """What streams of freshly cut crops share: reading, passing damaged pictures over, held-out images, labels."""
+
+    def __init__(self, config: DataConfig, rng_seed: int, wants: Collection[Want]) -> None:
         self.config = config
         self.rng_seed = rng_seed
+        self.wants = frozenset(wants)
+        """What batches hold: images, labels or both; freshly cut crops have no latents."""
         self.skipped: dict[str, str] = {}
         """The damaged pictures met so far, and what was wrong with each."""
         self.held_out_pixels: NDArray[np.uint8]
@@ -98,13 +146,36 @@ class Crops(ABC):
         self._kept: dict[Picture, Image.Image] = {}
         self._room = config.keep_mb * 2**20
 
+    @property
     @abstractmethod
-    def crop(self, draw: int) -> NDArray[np.uint8]:
-        """Crop number `draw`, as pixels: size size 3. Raises `RacError` if nothing can be read."""
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that labels stand for; none if no picture belongs to any."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> Fingerprint:
+        """What tells the pictures that it draws from, held-out ones included, from others."""
+
+    @abstractmethod
+    def crop(self, draw: int) -> Crop:
+        """Crop number `draw`. Raises `RacError` if nothing can be read."""
 
     def batch(self, first: int, count: int) -> Batch:
-        """Draws `first` to `first + count - 1` as a `Batch` without latents."""
-        return Batch(from_pixels(np.stack([self.crop(draw) for draw in range(first, first + count)])))
+        """Draws `first` to `first + count - 1` as a `Batch` of what the stream was opened for."""
+        crops = [self.crop(draw) for draw in range(first, first + count)]
+        images = from_pixels(np.stack([crop.pixels for crop in crops])) if "images" in self.wants else None
+        labels = None
+        if "labels" in self.wants:
+            labels = torch.tensor([self.label(crop.class_name) for crop in crops], dtype=torch.int64)
+        return Batch(images, None, labels)
+
+    def label(self, class_name: str | None) -> int:
+        """The place of a class in `classes`; -1 for None."""
+        return -1 if class_name is None else self._labels[class_name]
+
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.classes)}
 
     def held_out(self) -> Tensor:
         """The held-out images, N 3 size size in [-1, 1]: the centre of each held-out picture.
@@ -132,14 +203,14 @@ class Crops(ABC):
         self.held_out_pixels = np.stack(crops)
         return used
 
-    def _cut_first(self, pictures: Iterable[PictureLike], choose: Callable[[Size], Region]) -> NDArray[np.uint8]:
+    def _cut_first(self, pictures: Iterable[PictureLike], choose: Callable[[Size], Region]) -> Crop:
         """A crop of the first picture that can be read."""
         looked = 0
         for picture in pictures:
             looked += 1
             pixels = self._try(picture, lambda picture: self._cut(picture, choose))
             if pixels is not None:
-                return pixels
+                return Crop(pixels, picture.class_name)
         raise RacError(f"none of the {looked} pictures to train on can be read; the first: {self._first_skipped()}")
 
     def _cut(self, picture: PictureLike, choose: Callable[[Size], Region]) -> NDArray[np.uint8]:
@@ -186,9 +257,13 @@ class ImageStream(Crops):
     `skipped` holds all of them. Raises `RacError` if there are no pictures, or none that can be read.
     """
 
-    def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
-        super().__init__(config, rng_seed)
-        files = find_pictures(config.paths)
+    def __init__(self, config: DataConfig, rng_seed: int = 0, wants: Collection[Want] = IMAGES) -> None:
+        super().__init__(config, rng_seed, wants)
+        self.pictures = find_pictures(config.paths).of_classes(config.classes, config.without_classes)
+        """All pictures, held-out ones included, in their order."""
+        files = self.pictures
+        if "labels" in wants:
+            check_labelled(files, config)
         used = self._hold_out(files, min(config.held_out, max(1, len(files) // 4)))
         if used == len(files):
             raise RacError(
@@ -198,22 +273,48 @@ class ImageStream(Crops):
         self.files = files[used:]
         """The pictures to train on, damaged ones that were not met yet included."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of all pictures, held-out ones included."""
+        return self.pictures.classes
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells these pictures, held-out ones included, from others."""
+        return self.pictures.fingerprint()
+
     def __len__(self) -> int:
         """Pictures to train on, damaged ones that were not met yet included."""
         return len(self.files)
 
-    def crop(self, draw: int) -> NDArray[np.uint8]:
-        """Crop number `draw`, as pixels: size size 3."""
+    def crop(self, draw: int) -> Crop:
+        """Crop number `draw`."""
         epoch, place = divmod(draw, len(self))
         order = permutation(len(self), self.rng_seed, epoch)
         pictures = (self.files[int(order[(place + offset) % len(self)])] for offset in range(len(self)))
         values = draw_values(generator(self.rng_seed, "crop", draw))
         return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
 
-    def whole(self, number: int) -> NDArray[np.uint8]:
-        """The centre of picture `number` (of the next one, where it is damaged), as pixels: size size 3."""
+    def centre(self, number: int) -> Crop:
+        """The centre of picture `number` (of the next one, where it is damaged)."""
         pictures = (self.files[(number + offset) % len(self)] for offset in range(len(self)))
         return self._cut_first(pictures, centre_region)
+
+
+def check_labelled(pictures: Pictures, config: DataConfig) -> None:
+    """Raises `RacError` unless each of the pictures belongs to a class, naming one that does not."""
+    where = collection_name(config.paths)
+    if not pictures.classes:
+        raise RacError(
+            f"labels are asked for, but no picture of {where} belongs to a class; classes are the folders directly "
+            "above pictures, so give a folder of folders, or a data set with a column of classes"
+        )
+    without = [picture for picture in pictures if picture.class_name is None]
+    if without:
+        raise RacError(
+            f"labels are asked for, but {len(without):,} of the {len(pictures):,} pictures of {where} belong to no "
+            f"class, such as {without[0].description}; move them into folders of a class, or choose classes"
+        )
 
 
 WINDOW = 512
@@ -228,6 +329,7 @@ _WINDOWS_KEPT = 3
 class _Row:
     description: str
     value: Any
+    class_name: str | None = None
 
     def read(self) -> bytes:
         return encoded(self.value, self.description)
@@ -238,36 +340,65 @@ class StreamedImages(Crops):
 
     The first readable rows are held out. The others are drawn in random order within windows of `WINDOW` rows; when
     the last row was read, the next epoch begins. Crop n is a function of (rng_seed, n) and of the rows, so resuming
-    stores nothing: rows before it are read, at most one epoch of them, and dropped without being decoded. That it
-    resumes exactly hangs on the data set: its rows must come in the same order every time. Each process reads all
-    rows, and decodes its own. Raises `RacError` for a data set that cannot be read, or is too small.
+    stores nothing: rows before it are read, at most one epoch of them, and dropped without being decoded. Exact resume
+    requires the data set to keep its order. Each process reads all rows, and decodes its own. Raises `RacError` for a
+    data set that cannot be read, is too small, or has no names of classes where labels are asked for.
     """
 
-    def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
-        super().__init__(config, rng_seed)
+    def __init__(self, config: DataConfig, rng_seed: int = 0, wants: Collection[Want] = IMAGES) -> None:
+        super().__init__(config, rng_seed, wants)
         self._text = str(config.paths[0])
         hf_path = HFPath.read(self._text)
         rows = load_rows(hf_path, self._text, streaming=True)
         features: dict[str, Any] = rows.features or next(iter(rows), {})
-        column = image_column(hf_path, features, self._text)
-        self._rows = encoded_images(rows.select_columns([column]), column)
-        self._column = column
+        self._column = image_column(hf_path, features, self._text)
+        self._classified = LabelColumn.of(features, self._text)
+        self._choice = ClassChoice(config.classes, config.without_classes)
+        if "labels" in wants or self._choice.chooses:
+            self._check_classes()
+        columns = [self._column, *([self._classified.column] if self._classified else [])]
+        self._rows = encoded_images(rows.select_columns(columns), self._column)
         self._total: int | None = None
-        """Rows of the data set, once all were read."""
+        """Rows of the data set that are taken, once all were read."""
         self._skip = self._hold_out(self._read(0), config.held_out)
         self._lock = Lock()
         self._windows: dict[int, list[_Row]] = {}
         self._seek(0)
         self._window(0)
 
-    def crop(self, draw: int) -> Any:
-        """Crop number `draw`, as pixels: size size 3. Waits for the data set's next window, where that is needed."""
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, as the data set lists them; none where their names are not known before all is read."""
+        names = self._classified.names if self._classified else None
+        return class_order(name for name in names or () if self._choice(name))
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Tells data sets apart by the rows that are held out, since the others are read in their turn only."""
+        return Fingerprint(None, hashlib.sha256(self.held_out_pixels.tobytes()).hexdigest()[:16])
+
+    def crop(self, draw: int) -> Crop:
+        """Crop number `draw`. Waits for the data set's next window, where that is needed."""
         number, place = divmod(draw, WINDOW)
         window = self._window(number)
         order = permutation(len(window), self.rng_seed, number)
         pictures = (window[int(order[(place + offset) % len(window)])] for offset in range(len(window)))
         values = draw_values(generator(self.rng_seed, "crop", draw))
         return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
+
+    def label(self, class_name: str | None) -> int:
+        """The place of a class in `classes`. Raises `RacError` for a row without one, where labels are asked for."""
+        if class_name is None and "labels" in self.wants:
+            raise RacError(f"labels are asked for, but a row of {self._text} has none; choose classes to leave it out")
+        return super().label(class_name)
+
+    def _check_classes(self) -> None:
+        if self._classified is None or self._classified.names is None:
+            raise RacError(
+                f"{self._text} does not list its classes, which a data set that is read in its own order has to; "
+                "fetch it and give hf:..., or leave out labels and classes"
+            )
+        self._choice.check(class_order(self._classified.names))
 
     def _window(self, number: int) -> list[_Row]:
         """Rows `WINDOW` x `number` and on of all epochs, laid end to end."""
@@ -302,19 +433,23 @@ class StreamedImages(Crops):
         return found
 
     def _read(self, first: int) -> Iterator[_Row]:
-        """Rows `first` and on, to the last."""
-        rows, index = iter(self._rows), -1
+        """Rows `first` and on, to the last, of those that are taken."""
+        rows, index, taken = iter(self._rows), -1, 0
         while True:
             try:
                 row = next(rows, None)
             except Exception as error:  # what a server, a file or a loading script can do
                 raise unreadable(self._text, error) from error
             if row is None:
-                self._total = index + 1
+                self._total = taken
                 return
             index += 1
-            if index >= first:
-                yield _Row(f"row {index} of {self._text}", row[self._column])
+            name = self._classified.name_of(row[self._classified.column]) if self._classified else None
+            if not self._choice(name):
+                continue
+            if taken >= first:
+                yield _Row(f"row {index} of {self._text}", row[self._column], name)
+            taken += 1
 
 
 class InTurn:
@@ -332,12 +467,22 @@ class InTurn:
         """The damaged pictures that any of them met."""
         return {name: why for stream in self.streams for name, why in stream.skipped.items()}
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the first stream, as all go through the same pictures."""
+        return self.streams[0].classes
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the first stream's pictures, as all go through the same ones."""
+        return self.streams[0].fingerprint
+
     def batch(self, first: int, count: int) -> Batch:
         """Draws `first` to `first + count - 1`, which must be of one turn."""
         return self.streams[first // self.size % len(self.streams)].batch(first, count)
 
     def held_out(self) -> Tensor:
-        """Those of the first."""
+        """The held-out images of the first stream."""
         return self.streams[0].held_out()
 
 

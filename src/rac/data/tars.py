@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import RacError
-from ..files import make_folder, write_bytes
+from ..files import cache_folder, make_folder, write_bytes
 from ..images import is_picture
-from .pictures import Names
+from .pictures import Names, folder_class
 
 WORTH_KEEPING = 1_000
 """Pictures from which on an index is kept: fewer are found again at once."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 TAR_SUFFIX = ".tar"
 """Suffix, in small letters, of the files that count as tar files where a folder is searched."""
@@ -48,38 +48,46 @@ class Tar:
         self.names = Names(index["names"].tobytes())
         self._offsets = index["offsets"]
         self._sizes = index["sizes"]
+        self.identity = (path.stat().st_dev, path.stat().st_ino)
+        """Tells the file from others, whatever it is called."""
 
     @classmethod
     def open(cls, path: Path, progress: Callable[[int], None] = lambda done: None) -> Tar:
         """Find the pictures of `path`, or read the index of an earlier time; `progress` hears their number so far.
 
-        The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac) and made anew when the file has another size or
-        time. Raises `RacError` for a file that is no tar file, compressed, cut short, or damaged between members.
+        The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac), where there is such a folder, and made anew when
+        the file was changed or replaced. Raises `RacError` for a file that is no tar file, compressed, cut short, or
+        damaged between members.
         """
         try:
             stat = path.stat()
-            made_of = json.dumps([_FORMAT, stat.st_size, stat.st_mtime_ns])
+            # The time of change cannot be set back, as that of modification can.
+            made_of = json.dumps([_FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
             kept = _index_file(path)
-            found = _read_index(kept, made_of)
+            found = None if kept is None else _read_index(kept, made_of)
             if found is None:
                 found = _scan(path, progress)
                 _keep_index(kept, found, made_of)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise RacError(
                 f"{path} cannot be read as a tar file ({error}); give an uncompressed, complete .tar, or a folder"
             ) from None
         return cls(path, found)
 
     def describe(self, index: int) -> str:
-        """See `Source`."""
+        """The member's name, and the file that it is in."""
         return f"{self.names[index]} in {self.path}"
 
     def size_hint(self, index: int) -> int:
-        """See `Source`."""
+        """The member's size in bytes."""
         return int(self._sizes[index])
 
+    def class_of(self, index: int) -> str | None:
+        """The name of the folder directly above the member in the tar file; None for members in none."""
+        return folder_class(self.names[index])
+
     def read(self, index: int) -> bytes:
-        """See `Source`."""
+        """The encoded bytes. Raises `OSError`."""
         with open(self.path, "rb") as file:
             file.seek(int(self._offsets[index]))
             return file.read(int(self._sizes[index]))
@@ -159,13 +167,9 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 
 def _index_file(path: Path) -> Path | None:
-    """Where the index of the tar file `path` is kept; None for a user without a home directory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        folder = Path(os.environ.get("RAC_CACHE_DIR") or Path(cache) / "rac").expanduser() / "tars"
-    except RuntimeError:
-        return None
-    return folder / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.safetensors"
+    folder = cache_folder()
+    name = f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.safetensors"
+    return None if folder is None else folder / "tars" / name
 
 
 def _keep_index(kept: Path | None, found: _Index, made_of: str) -> None:
@@ -184,5 +188,5 @@ def _read_index(kept: Path | None, made_of: str) -> _Index | None:
             if (file.metadata() or {}).get("made_of") != made_of:
                 return None
             return {name: file.get_tensor(name) for name in ("names", "offsets", "sizes")}
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, UnicodeError):
         return None

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..data.files import find_pictures
+from ..data.files import collection_name, find_pictures
 from ..data.pictures import Picture
 from ..errors import RacError
 from ..images import from_pixels, read_picture, to_pixels
@@ -155,7 +155,7 @@ class ImageSet:
         small or, where nothing is cropped, of another size; it names the file.
         """
         files = find_pictures(paths)
-        name = ", ".join(path.name for path in paths) or "scikit-image photographs"
+        name = collection_name(paths)
         references = cls(name, partial(_read, files, framing, count), progress)
         if count is not None and len(references) < count:
             raise RacError(

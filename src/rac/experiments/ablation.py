@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ..config import differences, read_json, to_json
 from ..errors import RacError
-from ..files import make_folder, write_bytes
+from ..files import make_output, write_bytes
 from ..recipes import Recipe
 from ..recipes.rac import RACRecipe
 from ..train import read_log
@@ -154,7 +154,7 @@ class Ablation:
             raise RacError(
                 f"{self.directory} is not empty; --resume goes on with what is in it, or choose another --out"
             )
-        make_folder(self.directory)
+        make_output(self.directory)
         self._keep({})
 
     def measured(self, note: Callable[[str], None]) -> dict[str, float]:

@@ -134,7 +134,7 @@ def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: S
             batch = batch.to(setting.device, runtime.memory_format(setting.bf16))
         if teacher is not None:
             with clock.part("teacher"), torch.no_grad(), runtime.autocast(setting.device, setting.bf16):
-                batch = Batch(batch.images, teacher.encode(batch.images).float())
+                batch = batch._replace(latents=teacher.encode(batch.need("images")).float())
         train_step(clock, state, batch, settings)
         rounds.append(clock.taken())
 

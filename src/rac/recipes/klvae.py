@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import hub, runtime
 from ..coders.klvae import KLVAE, KLVAEConfig
 from ..config import differences
-from ..data import Batch, DataConfig, Stream, open_stream
+from ..data import Batch, DataConfig, Latents, Stream, open_stream
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.image_sets import ImageSet
@@ -69,9 +69,7 @@ class KLVAERecipe:
                     self.train.rng_seed,
                     batch=self.train.batch,
                     cache=cache,
-                    teacher=coder.to(device),
-                    teacher_name=self.start,
-                    device=device,
+                    latents=Latents(coder.to(device), self.start, device),
                 )
         task = KLVAETask(coder, self.weights, stream, self.train.batch, loss_networks, self.train_encoder)
         return fit(task, stream, self.train, directory, recipe=self, resume=resume)
@@ -147,12 +145,12 @@ class KLVAETask:
         """See `Task`."""
         losses = self.loss_networks.losses(iteration)
         if self.train_encoder:
-            return klvae_terms(self.module, batch.images, draws, losses)
-        latents = batch.latents
+            return klvae_terms(self.module, batch.need("images"), draws, losses)
+        images, latents = batch.need("images"), batch.latents
         if latents is None:
             with torch.no_grad():
-                latents = self.module.encode(batch.images)
-        return decoder_terms(self.module, batch.images, latents, losses)
+                latents = self.module.encode(images)
+        return decoder_terms(self.module, images, latents, losses)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
@@ -171,7 +169,7 @@ class KLVAETask:
 
     def _training_images(self, device: torch.device) -> Iterator[Tensor]:
         for k in range(STATISTICS_BATCHES):
-            yield self.stream.batch(k * self.batch, self.batch).images.to(device)
+            yield self.stream.batch(k * self.batch, self.batch).need("images").to(device)
 
 
 def klvae() -> KLVAERecipe:

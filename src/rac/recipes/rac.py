@@ -16,7 +16,7 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC, RACConfig
 from ..coders.taesd import POOLED_LATENT_STD
 from ..coders.warm_start import copy_decoder
-from ..data import Batch, DataConfig, open_stream
+from ..data import Batch, DataConfig, Latents, open_stream
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.image_sets import ImageSet
@@ -84,9 +84,7 @@ class RACRecipe:
                 self.train.rng_seed,
                 batch=self.train.batch,
                 cache=crops or directory.parent / f"{directory.name}.crops",
-                teacher=teacher.to(device),
-                teacher_name=self.teacher,
-                device=device,
+                latents=Latents(teacher.to(device), self.teacher, device),
             )
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
         coder = self._coder(teacher)
@@ -149,15 +147,15 @@ class RACTask:
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
         """See `Task`."""
-        latents = batch.latents
+        images, latents = batch.need("images"), batch.latents
         if latents is None:
             with torch.no_grad():
-                latents = self.teacher.encode(batch.images)
+                latents = self.teacher.encode(images)
         module = self.module
         losses = self.loss_networks.losses(iteration)
         seed_noise = module.config.seed_noise
         coding = Coding(module.field, module.states, module.contract, self.teacher.decode, losses, seed_noise)
-        return rac_terms(coding, batch.images, latents, self.objective, draws)
+        return rac_terms(coding, images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Columns: original; teacher; RAC from the teacher's latent at one step, and at its own number where that is

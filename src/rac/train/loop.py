@@ -19,9 +19,9 @@ from torch import nn
 
 from .. import runtime
 from ..config import differences, read_json, to_json
-from ..data import Batch, Stream, batches
+from ..data import Batch, Stream, batches, check_pictures
 from ..errors import RacError
-from ..files import explained, make_folder, write_bytes
+from ..files import MARKER, explained, make_output, write_bytes
 from ..images import write_image
 from ..storage import write_tensors
 from . import checkpoint
@@ -85,6 +85,7 @@ def fit(
     with processes.in_turn():
         if processes.first:
             _enter(directory, settings, recipe, resume)
+            check_pictures(stream.fingerprint, directory)
     runtime.set_threads(settings.threads)
     device = runtime.pick_device(settings.device)
     runtime.choose_kernels(device)
@@ -150,7 +151,7 @@ def _enter(directory: Path, settings: TrainConfig, recipe: Any, resume: bool) ->
     if not resume:
         if directory.exists() and (not directory.is_dir() or any(map(_counts, directory.iterdir()))):
             raise RacError(f"{directory} is not empty; --resume goes on with the run in it, or choose another --out")
-        make_folder(directory)
+        make_output(directory)
     elif not path.exists():
         raise RacError(f"{directory} holds no run to resume (no recipe.json); leave out --resume to start one")
     elif changed := differences(_fixed(ours), _fixed(read_json(path))):
@@ -160,7 +161,7 @@ def _enter(directory: Path, settings: TrainConfig, recipe: Any, resume: bool) ->
 
 def _counts(path: Path) -> bool:
     """Whether a file makes a folder used: not what a run left that was killed while it wrote its recipe."""
-    return not (path.name.startswith(".recipe.json.") and path.name.endswith(".tmp"))
+    return path.name != MARKER and not (path.name.startswith(".recipe.json.") and path.name.endswith(".tmp"))
 
 
 def _fixed(recipe: Any) -> Any:
@@ -168,7 +169,8 @@ def _fixed(recipe: Any) -> Any:
     if not isinstance(recipe, dict):
         return recipe
     free = FREE_ON_RESUME | ({"iterations"} if recipe.get("schedule") == "constant" else set())
-    return {name: _fixed(value) for name, value in recipe.items() if name not in free}
+    # What is unset counts as absent, so that a run goes on that was begun before a setting existed.
+    return {name: _fixed(value) for name, value in recipe.items() if name not in free and value not in ([], None)}
 
 
 def _show(task: Task, state: TrainState, stream: Stream, directory: Path, log: RunLog) -> None:
@@ -208,9 +210,8 @@ def _keep(batch: Batch, error: DivergedError, settings: TrainConfig, processes: 
     """
     beside = "" if processes.first else f"-process-{processes.rank}"
     path = directory / f"diverged-{error.iteration:08d}{beside}.safetensors"
-    latents = {} if batch.latents is None else {"latents": batch.latents}
     with explained(path):
-        write_tensors(path, {"images": batch.images, **latents})
+        write_tensors(path, {name: tensor for name, tensor in batch._asdict().items() if tensor is not None})
     # JSON knows no nan and no infinity.
     values = {name: value if isfinite(value) else str(value) for name, value in error.values.items()}
     first_image = processes.rows(settings.batch).start

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
+import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .errors import RacError, out_of_memory
 from .notices import spoken
+
+LEAST_COLUMNS = 40
+"""Width that help texts are laid out for at least."""
 
 VERBS = {
     "reconstruct": "images through a coder and back: strips, trajectories, PSNR and SSIM",
@@ -38,10 +44,11 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; `arguments` are those of the process where none are given. Returns the exit code."""
-    with warnings.catch_warnings(), spoken():
+    with warnings.catch_warnings(), spoken(), _wide_enough():
         warnings.showwarning = _warn
         # Pillow's complaints of damaged files name no file; our errors do.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        _escape_what_cannot_be_printed()
         try:
             return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         except KeyboardInterrupt:
@@ -88,6 +95,28 @@ def _overview() -> int:
         print(f"  {verb:<{width}}  {summary}")
     print("\nrac VERB --help lists a verb's options.")
     return 0
+
+
+@contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Let help texts be laid out for 40 columns at least: for one column the layout would take gigabytes."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Let names that the output's encoding lacks come out as escapes, and not end a batch with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(line: str, code: int) -> int:

@@ -11,7 +11,6 @@ from types import NoneType
 from typing import Any, TypeVar, get_args
 
 import cattrs
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 from cattrs.v import format_exception
 
 from .errors import RacError
@@ -38,30 +37,6 @@ _converter.register_structure_hook(bool, _exactly(bool))
 _converter.register_structure_hook(int, _exactly(int))
 _converter.register_structure_hook(float, _exactly(float, int))
 _converter.register_structure_hook(str, _exactly(str))
-
-
-def saved_as(key: str) -> dict[str, str]:
-    """Metadata of a dataclass field that JSON files call `key`, whatever its name in Python."""
-    return {"json": key}
-
-
-def _keys(cls: Any) -> dict[str, Any]:
-    """How fields that files call otherwise are renamed."""
-    return {one.name: override(rename=one.metadata["json"]) for one in fields(cls) if "json" in one.metadata}
-
-
-def _is_renamed(cls: Any) -> bool:
-    return is_dataclass(cls) and bool(_keys(cls))
-
-
-def _structure_renamed(cls: Any) -> Callable[[Any, Any], Any]:
-    return make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True, **_keys(cls))
-
-
-_converter.register_structure_hook_factory(_is_renamed, _structure_renamed)
-_converter.register_unstructure_hook_factory(
-    _is_renamed, lambda cls: make_dict_unstructure_fn(cls, _converter, **_keys(cls))
-)
 
 
 def _is_tagged_union(cls: Any) -> bool:

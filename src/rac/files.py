@@ -25,6 +25,20 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[RacError]
         _write_and_rename(path, data)
 
 
+def cache_folder(kind: str) -> Path | None:
+    """Returns the folder for what can be made again, of one `kind`, or None where there is no home directory.
+
+    It lies in RAC_CACHE_DIR or, without that, in `rac` in XDG_CACHE_HOME or ~/.cache. It need not exist, and writing to
+    it may fail: whoever keeps something there goes on without.
+    """
+    given = os.environ.get("RAC_CACHE_DIR")
+    base = given or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "rac")
+    try:
+        return Path(base).expanduser() / kind
+    except RuntimeError:  # no HOME, and a user without an entry, as in containers
+        return None
+
+
 def make_folder(path: str | os.PathLike[str], error: type[RacError] = RacError) -> Path:
     """Create the folder `path` with its parents, unless it is there. Raises `error` where refused."""
     path = Path(path)

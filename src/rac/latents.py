@@ -7,7 +7,7 @@ coder, never to a data set. They are buffers of it (`Statistics`), and its `Late
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +224,7 @@ class _NumberedSpec:
     range: tuple[float, float] = (-1.0, 1.0)
 
 
-def read_spec(data: Mapping[str, Any], source: str) -> tuple[LatentSpec, Statistics | None]:
+def read_spec(data: Any, source: str) -> tuple[LatentSpec, Statistics | None]:
     """Reads the JSON of a spec: of this version, or of the first, whose numbers give the statistics as well.
 
     Raises `RacError` naming `source` where it does not fit.

@@ -169,7 +169,9 @@ def _convolve() -> None:
 def derived_seed(rng_seed: int, *stream: int | str) -> int:
     """A 63-bit seed that is a pure function of `rng_seed` and the names and numbers that tell streams apart."""
     key = "/".join(map(str, (rng_seed, *stream)))
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
+    )
 
 
 def generator(rng_seed: int, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import rac
 from rac.cli import VERBS
 from rac.errors import RacError
 from rac.files import MARKER, explained
 from rac.flow import RK4
+from rac.images import to_pixels
+from rac.latents import Statistics
 from rac.progress import watched
 
 
@@ -112,11 +118,18 @@ def test_reconstruct(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:
     ran = run("reconstruct", photo, "--model", coder_dir, "--steps", 1, 3, "--out", out)
     assert ran.code == 0
     assert not ran.err
-    assert sorted(os.listdir(out)) == [MARKER, "photo-strip.png", "photo-trajectory.png", "results.csv"]
+    assert sorted(os.listdir(out)) == [
+        MARKER,
+        "photo-reconstruction.png",
+        "photo-strip.png",
+        "photo-trajectory.png",
+        "results.csv",
+    ]
     rows = list(csv.DictReader((out / "results.csv").open()))
+    name = coder_dir.parent.name  # as a training run is called, whose coder lies in "coder"
     assert [row["coder"] for row in rows] == [
-        *("teacher", "RAC, 1 step", "RAC, 3 steps"),
-        *("RAC, 1 step, from the teacher's latent", "RAC, 3 steps, from the teacher's latent"),
+        *("teacher", f"{name}, 1 step", f"{name}, 3 steps"),
+        *(f"{name}, 1 step, from the teacher's latent", f"{name}, 3 steps, from the teacher's latent"),
     ]
     assert [int(row["evaluations"]) for row in rows] == [2, 2, 6, 2, 4]
     for row in rows:
@@ -128,6 +141,25 @@ def test_reconstruct(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:
     assert float(rows[2]["psnr"]) == pytest.approx(float(psnr(made, image)), abs=1e-4)
     assert float(rows[2]["ssim"]) == pytest.approx(float(ssim(made, image)), abs=1e-4)
     assert int(rows[2]["macs"]) == 3 * int(rows[1]["macs"])
+    # The picture is that of the most steps, of the original's size.
+    written = rac.read_image(out / "photo-reconstruction.png")
+    assert float((written - made.clamp(-1, 1)).abs().max()) < 1 / 127
+
+
+def test_reconstruct_computes_nothing_twice(tmp_path, photo, run, coder_dir, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Both ways at 1 and 3 steps, and the teacher's latent decoded at each; the trajectory costs nothing more."""
+    from rac.commands import reconstruct
+
+    calls = []
+
+    def watched(name: str, device: str):  # type: ignore[no-untyped-def]
+        coder = rac.load(name)
+        coder.field.register_forward_hook(lambda *_: calls.append(1))
+        return coder
+
+    monkeypatch.setattr(reconstruct, "load_coder", watched)
+    assert run("reconstruct", photo, "--model", coder_dir, "--steps", 1, 3, "--out", tmp_path / "out").code == 0
+    assert len(calls) == 2 + 6 + 1 + 3
 
 
 def test_reconstruct_a_folder(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
@@ -158,7 +190,12 @@ def test_reconstruct_without_the_teacher(tmp_path: Path, photo: Path, run, make_
 def test_reconstruct_by_a_teacher(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
     ran = run("reconstruct", photo, "--model", coder_dir.parent / "teacher", "--out", tmp_path / "out")
     assert ran.code == 0
-    assert sorted(os.listdir(tmp_path / "out")) == [MARKER, "photo-strip.png", "results.csv"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        MARKER,
+        "photo-reconstruction.png",
+        "photo-strip.png",
+        "results.csv",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ models, demo, train
@@ -177,7 +214,7 @@ def test_demo(tmp_path: Path, run, coder_dir: Path) -> None:  # type: ignore[no-
     pytest.importorskip("skimage", reason="scikit-image, whose photographs the demo shows, is not installed")
     ran = run("demo", "--model", coder_dir, "--size", 32, "--out", tmp_path / "demo")
     assert ran.code == 0, ran
-    for words in ("PSNR", "SSIM", "evaluations", "GMACs", "RAC, 8 steps", "report.html"):
+    for words in ("PSNR", "SSIM", "evaluations", "GMACs", f"{coder_dir.parent.name}, 8 steps", "report.html"):
         assert words in ran.out
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 6
@@ -213,3 +250,80 @@ def test_a_folder_that_is_there_is_not_said_to_be_missing(tmp_path: Path) -> Non
         raise FileNotFoundError(2, "No such file or directory")
     with pytest.raises(RacError, match="create it first"), explained(tmp_path / "none" / "x"):
         raise FileNotFoundError(2, "No such file or directory")
+
+
+# ------------------------------------------------------------------------------------------ what a coder can do
+
+
+@pytest.fixture
+def decoder_dir(tmp_path: Path, coder_dir: Path) -> Path:
+    """The random RAC, said to be trained to decode alone."""
+    shutil.copytree(coder_dir, tmp_path / "decoder")
+    path = tmp_path / "decoder" / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "config": {**said["config"], "ways": ["decode"]}}))
+    return tmp_path / "decoder"
+
+
+def test_a_coder_that_only_decodes_is_not_asked_to_encode(tmp_path: Path, photo: Path, run, decoder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("encode", photo, "--model", decoder_dir, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "was trained to decode only" in ran.err
+    assert "encode with its teacher" in ran.err
+    assert not (tmp_path / "out").exists()
+    assert run("demo", "--model", decoder_dir, "--out", tmp_path / "out").code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_shown_on_its_teachers_latents(tmp_path: Path, photo: Path, run, decoder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("reconstruct", photo, "--model", decoder_dir, "--steps", 1, 2, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert "latents are those of its teacher" in ran.err
+    rows = (tmp_path / "out" / "results.csv").read_text().splitlines()[1:]
+    assert len(rows) == 3
+    assert sum("from the teacher's latent" in row for row in rows) == 2
+    config = json.loads((decoder_dir / "config.json").read_text())
+    config["config"]["teacher"] = "nowhere"
+    (decoder_dir / "config.json").write_text(json.dumps(config))
+    ran = run("reconstruct", photo, "--model", decoder_dir, "--out", tmp_path / "other")
+    assert ran.code == 2
+    assert "was trained to decode only" in ran.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_shipped_decoder_says_so(run) -> None:  # type: ignore[no-untyped-def]
+    assert rac.load("rac-taef2").trained_ways == {"decode"}
+    assert "RAC, decodes only" in run("models").out
+
+
+def test_exact_falls_back_where_no_fixed_point_is_found(tmp_path: Path, photo: Path, run, make_rac) -> None:  # type: ignore[no-untyped-def]
+    steep = make_rac(lively=2.0)
+    rac.save(steep, tmp_path / "steep")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ran = run("encode", photo, "--model", tmp_path / "steep", "--exact", "--steps", 2, "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    assert ran.err.count("cannot be undone exactly at --steps 2") == 1
+    assert "largest residual" not in ran.out
+    with safe_open(tmp_path / "photo.safetensors", framework="pt") as file:
+        latent = file.get_tensor("latent")
+    assert torch.equal(latent, rac.load(tmp_path / "steep").encode(rac.read_image(photo), 2))
+
+
+def test_old_latent_files_decode_with_any_coder_of_their_statistics(tmp_path: Path, run, make_rac) -> None:  # type: ignore[no-untyped-def]
+    """They had the range of the encoder's own network among the statistics, in which no decoder need agree."""
+    coder = make_rac(lively=0.05, statistics=Statistics.of(0.0, 1 / 0.85))
+    rac.save(coder, tmp_path / "student")
+    latent = torch.randn(1, 4, 2, 3)
+    spec = {"factor": 4, "channels": 4, "scale": 1 / 0.85, "shift": 0.0, "mean": None, "std": None, "range": [0.0, 1.0]}
+    origin = {"spec": spec, "height": 8, "width": 12, "coder": "elsewhere"}
+    metadata = {"format": "rac-latent-1", "origin": json.dumps(origin)}
+    save_file({"latent": latent}, tmp_path / "old.safetensors", metadata)
+    ran = run("decode", tmp_path / "old.safetensors", "--model", tmp_path / "student", "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    decoded = to_pixels(rac.load(tmp_path / "student").decode(latent))
+    assert np.array_equal(to_pixels(rac.read_image(tmp_path / "old.png")), decoded)
+    rac.save(make_rac(statistics=Statistics.of(0.0, 2.0)), tmp_path / "other")
+    ran = run("decode", tmp_path / "old.safetensors", "--model", tmp_path / "other", "--out", tmp_path)
+    assert ran.code == 2
+    assert "statistics" in ran.err

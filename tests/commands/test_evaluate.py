@@ -40,7 +40,7 @@ def protocol(tmp_path: Path) -> Path:
 
 def fast(*more: object) -> tuple[object, ...]:
     """Options that leave the pictures out."""
-    return (*more, "--no-pictures", "--correction", 0, "--device", "cpu")
+    return (*more, "--no-pictures", "--robustness", 0, "--device", "cpu")
 
 
 # ------------------------------------------------------------------------------------------ evaluate
@@ -53,7 +53,7 @@ def test_evaluate(tmp_path: Path, run, coder_dir: Path, pictures: Path, protocol
     ran = run("evaluate", *options, "--out", out)
     assert ran.code == 0, ran
     assert not ran.err
-    references = ImageSet.read([pictures], TINY.framing)
+    references = ImageSet.read([pictures], TINY.preprocessing)
     for steps, name in ((1, "1-step"), (3, "3-steps")):
         (path,) = (out / "results").glob(f"*-{name}.json")
         result = Result.load(path)
@@ -68,7 +68,13 @@ def test_evaluate(tmp_path: Path, run, coder_dir: Path, pictures: Path, protocol
             assert min(picture.size) > 100, name
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "http" not in page
-    for words in ("Quality and cost", "Correction", "Best and worst", "Trajectories", references.hash[:16]):
+    for words in (
+        "Quality and cost",
+        "Robustness to latent noise",
+        "Best and worst",
+        "Trajectories",
+        references.hash[:16],
+    ):
         assert words in page
 
 
@@ -91,7 +97,7 @@ def test_a_result_can_be_repeated_from_its_own_file(tmp_path, run, coder_dir, pi
 def test_compare(tmp_path: Path, run, coder_dir: Path, pictures: Path, protocol: Path) -> None:  # type: ignore[no-untyped-def]
     out, teacher = tmp_path / "out", coder_dir.parent / "teacher"
     options = ("--data", pictures, "--protocol", protocol, "--steps", 1, 2, "--latents", "own", "teacher")
-    ran = run("compare", coder_dir, teacher, *options, "--correction", 2, "--out", out, "--device", "cpu")
+    ran = run("compare", coder_dir, teacher, *options, "--robustness", 2, "--out", out, "--device", "cpu")
     assert ran.code == 0, ran
     told = json.loads((out / "comparison.json").read_text())
     rows = {row["label"].split(", ", 1)[-1]: row for row in told["rows"]}
@@ -104,9 +110,9 @@ def test_compare(tmp_path: Path, run, coder_dir: Path, pictures: Path, protocol:
     table = (out / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + len(rows)
     assert len({len(line) for line in table}) == 1
-    (curve,) = told["corrections"]
-    assert [name.split(", ")[-1] for name in curve["figures"]["psnr"]] == ["teacher", "1 step", "2 steps"]
-    assert len(list(out.glob("correction-*.png"))) == 2
+    (curve,) = told["robustness"]
+    assert [name.split(", ")[-1] for name in curve["metrics"]["psnr"]] == ["teacher", "1 step", "2 steps"]
+    assert len(list(out.glob("robustness-*.png"))) == 2
 
 
 def test_compare_needs_coders(run) -> None:  # type: ignore[no-untyped-def]
@@ -190,7 +196,7 @@ def test_bad_options(tmp_path: Path, run, coder_dir: Path, pictures: Path, proto
     refused(run("evaluate", "--model", coder_dir, "--data", tmp_path / "none"), "does not exist")
     refused(run("compare", coder_dir, coder_dir, *options), "given twice")
     refused(run("evaluate", "--model", coder_dir.parent / "teacher", *options, "--latents", "teacher"), "teacher")
-    (tmp_path / "half.json").write_text('{"name": "half", "framing": {"size": 24}, "colour": 1}')
+    (tmp_path / "half.json").write_text('{"name": "half", "preprocessing": {"size": 24}, "colour": 1}')
     refused(run("evaluate", "--model", coder_dir, "--data", pictures, "--protocol", tmp_path / "half.json"), "colour")
 
 

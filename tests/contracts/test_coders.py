@@ -427,3 +427,12 @@ def test_shapes_without_values(family: Coder) -> None:
     shape = family.noise_shape(latent)
     noise = None if shape is None else torch.empty(shape, device="meta")
     assert abstract.decode(latent, noise=noise).is_meta
+
+
+@pytest.mark.parametrize("name", ["rac shuffle", "klvae", "sixth"])
+def test_each_way_compiles_as_one_graph(name: str) -> None:
+    coder, image = frozen(FAMILIES[name]), smooth_images(1, 16, 16)
+    latent = coder.encode(image)
+    for function, given in ((coder.encode, image), (coder.decode, latent)):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(given), function(given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_saved_and_loaded_gives_the_same_bits(coder, vae, tmp_path) -> None:
 def test_weights_of_another_kind_are_told(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(rac.WeightsError, match=r"diffusion_pytorch_model\.safetensors does not exist"):
+    with pytest.raises(rac.WeightsError, match=r"holds no weights; expected diffusion_pytorch_model\.safetensors"):
         rac.load(tmp_path)
 
 
@@ -354,3 +355,51 @@ def test_ldm_field_builds_on_nothing(make_rac, tmp_path) -> None:
     assert torch.equal(
         AutoencoderRAC.from_pretrained(tmp_path).decode(z).sample, coder.eval().decode(PLAIN.normalise(z))
     )
+
+
+# ------------------------------------------------------------------------------------------- what users of a VAE try
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_compiles_as_one_graph(vae, images, dtype) -> None:
+    torch._dynamo.reset()
+    vae, z, image = copy.deepcopy(vae).to(dtype), raw_latents().to(dtype), images(1, 16, 16).to(dtype)
+    for function, given in ((lambda x: vae.decode(x).sample, z), (lambda x: vae.encode(x).latents, image)):
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(given), function(given))
+
+
+def test_the_switches_of_other_autoencoders(vae) -> None:
+    vae = copy.deepcopy(vae)
+    assert (vae.use_tiling, vae.use_slicing) == (False, False)
+    vae.enable_tiling(True)
+    vae.enable_slicing()
+    assert (vae.use_tiling, vae.use_slicing) == (True, True)
+    for off in ({"use_tiling": False}, {"tile": False}):
+        vae.enable_tiling(16)
+        vae.enable_tiling(**off)
+        assert not vae.use_tiling
+    with pytest.raises(RacError, match="tile 3"):
+        vae.enable_tiling(3)
+    assert not vae.use_tiling
+
+
+@pytest.mark.slow
+def test_a_device_map_places_it(vae, tmp_path) -> None:
+    vae.save_pretrained(tmp_path)
+    placed = AutoencoderRAC.from_pretrained(tmp_path, device_map="auto").requires_grad_(False)
+    assert torch.equal(placed.decode(raw_latents().to(placed.device)).sample.cpu(), vae.decode(raw_latents()).sample)
+
+
+def test_half_precision_says_nothing_of_no_modules(vae, caplog, capfd) -> None:
+    half = copy.deepcopy(vae).to(torch.float16)
+    assert half.dtype == torch.float16
+    assert half.coder.statistics.hash() == vae.coder.statistics.hash()
+    assert "float32" not in caplog.text + capfd.readouterr().err
+
+
+def test_integers_are_no_images_and_no_latents(vae) -> None:
+    with pytest.raises(RacError, match="from_pixels"):
+        vae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(RacError, match="floating-point"):
+        vae.decode(torch.zeros(1, 4, 2, 2, dtype=torch.uint8))

@@ -10,7 +10,7 @@ import torch
 
 from rac.evaluate.comparison import (
     Candidate,
-    all_candidates,
+    candidates,
     coding_cost,
     extremes,
     file_name,
@@ -57,7 +57,7 @@ def test_costs_are_of_evaluations(make_rac, images) -> None:  # type: ignore[no-
     """A field's evaluation times steps times two ways, at the size after padding; midpoint takes two each."""
     coder = make_rac()
     one = count(coder.field, (1, 4, 20, 16), (1,)).macs
-    candidate = Candidate("coder", "coder", coder, PROTOCOL)
+    candidate = Candidate(coder=coder, protocol=PROTOCOL, name="coder", title="coder")
     cost = coding_cost(candidate, images(1, 18, 16))
     assert (cost.macs_per_step, cost.decoding_macs, cost.macs) == (one, 3 * one, 6 * one)
     assert cost.parameters == parameters(coder)
@@ -69,7 +69,7 @@ def test_entrants_reconstruct_as_they_are_judged(make_rac, images) -> None:  # t
     """The pictures of a report show the images that its metrics are about."""
     coder = make_rac(lively=0.05).eval()
     references = ImageSet.of(images(4, 16, 16), "waves")
-    (candidate,) = all_candidates({"a": "a"}, {"a": coder}, {}, PROTOCOL, (2,), ("own", "teacher"))
+    (candidate,) = candidates({"a": coder}, PROTOCOL, steps=(2,))
     assert candidate.label == "a, 2 steps"
     exact = replace(candidate.protocol, rounded=False)
     result = evaluate(coder, references, exact, name="a")
@@ -87,7 +87,7 @@ def test_a_coder_without_a_flow_enters_once() -> None:
 
     torch.manual_seed(0)
     teacher = KLVAEConfig(widths=(8, 8), latent_channels=4, norm_groups=4).build()
-    (candidate,) = all_candidates({"t": "t"}, {"t": teacher}, {}, PROTOCOL, (1, 2), ("own", "teacher"))
+    (candidate,) = candidates({"t": teacher}, PROTOCOL, steps=(1, 2))
     assert (candidate.label, candidate.steps) == ("t", None)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from rac.coders.rac import RACConfig
-from rac.config import from_json, read_json, saved_as, to_json
+from rac.config import from_json, read_json, to_json
 from rac.errors import RacError
 from rac.fields import LdmFieldConfig, TinyFieldConfig
 from rac.latents import LatentSpec
@@ -96,20 +96,3 @@ def test_reading_json(tmp_path):
             read_json(path)
     with pytest.raises(RacError):
         read_json(tmp_path)
-
-
-@dataclass(frozen=True)
-class Renamed:
-    metrics: tuple[str, ...] = field(default=("psnr",), metadata=saved_as("figures"))
-
-
-@dataclass(frozen=True)
-class Holder:
-    inner: Renamed
-
-
-def test_a_field_may_have_another_name_in_files() -> None:
-    assert to_json(Holder(Renamed(("ssim",)))) == {"inner": {"figures": ["ssim"]}}
-    assert from_json(Holder, {"inner": {"figures": ["ssim"]}}) == Holder(Renamed(("ssim",)))
-    with pytest.raises(RacError, match="metrics"):
-        from_json(Renamed, {"metrics": ["ssim"]})

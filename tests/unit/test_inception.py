@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac import RacError, WeightsError
-from rac.evaluate.suite import metrics_of_sets
+from rac.evaluate.suite import set_metrics_of
 from rac.representations import extract, load_extractor, metric_name
 from rac.representations.inception import (
     CLASSES,
@@ -96,10 +96,10 @@ def test_only_the_full_graph_makes_an_fid(full_file: Path, part_file: Path, imag
 def test_figures_are_named_by_their_features(full_file: Path, images) -> None:
     full = Inception2048(full_file)
     some, others = (extract(full, [images(4, 24, 24, seed)]) for seed in (0, 1))
-    found = metrics_of_sets(("kernel", "score", "precision-recall"), full, some, others)
+    found = set_metrics_of(("kernel", "score", "precision-recall"), full, some, others)
     assert list(found) == ["KID", "IS", "precision", "recall"]
     with pytest.raises(RacError, match="more than 2048 images, not 4"):
-        metrics_of_sets(("frechet",), full, some, others)
+        set_metrics_of(("frechet",), full, some, others)
 
 
 def test_the_layout_of_pytorch_fid_is_folded(full_file: Path, tmp_path: Path, images) -> None:
@@ -167,7 +167,7 @@ def test_efficientnet_is_independent_of_batches_too(images) -> None:
     assert together.pooled.shape == (4, 1280)
     torch.testing.assert_close(alone.pooled, together.pooled, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(alone.logits, together.logits, rtol=1e-6, atol=1e-5)
-    assert list(metrics_of_sets(("kernel", "score"), extractor, together, alone)) == [
+    assert list(set_metrics_of(("kernel", "score"), extractor, together, alone)) == [
         "KID-EffNetLite0",
         "IS-EffNetLite0",
     ]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rac import RacError
-from rac.evaluate.latent_metrics import LatentAgreement, state_round_trip
-from rac.flow import Midpoint, TimeGrid
+from rac.evaluate.latent_metrics import LatentAgreement
+from rac.flow import Euler, Midpoint, TimeGrid
+from rac.images import crop
 
 
 def latents() -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +64,12 @@ def test_mistakes_are_told() -> None:
         explained_variance(latent[:, :2], teacher)
     with pytest.raises(RacError, match="no latents"):
         LatentAgreement().explained_variance()
+
+
+def state_round_trip(coder, image, steps=None, solver=None):
+    walk = coder.walk("encode", steps, solver or Euler())
+    flow = coder.coded(image, walk).flow
+    return crop(coder.state_round_trip(flow, walk), (image.shape[-2], image.shape[-1]))
 
 
 def test_round_trips(make_rac, one_layer_coder, images) -> None:

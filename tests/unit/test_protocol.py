@@ -71,11 +71,11 @@ def test_a_folder_and_a_tar_file_of_it_are_one_set(folder: Path, tmp_path: Path)
     with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
         for file in sorted(folder.rglob("*.png"), reverse=True):
             tar.add(file, file.relative_to(folder).as_posix())
-    one = ImageSet.read([folder], PIXELS.framing)
-    other = ImageSet.read([tmp_path / "pictures.tar"], PIXELS.framing)
+    one = ImageSet.read([folder], PIXELS.preprocessing)
+    other = ImageSet.read([tmp_path / "pictures.tar"], PIXELS.preprocessing)
     assert (one.names, one.hash, one.sizes) == (other.names, other.hash, {(24, 24)})
     assert one.name == "pictures"
-    fewer = ImageSet.read([folder], PIXELS.framing, count=5)
+    fewer = ImageSet.read([folder], PIXELS.preprocessing, count=5)
     assert fewer.names == one.names[:5]
     assert fewer.hash != one.hash
 
@@ -96,19 +96,19 @@ def test_batches_keep_order_and_never_mix_sizes(folder: Path) -> None:
     assert [name for batch in batches for name in batch.names] == list(references.names)
     assert all(len(batch.images) == 1 for batch in batches)
     assert len(references.sizes) == 12
-    assert [len(batch.images) for batch in ImageSet.read([folder], PIXELS.framing).batches(5)] == [5, 5, 2]
+    assert [len(batch.images) for batch in ImageSet.read([folder], PIXELS.preprocessing).batches(5)] == [5, 5, 2]
 
 
 def test_large_sets_are_read_again(folder: Path, monkeypatch) -> None:
-    kept = ImageSet.read([folder], PIXELS.framing)
+    kept = ImageSet.read([folder], PIXELS.preprocessing)
     monkeypatch.setattr("rac.evaluate.image_sets.KEEP_MB", 0)
-    again = ImageSet.read([folder], PIXELS.framing)
+    again = ImageSet.read([folder], PIXELS.preprocessing)
     assert again.hash == kept.hash
     for one, other in zip(kept.batches(7), again.batches(7), strict=True):
         assert torch.equal(one.images, other.images)
 
 
-def test_framings() -> None:
+def test_preprocessing() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     (whole,) = Preprocessing().cut(picture, "it")
@@ -156,10 +156,10 @@ def test_bad_sets_are_refused(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "3.png").read_bytes()
     (folder / "3.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RacError, match=r"3\.png is damaged"):
-        ImageSet.read([folder], PIXELS.framing)
+        ImageSet.read([folder], PIXELS.preprocessing)
 
 
-def test_bad_framings_are_refused() -> None:
+def test_bad_preprocessings_are_refused() -> None:
     for words, arguments in {
         "crop 'left' is not known": (64, "left"),
         "crop centre needs a size": (None, "centre"),
@@ -224,14 +224,14 @@ def test_too_few_or_unlike_images_never_make_a_silent_number(one_layer_coder, im
         evaluate_by_colours(one_layer_coder, native, "kernel")
     tiny = ImageSet.of(images(3, 8, 24), "tiny")
     with pytest.raises(RacError, match="ssim needs sides of at least 11 pixels, tiny has images of 8"):
-        evaluate(one_layer_coder, tiny, replace(PIXELS, framing=Preprocessing()), name="it")
+        evaluate(one_layer_coder, tiny, replace(PIXELS, preprocessing=Preprocessing()), name="it")
 
 
 # ------------------------------------------------------------------------------------------------- results
 
 
 def test_a_coder_that_loses_nothing(one_layer_coder, folder, tmp_path) -> None:
-    references = ImageSet.read([folder], PIXELS.framing)
+    references = ImageSet.read([folder], PIXELS.preprocessing)
     metrics = ("ssim", "frechet", "kernel", "precision-recall")
     result = evaluate_by_colours(one_layer_coder, references, *metrics, command="rac evaluate")
     assert result.metrics["psnr"] == math.inf
@@ -244,8 +244,8 @@ def test_a_coder_that_loses_nothing(one_layer_coder, folder, tmp_path) -> None:
     result.save(tmp_path / "result.json")
     assert Result.load(tmp_path / "result.json") == result
     data = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert data["protocol"]["framing"] == {"size": 24, "crop": "centre", "resize": "bicubic"}
-    assert data["figures"]["psnr"] == "inf"
+    assert data["protocol"]["preprocessing"] == {"size": 24, "crop": "centre", "resize": "bicubic"}
+    assert data["metrics"]["psnr"] == "inf"
     assert data["command"] == "rac evaluate"
     assert {"rac", "torch", "python"} <= data["versions"].keys()
 
@@ -349,4 +349,4 @@ def test_pictures_of_other_modes_are_converted(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         Image.new(mode, (30, 30)).save(buffer, "TIFF")
         (tmp_path / f"{index}.tiff").write_bytes(buffer.getvalue())
-    assert len(ImageSet.read([tmp_path], PIXELS.framing)) == 3
+    assert len(ImageSet.read([tmp_path], PIXELS.preprocessing)) == 3

@@ -16,9 +16,8 @@ import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.commands.serve import Command
 from rac.errors import RacError
-from rac.evaluate.one_image import rac_reconstructions
+from rac.evaluate.one_image import NOISED_STEPS, Loaded, decode_noised, reconstruct, reconstructions
 from rac.evaluate.robustness import robustness_curve
-from rac.serve.figures import NOISED_STEPS, Loaded, decode_noised, reconstruct
 from rac.serve.guard import Limits
 from rac.serve.page import EMPTY, Answers, build, free_port, serving
 
@@ -35,7 +34,7 @@ def loaded(make_rac) -> Loaded:  # type: ignore[no-untyped-def]
 def test_the_figures_are_those_of_evaluate(loaded: Loaded, images, steps: int) -> None:  # type: ignore[no-untyped-def]
     image = images(1, 18, 25)
     shown = reconstruct(loaded, image, steps)
-    expected = rac_reconstructions(loaded.coder, image, [steps], teacher=loaded.teacher)[:2]
+    expected = reconstructions(loaded.coder, image, [steps], teacher=loaded.teacher, name="tiny")[:2]
     for version, one in zip(shown.versions, expected, strict=True):
         assert torch.equal(version.image, one.image)
         assert (version.psnr, version.ssim) == (one.psnr, one.ssim)
@@ -50,7 +49,7 @@ def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images)
     from rac.evaluate.suite import MetricSuite
 
     class One:
-        """References of one image called "picture"."""
+        """ImageSet of one image called "picture"."""
 
         def __len__(self) -> int:
             return 1
@@ -78,7 +77,7 @@ def test_coders_without_a_flow_or_a_teacher(loaded: Loaded, images) -> None:  # 
     assert shown.decoding is None
     assert [one.name for one in decode_noised(Loaded("vae", loaded.teacher), image, 0.5)] == ["vae"]
     alone = Loaded("rac", loaded.coder)
-    assert [one.name for one in reconstruct(alone, image, 1).versions] == ["RAC, 1 step"]
+    assert [one.name for one in reconstruct(alone, image, 1).versions] == ["rac, 1 step"]
     assert [one.evaluations for one in decode_noised(alone, image, 0.5)] == list(NOISED_STEPS)
 
 

@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -371,7 +371,7 @@ class Coder(nn.Module, ABC):
         latents, where it is not the parameters'.
         """
         changed = {id(network.module): change(network) for network in self.networks().values()}
-        twin = _rewired(self, changed)
+        twin: Any = _rewired(self, changed)
         twin.__dict__.update(_whole=self.whole, _outer_dtype=dtype or self._outer_dtype)
         return twin
 

@@ -13,11 +13,10 @@ import tyro
 
 from .. import hub
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..config import json_safe, to_json
 from ..data import held_out_images
 from ..errors import RacError
-from ..evaluate.comparison import Candidate, Comparison, Row, all_candidates, coding_cost, evaluate_candidate
+from ..evaluate.comparison import Candidate, Comparison, Row, candidates, coding_cost, evaluate_candidate
 from ..evaluate.image_sets import ImageSet, Preprocessing
 from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
@@ -36,7 +35,7 @@ from ..files import make_folder, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..recipes import Recipe
-from ..report.document import Figure, Section, html_report
+from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
 from .shared import note, show
@@ -96,8 +95,8 @@ def ablate(name: str, recipe: Recipe, options: Options) -> int:
     trainings = ablation.trainings(ablation.measured(note))
     failures = _train(ablation, trainings)
     trained = [training for training in trainings if training.label not in failures]
-    with counting("evaluating") as progress:
-        rows, strips = [], Strips.start(evaluation.references)
+    with counting("evaluation") as progress:
+        rows, strips = [], Strips.start(evaluation.images)
         for done, training in enumerate(trained):
             progress(done, len(trained))
             for candidate in evaluation.candidates(training, ablation.steps):
@@ -145,7 +144,7 @@ class _Evaluation:
     """One protocol, one set of images, one set of networks that judge: for all variants."""
 
     protocol: Protocol
-    references: ImageSet
+    images: ImageSet
     suite: MetricSuite
     device: str
     _teachers: dict[str, Coder] = field(default_factory=dict)
@@ -154,12 +153,11 @@ class _Evaluation:
     def candidates(self, training: Training, steps: Sequence[int]) -> list[Candidate]:
         """The coder of a training at every number of steps."""
         name, coder = str(training.coder), self._load(str(training.coder))
-        teachers = {}
-        if isinstance(coder, RAC) and coder.teacher is not None:
-            if coder.teacher not in self._teachers:
-                self._teachers[coder.teacher] = self._load(coder.teacher)
-            teachers[name] = self._teachers[coder.teacher]
-        return all_candidates({name: training.label}, {name: coder}, teachers, self.protocol, steps, ("own",))
+        if coder.teacher is not None and coder.teacher not in self._teachers:
+            self._teachers[coder.teacher] = self._load(coder.teacher)
+        return candidates(
+            {name: coder}, self.protocol, steps=steps, teachers=self._teachers, titles={name: training.label}
+        )
 
     def row(self, candidate: Candidate, out: Path) -> Row:
         """Its metrics: those that an earlier run left in `out`, if they are of these weights, images and protocol."""
@@ -167,10 +165,10 @@ class _Evaluation:
         if path.exists():
             result = Result.load(path)
             found = (result.coder_hash, result.reference.hash, result.protocol)
-            if found == (weights_hash(candidate.coder.state_dict()), self.references.hash, candidate.protocol):
-                first = next(self.references.batches(1)).images.to(pick_device(self.device))
+            if found == (weights_hash(candidate.coder.state_dict()), self.images.hash, candidate.protocol):
+                first = next(self.images.batches(1)).images.to(pick_device(self.device))
                 return Row(candidate.label, candidate.family, coding_cost(candidate, first), result)
-        row = evaluate_candidate(candidate, self.references, self.suite)
+        row = evaluate_candidate(candidate, self.images, self.suite)
         make_folder(path.parent)
         row.result.save(path)
         return row
@@ -187,20 +185,20 @@ def _evaluation(ablation: Ablation, options: Options) -> _Evaluation:
     protocol, recipe = PROTOCOLS[options.protocol], ablation.recipe
     if options.test:
         with counting("reading pictures") as progress:
-            references = ImageSet.read(
-                options.test, protocol.framing, protocol.count, progress=lambda done: progress(done, None)
+            images = ImageSet.read(
+                options.test, protocol.preprocessing, protocol.count, progress=lambda done: progress(done, None)
             )
     elif ablation.varies("data.paths", "data.held_out"):
         raise RacError("variants of other data hold out other pictures; give --test, pictures that none trains on")
     else:
         held_out = held_out_images(recipe.data)
-        references = ImageSet.of(held_out, "the held-out set")
-        framing = Preprocessing(recipe.data.size, "none")
-        protocol = replace(protocol, name=f"{protocol.name}, held out", framing=framing, count=None)
+        images = ImageSet.of(held_out, "the held-out set")
+        preprocessing = Preprocessing(recipe.data.size, "none")
+        protocol = replace(protocol, name=f"{protocol.name}, held out", preprocessing=preprocessing, count=None)
     device = recipe.train.device
     suite = MetricSuite.load(protocol.metrics, protocol.extractor, pick_device(device))
-    suite.check(references)
-    return _Evaluation(protocol, references, suite, device)
+    suite.check(images)
+    return _Evaluation(protocol, images, suite, device)
 
 
 def _report(showing: Showing, out: Path) -> None:
@@ -212,9 +210,9 @@ def _report(showing: Showing, out: Path) -> None:
             if isinstance(content, Figure):
                 write_picture(content.picture, out / f"{content.name}.png")
     title = f"{showing.name}: {', '.join(showing.ablation.choices)}"
-    write_bytes(out / "report.json", _as_json(showing).encode())
-    write_bytes(out / "report.md", markdown_report(title, introduction(showing), contents).encode())
-    write_bytes(out / "report.html", html_report(title, introduction(showing), contents).encode())
+    write_bytes(out / "report.json", utf8(_as_json(showing)))
+    write_bytes(out / "report.md", utf8(markdown_report(title, introduction(showing), contents)))
+    write_bytes(out / "report.html", utf8(html_report(title, introduction(showing), contents)))
     show(summary(showing), title)
     show(training_table(showing))
     print(f"\nThe report, with pictures: {out / 'report.html'}")

@@ -119,8 +119,9 @@ class Command:
         if self.threads or device.type != "cpu":
             runtime.set_threads(self.threads)
             return {}
-        latents = coder.encode(self._images(coder), self._steps(coder))
-        seconds = runtime.seconds_by_threads(partial(coder.decode, latents, self._steps(coder)), rounds=3)
+        latents = coder.encode(self._images(coder), walk=coder.walk("encode", self.steps))
+        there = coder.walk("decode", self.steps)
+        seconds = runtime.seconds_by_threads(partial(coder.decode, latents, walk=there), rounds=3)
         torch.set_num_threads(min(seconds, key=seconds.__getitem__))
         return seconds
 
@@ -141,7 +142,7 @@ class Command:
     def _speeds(self, name: str, setting: Setting) -> Iterator[tuple[Job, Speed]]:
         coder = hub.load(name)
         if "encode" in self.jobs or "decode" in self.jobs:
-            coding = coding_speeds(coder, self._images(coder), setting, self._steps(coder))
+            coding = coding_speeds(coder, self._images(coder), setting, self.steps)
             yield from ((job, coding[job]) for job in ("encode", "decode") if job in self.jobs)
         if "train" in self.jobs and (speed := self._training(name, coder, setting)):
             yield "train", speed
@@ -167,9 +168,6 @@ class Command:
         if self.size % factor:
             raise RacError(f"--size {self.size} must be a multiple of the coder's factor {factor}")
         return 2 * torch.rand(self.batch, 3, self.size, self.size, generator=runtime.generator(0, "bench")) - 1
-
-    def _steps(self, coder: Coder) -> int | None:
-        return self.steps if isinstance(coder, RAC) else None
 
     def _print(
         self,

@@ -12,11 +12,8 @@ import torch
 import tyro
 
 from .. import hub
-from ..coders.adapter import Adapter
-from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..errors import RacError
-from ..evaluate.cost import CostRow, field_row, halves, reference_rows
+from ..evaluate.cost import CostRow, coder_rows, field_row, halves, reference_rows
 from ..fields import LdmFieldConfig
 from ..progress import watched
 from ..recipes import RECIPES, KLVAERecipe, RACRecipe
@@ -105,16 +102,6 @@ def scaled_rows(side: int = 256) -> list[CostRow]:
         widths = " ".join(str(width) for width in config.widths)
         rows.append(field_row(f"ldm field at {scale:.1f}", field, 4, side, f"widths {widths}"))
     return rows
-
-
-def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
-    """A coder's networks: a RAC's field, or encoder, decoder and whole."""
-    if isinstance(coder, RAC):
-        channels = coder.config.state_channels
-        return [_with_steps(field_row(f"{name} field", coder.field, channels, side), coder.config.steps, channels)]
-    if isinstance(coder, Adapter):
-        return halves(name, coder.network, coder.spec, side)
-    raise RacError(f"{name} is a {type(coder).__name__}, whose networks are not known; give a RAC or a diffusers VAE")
 
 
 def cost_table(rows: list[CostRow]) -> Table:

@@ -11,7 +11,6 @@ import tyro
 from torch import Tensor
 
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..errors import RacError
 from ..files import make_output
 from ..flow.grid import check_steps
@@ -19,7 +18,7 @@ from ..flow.solvers import SOLVERS, SolverName
 from ..images import crop, write_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
-from .shared import for_each, in_tiles, load_coder
+from .shared import for_each, in_tiles, load_coder, need_trained
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Command:
             name = self.model or held.coder
             if name not in coders:
                 coders[name] = load_coder(name, self.device)
+                need_trained(coders[name], name, "decode")
             image = self._decode(in_tiles(coders[name], self.tile, held.size), held, name)
             out = self.out / f"{file.stem}.png"
             write_image(crop(image, held.size), out)
@@ -70,7 +70,7 @@ class Command:
                 "that was trained on its latents"
             )
         latent = held.latent.to(pick_device(self.device))
-        if not isinstance(coder, RAC):
+        if coder.walk("decode") is None:
             return coder.decode(latent)
         solver = self.solver or held.solver or "euler"
         if solver not in SOLVERS:

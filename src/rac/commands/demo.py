@@ -9,17 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..data.files import find_pictures
+from ..evaluate.comparison import short_name
 from ..evaluate.demo_report import INTRODUCTION, STEPS, sections
-from ..evaluate.one_image import Results, means, per_image, rac_reconstructions
+from ..evaluate.one_image import Results, means, per_image, reconstructions
 from ..files import make_output, write_bytes
 from ..images import check_size, read_image, write_picture
 from ..progress import watched
-from ..report.document import Figure, Section, html_report
+from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device
-from .shared import DEFAULT_CODER, load_coder, load_teacher, need_rac, show
+from .shared import DEFAULT_CODER, load_coder, load_teacher, need_flow, need_trained, show
 
 PHOTOGRAPHS = 4
 
@@ -43,11 +42,20 @@ class Command:
     def run(self) -> int:
         """Write the report, print its table; the exit code. Raises `RacError`."""
         check_size(self.size)
-        coder = need_rac(load_coder(self.model, self.device), self.model)
+        coder = load_coder(self.model, self.device)
+        need_flow(coder, self.model, "encode", "decode")
+        need_trained(coder, self.model, "encode")
         teacher = load_teacher(coder, self.device)
         photographs = self._photographs()
         make_output(self.out)
-        results = _reconstruct(coder, teacher, photographs)
+        with closing(watched(list(photographs), str)) as shown:
+            results = {
+                name: [
+                    one.without_flows()
+                    for one in reconstructions(coder, photographs[name], STEPS, None, teacher, short_name(self.model))
+                ]
+                for name in shown
+            }
         self._write(sections(coder, teacher, photographs, results), results)
         show(means(results), f"{self.model}: {len(results)} photographs at {self.size} x {self.size}, means")
         print(f"\nThe report, with pictures: {self.out / 'report.html'}")
@@ -65,10 +73,5 @@ class Command:
         figures = [content for section in contents for content in section.contents if isinstance(content, Figure)]
         for figure in figures:
             write_picture(figure.picture, self.out / f"{figure.name}.png")
-        write_bytes(self.out / "results.csv", per_image(results).to_csv().encode())
-        write_bytes(self.out / "report.html", page.encode())
-
-
-def _reconstruct(coder: RAC, teacher: Coder | None, photographs: dict[str, Tensor]) -> Results:
-    with closing(watched(list(photographs), str)) as shown:
-        return {name: rac_reconstructions(coder, photographs[name], STEPS, teacher=teacher) for name in shown}
+        write_bytes(self.out / "results.csv", utf8(per_image(results).to_csv()))
+        write_bytes(self.out / "report.html", utf8(page))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,17 +12,16 @@ import tyro
 from torch import Tensor
 
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
-from ..errors import RacError
+from ..errors import ConvergenceWarning, RacError
 from ..files import make_folder
-from ..flow import FixedPoint
+from ..flow import FixedPoint, Walk
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
 from ..images import check_size, image_files, read_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
 from .outputs import result_names
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_rac
+from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_flow, need_trained, note
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Command:
     solver: SolverName = "euler"
     """How each step is taken. Decode with the same."""
     exact: bool = False
-    """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual: slower. The state's channels
-    beside the image are unknown to an encoder, so a small residual does not say that the latent is the one decoded."""
+    """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual: slower. An image whose
+    iteration does not converge is encoded as without this option. The state's channels beside the image are unknown to
+    an encoder, so a small residual does not say that the latent is the one decoded."""
     size: int | None = None
     """Scale and crop images to squares of this side. None: as they are."""
     convert: bool = False
@@ -62,8 +63,9 @@ class Command:
             check_size(self.size)
         files = image_files(self.path)
         coder = load_coder(self.model, self.device)
+        need_trained(coder, self.model, "encode")
         if self.exact:
-            need_rac(coder, self.model)
+            need_flow(coder, self.model, "encode")
             if SOLVERS[self.solver].reversible:
                 raise RacError(
                     f"--exact is for explicit solvers; {self.solver} is undone by its carry, which no file keeps"
@@ -83,13 +85,27 @@ class Command:
 
     @torch.no_grad()
     def _encode(self, coder: Coder, image: Tensor, file: Path) -> LatentFile:
-        size = (image.shape[-2], image.shape[-1])
-        if not isinstance(coder, RAC):
+        size, solver = (image.shape[-2], image.shape[-1]), SOLVERS[self.solver]
+        walk = coder.walk("encode", self.steps, solver)
+        if walk is None:
             return LatentFile(coder.encode(image), coder.spec, size, self.model)
-        if not self.exact:
-            latent = coder.encode(image, self.steps, SOLVERS[self.solver])
-        else:
-            back = coder.encode_trajectory(image, self.steps, FixedPoint(SOLVERS[self.solver]))
-            print(f"{file.name}: largest residual {max(back.residuals):.2g} in {back.evaluations} evaluations")
-            latent = coder.contract(back.end)
-        return LatentFile(latent, coder.spec, size, self.model, self.steps or coder.config.steps, self.solver)
+        latent = self._exactly(coder, image, walk, file) if self.exact else None
+        if latent is None:
+            latent = coder.encode(image, walk=walk)
+        return LatentFile(latent, coder.spec, size, self.model, walk.steps, self.solver)
+
+    def _exactly(self, coder: Coder, image: Tensor, walk: Walk, file: Path) -> Tensor | None:
+        """The latent by fixed points, or None, with a note on stderr, where a step has none to be found."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            coded = coder.coded(image, Walk(walk.grid, FixedPoint(walk.solver)))
+        assert coded.flow is not None
+        residual = max(coded.flow.residuals)
+        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+            note(
+                f"{file.name}: the decoder's steps cannot be undone exactly at --steps {walk.steps} (residual "
+                f"{residual:.2g}), so it is encoded without --exact; more steps may be"
+            )
+            return None
+        print(f"{file.name}: largest residual {residual:.2g} in {coded.evaluations} evaluations")
+        return coded.latent

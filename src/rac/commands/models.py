@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import hub
-from ..coders.rac import RAC
-from ..evaluate.cost import count, parameters, reference_rows
+from ..evaluate.cost import coder_rows, parameters, reference_rows
 from ..report.document import Table
 from .cost import cost_table
 from .shared import show
@@ -33,10 +32,14 @@ def shipped_table() -> Table:
     for name in hub.available():
         coder = hub.load(name)
         spec = coder.spec
-        gmacs, teacher = "", ""
-        if isinstance(coder, RAC):
-            cost = count(coder.field, (1, coder.config.state_channels, 256, 256), (1,))
-            gmacs, teacher = f"{cost.gmacs:.2f}", coder.teacher or ""
+        teacher, gmacs = coder.teacher or "", ""
+        if coder.walk("decode") is not None:
+            gmacs = next(
+                f"{row.cost.gmacs:.2f}" for row in coder_rows(name, coder) if row.cost is not None and row.note
+            )
         size = f"{parameters(coder):,}"
-        rows.append((name, type(coder).__name__, f"f{spec.factor}d{spec.channels}", size, gmacs, teacher))
+        kind = type(coder).__name__
+        if len(coder.trained_ways) == 1:
+            kind += f", {next(iter(coder.trained_ways))}s only"
+        rows.append((name, kind, f"f{spec.factor}d{spec.channels}", size, gmacs, teacher))
     return Table(("name", "kind", "latent", "parameters", "GMACs per evaluation", "teacher"), tuple(rows))

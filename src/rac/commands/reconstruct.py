@@ -6,39 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from PIL import Image
-from torch import Tensor
 
-from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..errors import RacError
-from ..evaluate.one_image import (
-    Reconstruction,
-    Results,
-    coder_reconstruction,
-    comparison,
-    means,
-    per_image,
-    rac_reconstructions,
-)
+from ..evaluate.comparison import short_name
+from ..evaluate.one_image import Reconstruction, comparison, means, per_image, reconstructions
 from ..files import make_output, write_bytes
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
-from ..images import check_size, image_files, read_image, write_picture
+from ..images import check_size, image_files, read_image, write_image, write_picture
+from ..report.document import utf8
 from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
 from .outputs import result_names
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, show
+from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, need_trained, note, show
 
 
 @dataclass(frozen=True)
 class Command:
     """Reconstruct an image, or each of a folder: encode, decode, compare.
 
-    Writes for each image a strip (original, teacher, RAC at each number of steps) and the states on the way from the
-    seed state to the image, and results.csv for all of them.
+    Writes for each image its reconstruction (at the largest number of steps), a strip (original, teacher, the coder at
+    each number of steps) and the states on the way from the seed state to the image; and results.csv for all of them.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -72,39 +61,43 @@ class Command:
         files = image_files(self.path)
         coder = load_coder(self.model, self.device)
         teacher = load_teacher(coder, self.device)
+        encodes = "encode" in coder.trained_ways
+        if not encodes:
+            if teacher is None:
+                need_trained(coder, self.model, "encode")
+            note(f"{self.model} was trained to decode only, so latents are those of its teacher {coder.teacher}")
         names = result_names(files)
         make_output(self.out)
-        results: Results = {}
+        results: dict[str, list[Reconstruction]] = {}
 
         def work(file: Path) -> None:
             image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
             size = (image.shape[-2], image.shape[-1])
             fitting = in_tiles(coder, self.tile, size)
-            made = self._reconstruct(fitting, teacher and in_tiles(teacher, self.tile, size), image)
+            made = reconstructions(
+                fitting,
+                image,
+                self.steps,
+                SOLVERS[self.solver],
+                teacher and in_tiles(teacher, self.tile, size),
+                short_name(self.model),
+            )
             title = f"{file.name} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
             write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")
-            if isinstance(fitting, RAC):
-                states = self._states(fitting, image, title)
+            own = [one for one in made if one.from_teacher != encodes]
+            best = next((one for one in own if one.decoding is not None), own[-1])
+            write_image(best.image, self.out / f"{names[file]}-reconstruction.png")
+            if best.decoding is not None:
+                states = trajectory_strip(best.decoding, size, title)
                 write_picture(states, self.out / f"{names[file]}-trajectory.png")
-            results[file.name] = made
+            results[file.name] = [one.without_flows() for one in made]
 
         code = for_each(files, work, batch=self.path.is_dir())
         if results:
-            write_bytes(self.out / "results.csv", per_image(results).to_csv().encode())
+            write_bytes(self.out / "results.csv", utf8(per_image(results).to_csv()))
             show(means(results), f"{self.model}, {_images(len(results))}")
             print(f"Pictures and results.csv are in {self.out}")
         return code
-
-    def _reconstruct(self, coder: Coder, teacher: Coder | None, image: Tensor) -> list[Reconstruction]:
-        if isinstance(coder, RAC):
-            return rac_reconstructions(coder, image, self.steps, SOLVERS[self.solver], teacher)
-        return [coder_reconstruction(coder, image, Path(self.model).name)]
-
-    @torch.no_grad()
-    def _states(self, coder: RAC, image: Tensor, title: str) -> Image.Image:
-        steps, solver = max(self.steps), SOLVERS[self.solver]
-        flow = coder.trajectory(coder.encode(image, steps, solver), steps, solver)
-        return trajectory_strip(flow, (image.shape[-2], image.shape[-1]), title)
 
 
 def _images(number: int) -> str:

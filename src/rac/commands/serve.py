@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import hub
-from ..coders.rac import RAC
 from ..data.files import photographs
 from ..errors import RacError
-from ..serve.figures import Loaded
+from ..evaluate.one_image import Loaded
 from ..serve.guard import Limits
 from ..serve.page import build, need_gradio, serving
 from .shared import DEFAULT_CODER, load_coder, load_teacher
@@ -88,7 +87,7 @@ class Shelf:
         """Load the coder called `name` and its teacher. Raises `WeightsError`."""
         if name not in self._loaded:
             coder = load_coder(self._sources[name], self._device)
-            teacher = load_teacher(coder, self._device) if isinstance(coder, RAC) else None
+            teacher = load_teacher(coder, self._device)
             self._loaded[name] = Loaded(name, coder, teacher, Path(coder.teacher or "").name)
         return self._loaded[name]
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar, cast
-
-from rich.console import Console
-from rich.table import Table as RichTable
+from typing import TypeVar
 
 from .. import hub
-from ..coders.protocol import Coder
-from ..coders.rac import RAC
+from ..coders.protocol import Coder, Way
 from ..coders.tiling import TILE, exact, tiled
 from ..errors import RacError, out_of_memory
 from ..progress import watched
 from ..report.document import Table
+from ..report.terminal import LEAST_WIDTH, table_text
 from ..runtime import pick_device
 
 DEFAULT_CODER = "rac-64"
@@ -59,19 +59,30 @@ def _in_tiles(coder: C, tile: int) -> C:
             f"a {type(coder).__name__} looks at the whole image, so its tiles of {tile} pixels are blended and differ "
             "a little from it; --tile 0 works on the whole, --tile with a larger number differs less"
         )
-    return cast(C, pieces)
+    return pieces
 
 
-def need_rac(coder: Coder, name: str) -> RAC:
-    """`coder`, if it is a RAC; otherwise raise `RacError`: it has no steps."""
-    if not isinstance(coder, RAC):
-        raise RacError(f"{name} is a {type(coder).__name__}, which has no flow; give a RAC, such as {DEFAULT_CODER}")
-    return coder
+def need_flow(coder: Coder, name: str, *ways: Way) -> None:
+    """Raises `RacError` unless the coder called `name` walks a flow for these ways."""
+    for way in ways:
+        if coder.walk(way) is None:
+            raise RacError(
+                f"{name} is a {type(coder).__name__}, which {way}s at once and has no flow; give a coder that has one, "
+                f"such as {DEFAULT_CODER}"
+            )
+
+
+def need_trained(coder: Coder, name: str, way: Way) -> None:
+    """Raises `RacError` unless the coder called `name` was trained for this way."""
+    if way not in coder.trained_ways:
+        other = " and ".join(sorted(coder.trained_ways))
+        mend = f"; {way} with its teacher {coder.teacher}" if coder.teacher else ""
+        raise RacError(f"{name} was trained to {other} only, and does not {way} to anything of use{mend}")
 
 
 def load_teacher(coder: Coder, device: str) -> Coder | None:
-    """The teacher `coder` names, or None, with a word on stderr, where there is none to be had."""
-    if not isinstance(coder, RAC) or coder.teacher is None:
+    """Returns the teacher that `coder` names, or None where it names none; prints a note if it cannot be loaded."""
+    if coder.teacher is None:
         return None
     try:
         return load_coder(coder.teacher, device)
@@ -121,21 +132,13 @@ def _reason(error: Exception) -> str:
 
 
 def show(table: Table, title: str = "") -> None:
-    """Print a table to stdout, unwrapped where the output is no terminal."""
-    drawn = RichTable(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(table.columns):
-        # Headings may be broken between words, figures never.
-        width = max((len(row[index]) for row in table.rows), default=1)
-        if index == 0:
-            drawn.add_column(column, min_width=min(width, 24))
-        else:
-            drawn.add_column(column, justify="right", min_width=width)
-    for row in table.rows:
-        drawn.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(drawn, highlight=False, markup=False)
+    """Print a table to stdout: as records where a terminal is too narrow for it, on wide lines if it is no terminal."""
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else WIDTH
+    if title:
+        title = "\n".join(textwrap.wrap(title, max(width, LEAST_WIDTH)))
+        print(f"\033[1m{title}\033[0m" if terminal and "NO_COLOR" not in os.environ else title)
+    print(table_text(table, width), end="")
 
 
 def note(line: str) -> None:

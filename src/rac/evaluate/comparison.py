@@ -5,92 +5,165 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 
+from .. import hub
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..config import json_safe, to_json
+from ..errors import RacError
 from ..files import write_bytes
-from ..flow import Solver, TimeGrid
-from ..flow.solvers import SOLVERS
-from ..images import crop
+from ..flow.grid import check_steps
 from ..report.document import Table
+from ..runtime import pick_device
 from .cost import MacCounter, parameters
-from .image_sets import ImageSet
-from .protocol import Protocol
-from .reconstruction import evaluate
+from .image_sets import FeatureMoments, ImageSet
+from .protocol import Protocol, protocol_named
+from .reconstruction import Reconstructor, evaluate
 from .result import Result
-from .robustness import RobustnessCurve
-from .suite import LATENT_METRICS, MetricSuite
+from .robustness import RobustnessCurve, robustness_curve
+from .suite import IMAGE_METRICS, LATENT_METRICS, MetricSuite
 
 LatentSource = Literal["own", "teacher"]
 
+_SOURCES: dict[LatentSource, str] = {"own": "", "teacher": ", teacher's latents"}
 
-@dataclass(frozen=True)
-class Candidate:
+
+class ComparisonProgress(Interface):
+    """A function that `compare` calls to report how far it is."""
+
+    def __call__(self, what: str, done: int, total: int | None = None) -> None:
+        """Report `done` of `total` images of the task called `what`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Reconstructor):
     """A coder in one setting: at so many steps, decoding its own latents or its teacher's."""
 
     name: str
     """As it was named: a shipped name, a directory, a name on the hub."""
     title: str
     """What it is called in tables."""
-    coder: Coder
-    protocol: Protocol
-    """With the steps and the latents of this setting."""
-    teacher: Coder | None = None
-
-    @property
-    def steps(self) -> int | None:
-        """Each way; None for a coder without a flow."""
-        return self.protocol.grid(self.coder).steps if isinstance(self.coder, RAC) else None
 
     @property
     def label(self) -> str:
-        """Such as "rac-f8d8, 4 steps, teacher's latents"."""
-        steps = "" if self.steps is None else f", {self.steps} step{'' if self.steps == 1 else 's'}"
+        """Title and setting, such as "rac-f8d8, 4 steps, teacher's latents"."""
+        steps = "" if self.steps is None else f", {steps_in_words(self.steps)}"
         return f"{self.title}{steps}{_SOURCES[self.protocol.latents]}"
 
     @property
     def family(self) -> str:
-        """What all numbers of steps share."""
+        """What all numbers of steps of one coder share."""
         return f"{self.title}{_SOURCES[self.protocol.latents]}"
 
-    @torch.no_grad()
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """Image B 3 H W -> what the coder makes of it, cropped to its size, clamped to [-1, 1]."""
-        made = crop(self.decode(self.encode(image)), (image.shape[-2], image.shape[-1]))
-        return made.float().clamp(-1, 1)
+    @property
+    def walked(self) -> bool:
+        """Whether it takes steps."""
+        return self.steps is not None
 
-    @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
-        """The latent that it decodes."""
-        if self.protocol.latents == "teacher" and self.teacher is not None:
-            return self.teacher.encode(image)
-        return self.coder.encode(image, *self.flow()) if isinstance(self.coder, RAC) else self.coder.encode(image)
-
-    @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent B c h w -> image, not cropped and not clamped."""
-        return self.coder.decode(latent, *self.flow()) if isinstance(self.coder, RAC) else self.coder.decode(latent)
-
-    def flow(self) -> tuple[TimeGrid, Solver]:
-        """The grid and the solver of a RAC."""
-        assert isinstance(self.coder, RAC)
-        return self.protocol.grid(self.coder), SOLVERS[self.protocol.solver]
+    @property
+    def decoder_label(self) -> str:
+        """The label of its decoder alone, which is one for both sources of latents."""
+        return replace(self, protocol=replace(self.protocol, latents="own")).label
 
 
-_SOURCES: dict[LatentSource, str] = {"own": "", "teacher": ", teacher's latents"}
+def candidates(
+    coders: Sequence[str | Path] | Mapping[str, Coder],
+    protocol: Protocol,
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    latents: Sequence[LatentSource] = ("own",),
+    teachers: Mapping[str, Coder] | None = None,
+    titles: Mapping[str, str] | None = None,
+    device: str = "auto",
+) -> list[Candidate]:
+    """Returns each coder in every setting that it has.
+
+    - `coders`: names for `rac.load`, or coders by name.
+    - `steps`: a coder with a flow is a candidate once for each of these numbers, other coders once.
+    - `latents`: a coder with a teacher is a candidate once for each of these sources, other coders with their own.
+    - `teachers`: teachers by the names that coders give them; others are loaded by that name, with a warning where they
+      cannot be.
+    - `titles`: what tables call the coders; None: their short names.
+    - `device`: where named coders and teachers are loaded to.
+
+    Raises `RacError` for steps below 1, a name given twice or unknown, and where no coder has the teacher whose latents
+    are asked for.
+    """
+    for number in steps:
+        check_steps(number)
+    if not coders or not steps or not latents:
+        raise RacError("a comparison needs at least one coder, one number of steps and one source of latents")
+    names = [str(name) for name in coders]
+    titles = titles or _titles(names)
+    loaded = dict(coders) if isinstance(coders, Mapping) else {name: _load(name, device) for name in names}
+    found_teachers = _teachers(loaded, teachers or {}, device)
+    if tuple(latents) != ("own",) and not found_teachers:
+        raise RacError(f"latents of a teacher need a coder whose teacher can be loaded; {', '.join(names)} have none")
+    found = []
+    for name, coder in loaded.items():
+        teacher = found_teachers.get(name)
+        plain = Candidate(coder=coder, protocol=protocol, teacher=teacher, name=name, title=titles[name])
+        for source in dict.fromkeys(latents) if teacher is not None else ("own",):
+            _warn_of_untrained(plain, source)
+            for number in dict.fromkeys(steps) if plain.walked else (None,):
+                setting = replace(protocol, latents=source, steps=number)
+                setting = replace(setting, metrics=_metrics(replace(plain, protocol=setting)))
+                found.append(replace(plain, protocol=setting))
+    return found
+
+
+def _load(name: str, device: str) -> Coder:
+    coder = hub.load(name)
+    coder.to(pick_device(device))
+    return coder
+
+
+def _teachers(coders: Mapping[str, Coder], given: Mapping[str, Coder], device: str) -> dict[str, Coder]:
+    """The teacher of each coder that has one; loaded once, however many share it or compete with it."""
+    found: dict[str, Coder | None] = {**coders, **given}
+    for coder in coders.values():
+        if coder.teacher is not None and coder.teacher not in found:
+            try:
+                found[coder.teacher] = _load(coder.teacher, device)
+            except RacError as error:
+                warnings.warn(f"going on without the teacher: {error}", stacklevel=3)
+                found[coder.teacher] = None
+    teachers = {name: found[coder.teacher] for name, coder in coders.items() if coder.teacher is not None}
+    return {name: teacher for name, teacher in teachers.items() if teacher is not None}
+
+
+def _warn_of_untrained(candidate: Candidate, source: LatentSource) -> None:
+    ways = candidate.coder.trained_ways
+    for way in ("encode", "decode"):
+        if way not in ways and (way == "decode" or source == "own"):
+            mend = "; take its teacher's latents" if way == "encode" else ""
+            warnings.warn(f"{candidate.title} was not trained to {way}, so its numbers mean little{mend}", stacklevel=3)
+
+
+def _metrics(candidate: Candidate) -> tuple[str, ...]:
+    """The protocol's metrics, with those about the coder's own latents where it has them."""
+    plain = tuple(metric for metric in candidate.protocol.metrics if metric not in LATENT_METRICS)
+    if candidate.protocol.latents == "teacher" or not candidate.walked:
+        return plain
+    if candidate.teacher is not None:
+        plain = (*plain, "explained-variance")
+    both_walked = candidate.walk("encode") is not None and candidate.walk("decode") is not None
+    return (*plain, "state-round-trip") if both_walked else plain
 
 
 @dataclass(frozen=True)
 class CodingCost:
-    """What one image costs, there and back."""
+    """What one image costs to encode and decode."""
 
     parameters: int
     """Of the coder; its teacher, where that encodes, not counted."""
@@ -98,26 +171,21 @@ class CodingCost:
     """Of one evaluation while decoding; a coder without a flow decodes in one."""
     decoding_macs: int
     macs: int
-    """Encoding and decoding together."""
+    """Of encoding and decoding together."""
     side: tuple[int, int]
     """Height and width of the image this is about."""
 
 
 @torch.no_grad()
-def coding_cost(candidate: Candidate, image: Tensor) -> CodingCost:
-    """Counted while coding one image 1 3 H W."""
+def coding_cost(reconstructor: Reconstructor, image: Tensor) -> CodingCost:
+    """Counts the cost while coding one image 1 3 H W, on the coder's device."""
     with MacCounter() as encoding:
-        latent = candidate.encode(image)
-    evaluations = 1
+        latent = reconstructor.encode(image)
     with MacCounter() as decoding:
-        if isinstance(candidate.coder, RAC):
-            flow = candidate.coder.trajectory(latent, *candidate.flow())
-            evaluations = flow.evaluations
-        else:
-            candidate.decode(latent)
+        decoded = reconstructor.coder.decoded(latent, reconstructor.walk("decode"))
     return CodingCost(
-        parameters=parameters(candidate.coder),
-        macs_per_step=decoding.macs // evaluations,
+        parameters=parameters(reconstructor.coder),
+        macs_per_step=decoding.macs // decoded.evaluations,
         decoding_macs=decoding.macs,
         macs=encoding.macs + decoding.macs,
         side=(image.shape[-2], image.shape[-1]),
@@ -126,7 +194,7 @@ def coding_cost(candidate: Candidate, image: Tensor) -> CodingCost:
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate, judged."""
+    """One candidate, evaluated."""
 
     label: str
     family: str
@@ -139,7 +207,7 @@ class Comparison:
     """All candidates under one protocol on the same images."""
 
     rows: tuple[Row, ...]
-    corrections: tuple[RobustnessCurve, ...] = ()
+    robustness: tuple[RobustnessCurve, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -147,7 +215,7 @@ class Comparison:
         return list(dict.fromkeys(name for row in self.rows for name in row.result.metrics))
 
     def table(self) -> Table:
-        """One row for each candidate, for people."""
+        """Returns one row for each candidate, for people."""
         columns = ("coder", *(metric_title(name) for name in self.metrics), *_COST_COLUMNS)
         return Table(columns, tuple(self._cells(row) for row in self.rows))
 
@@ -167,28 +235,116 @@ class Comparison:
 _COST_COLUMNS = ("parameters", "GMACs per step", "GMACs decoding", "GMACs in all", "img/s")
 
 
+def compare(
+    coders: Sequence[str | Path] | Mapping[str, Coder] | Sequence[Candidate],
+    images: ImageSet | str | Path | Sequence[str | Path] = (),
+    protocol: Protocol | str = "pixels-64",
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    latents: Sequence[LatentSource] = ("own",),
+    reference: ImageSet | FeatureMoments | None = None,
+    robustness: int = 0,
+    suite: MetricSuite | None = None,
+    batch: int = 16,
+    device: str = "auto",
+    command: str | None = None,
+    progress: ComparisonProgress | None = None,
+    done: Callable[[Row], None] | None = None,
+) -> Comparison:
+    """Evaluates several coders on the same images under one protocol.
+
+        import rac.evaluate
+
+        comparison = rac.evaluate.compare(["rac-64", "klvae-f8d4"], "photos", "pixels-64", steps=(1, 4))
+        print(comparison.table().to_markdown())
+        comparison.save("comparison.json")
+
+    - `coders`: names for `rac.load`, coders by name, or what `candidates` gave; those bring their settings along.
+    - `images`: a set, or folders, tar files or pictures; nothing: scikit-image's photographs.
+    - `protocol`: a protocol, the name of one of `PROTOCOLS`, or a JSON file.
+    - `steps`, `latents`, `device`: see `candidates`.
+    - `reference`: what metrics of sets compare the reconstructions with; None: `images` themselves.
+    - `robustness`: images whose latents are decoded with noise, for each teacher; 0: none.
+    - `suite`: loaded networks of the protocol's metrics; None: loads them.
+    - `batch`: images at a time; changes no number.
+    - `command`: what results record as the command; None: this process's command line.
+    - `progress`: called with what is being done, and how far it is; `done`: with each row as soon as it is there.
+
+    Raises `RacError` as `candidates`, `ImageSet.read` and `evaluate`.
+    """
+    if batch < 1 or robustness < 0:
+        raise RacError(f"batch {batch} must be at least 1, and robustness {robustness} at least 0")
+    chosen = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    report = progress or _silent
+    field = _fielded(coders, chosen, steps, latents, device)
+    first = field[0]
+    if not isinstance(images, ImageSet):
+        paths = [images] if isinstance(images, (str, Path)) else images
+        images = ImageSet.read(
+            [Path(path) for path in paths], chosen.preprocessing, chosen.count, partial(report, "reading pictures")
+        )
+    suite = suite or MetricSuite.load(chosen.metrics, chosen.extractor, first.device)
+    rows = []
+    for candidate in field:
+        row = evaluate_candidate(
+            candidate,
+            images,
+            suite,
+            reference=reference,
+            batch=batch,
+            command=command,
+            progress=partial(report, candidate.label),
+        )
+        rows.append(row)
+        if done is not None:
+            done(row)
+    curves = _robustness(field, images, suite, robustness, batch, report) if robustness else ()
+    return Comparison(tuple(rows), tuple(curves))
+
+
+def _fielded(
+    coders: Sequence[str | Path] | Mapping[str, Coder] | Sequence[Candidate],
+    protocol: Protocol,
+    steps: Sequence[int],
+    latents: Sequence[LatentSource],
+    device: str,
+) -> list[Candidate]:
+    if isinstance(coders, Mapping):
+        return candidates(coders, protocol, steps=steps, latents=latents, device=device)
+    given = [coder for coder in coders if isinstance(coder, Candidate)]
+    names = [coder for coder in coders if isinstance(coder, (str, Path))]
+    if not names and given:
+        return given
+    return given + candidates(names, protocol, steps=steps, latents=latents, device=device)
+
+
+def _silent(what: str, done: int, total: int | None = None) -> None:
+    pass
+
+
 def evaluate_candidate(
     candidate: Candidate,
-    references: ImageSet,
+    images: ImageSet,
     suite: MetricSuite,
     *,
+    reference: ImageSet | FeatureMoments | None = None,
     batch: int = 16,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Row:
-    """Evaluate one candidate and count its cost. Raises `RacError` as `evaluate`."""
+    """Evaluates one candidate and counts its cost. Arguments and errors are those of `evaluate`."""
     protocol = candidate.protocol
-    suite = replace(suite, metrics=protocol.metrics)
-    first = next(references.batches(1)).images.to(next(candidate.coder.parameters()).device)
+    first = next(images.batches(1)).images.to(candidate.device)
     # Before the images that are timed, so that no speed is that of a cold start.
     cost = coding_cost(candidate, first)
     result = evaluate(
         candidate.coder,
-        references,
+        images,
         protocol,
         name=candidate.name,
         teacher=candidate.teacher,
-        suite=suite,
+        reference=reference,
+        suite=replace(suite, metrics=protocol.metrics),
         batch=batch,
         command=command,
         progress=progress,
@@ -196,41 +352,56 @@ def evaluate_candidate(
     return Row(candidate.label, candidate.family, cost, result)
 
 
-def all_candidates(
-    names: Mapping[str, str],
-    coders: Mapping[str, Coder],
-    teachers: Mapping[str, Coder],
-    protocol: Protocol,
-    steps: Sequence[int],
-    latents: Sequence[LatentSource],
-) -> list[Candidate]:
-    """Every coder in every setting that it has.
+def _robustness(
+    field: Sequence[Candidate],
+    images: ImageSet,
+    suite: MetricSuite,
+    count: int,
+    batch: int,
+    report: ComparisonProgress,
+) -> Iterable[RobustnessCurve]:
+    """One curve for each teacher: it, and all who decode its latents."""
+    if not set(suite.metrics) & set(IMAGE_METRICS):
+        return
+    for name, teacher in teachers_of(field).items():
+        students = [candidate for candidate in field if candidate.coder.teacher == name]
+        # A coder of own latents and of its teacher's decodes alike.
+        decoders = {short_name(name): teacher.decode, **{one.decoder_label: one.decode for one in students}}
+        yield robustness_curve(
+            decoders,
+            teacher,
+            images,
+            suite,
+            name=name,
+            images=count,
+            batch=batch,
+            progress=partial(report, f"robustness to noise on latents of {short_name(name)}"),
+        )
 
-    `names` are the coders' titles by name, `teachers` those of the coders that have one. A RAC enters once for each
-    number of steps and each kind of latents; other coders once. Latent metrics are asked of a RAC alone.
-    """
-    found = []
-    for name, coder in coders.items():
-        teacher = teachers.get(name)
-        sources: Iterable[LatentSource] = dict.fromkeys(latents) if teacher is not None else ("own",)
-        numbers: Iterable[int | None] = dict.fromkeys(steps) if isinstance(coder, RAC) else (None,)
-        for source in sources:
-            for number in numbers:
-                setting = replace(protocol, latents=source, steps=number)
-                setting = replace(setting, metrics=_metrics(setting, coder, teacher))
-                found.append(Candidate(name, names[name], coder, setting, teacher))
-    return found
+
+def teachers_of(field: Iterable[Candidate]) -> dict[str, Coder]:
+    """Returns the teachers of the candidates, by name."""
+    return {
+        candidate.coder.teacher: candidate.teacher
+        for candidate in field
+        if candidate.teacher is not None and candidate.coder.teacher is not None
+    }
 
 
-def _metrics(protocol: Protocol, coder: Coder, teacher: Coder | None) -> tuple[str, ...]:
-    """The protocol's metrics, with those about a RAC's own latents where it has them."""
-    plain = tuple(metric for metric in protocol.metrics if metric not in LATENT_METRICS)
-    if not isinstance(coder, RAC) or protocol.latents == "teacher":
-        return plain
-    return (*plain, "state-round-trip") if teacher is None else (*plain, "explained-variance", "state-round-trip")
+def _titles(names: Sequence[str]) -> dict[str, str]:
+    """A short name for each, or all of it where those collide. Raises `RacError` for a name given twice."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RacError(f"{twice[0]} is given twice; give each coder once")
+    short = [short_name(name) for name in names]
+    return {name: last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True)}
 
 
 # ------------------------------------------------------------------------------------------- names, in words
+
+
+def steps_in_words(steps: int) -> str:
+    """Returns such as "1 step" and "4 steps"."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def short_name(name: str) -> str:
@@ -288,11 +459,11 @@ def extremes(result: Result, count: int) -> tuple[list[int], list[int]]:
     return order[:count], order[::-1][:count]
 
 
-def pick(references: ImageSet, places: Sequence[int]) -> dict[int, Tensor]:
+def pick(images: ImageSet, places: Sequence[int]) -> dict[int, Tensor]:
     """The images 1 3 H W at these places."""
     found: dict[int, Tensor] = {}
     wanted = set(places)
-    for place, part in enumerate(references.batches(1)):
+    for place, part in enumerate(images.batches(1)):
         if place in wanted:
             found[place] = part.images
     return found

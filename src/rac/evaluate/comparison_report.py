@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..data.files import find_pictures
 from ..flow import Trajectory
 from ..images import crop, from_pixels, read_picture
@@ -74,18 +73,15 @@ class Material:
         families: dict[str, Candidate] = {}
         for candidate in self.candidates:
             best = families.setdefault(candidate.family, candidate)
-            if isinstance(candidate.coder, RAC):
-                own = candidate.coder.config.steps
-                if abs((candidate.steps or 0) - own) < abs((best.steps or 0) - own):
-                    families[candidate.family] = candidate
+            own = replace(candidate, protocol=replace(candidate.protocol, steps=None)).steps
+            if own is not None and abs((candidate.steps or 0) - own) < abs((best.steps or 0) - own):
+                families[candidate.family] = candidate
         return list(families.values())
 
     @cached_property
     def highlighted(self) -> Candidate:
         """Whose best and worst images are shown: the first family with a flow, or the first."""
-        return next(
-            (candidate for candidate in self.default_steps if isinstance(candidate.coder, RAC)), self.default_steps[0]
-        )
+        return next((candidate for candidate in self.default_steps if candidate.walked), self.default_steps[0])
 
     @cached_property
     def colours(self) -> dict[str, str]:
@@ -96,7 +92,7 @@ class Material:
             iter((BLACK, "#6e6e73", "#a0a0a5") * len(self.default_steps)),
         )
         for candidate in self.default_steps:
-            found[candidate.family] = next(flows) if isinstance(candidate.coder, RAC) else next(plain)
+            found[candidate.family] = next(flows) if candidate.walked else next(plain)
         return found
 
     def result_of(self, candidate: Candidate) -> Result:
@@ -111,8 +107,12 @@ class Material:
 def introduction(material: Material) -> str:
     """What was measured, on what, and how to get it again."""
     result = material.rows[0].result
-    reference, framing = result.reference, result.protocol.framing
-    size = f"{framing.size} x {framing.size}, crop {framing.crop}" if framing.size else "at their own sizes"
+    reference, preprocessing = result.reference, result.protocol.preprocessing
+    size = (
+        f"{preprocessing.size} x {preprocessing.size}, crop {preprocessing.crop}"
+        if preprocessing.size
+        else "at their own sizes"
+    )
     return (
         f"Protocol {result.protocol.name}: {reference.count} images of {reference.name}, {size}; their hash begins "
         f"with {reference.hash[:16]}. Command: {result.command}"
@@ -121,7 +121,7 @@ def introduction(material: Material) -> str:
 
 def sections(material: Material, pictures: bool, progress: Callable[[int, int | None], None]) -> list[Section]:
     """Those for which there is something to show; without `pictures`, only tables and plots of metrics."""
-    makers = [_quality, _correction]
+    makers = [_quality, _robustness]
     if pictures:
         makers += [_best_and_worst, _step_by_step, _latents, _trajectories]
     found = []
@@ -172,15 +172,15 @@ def _against_macs(material: Material, metric: str) -> list[Series]:
 # ------------------------------------------------------------------------------------------- correction
 
 
-def _correction(material: Material) -> Section | None:
+def _robustness(material: Material) -> Section | None:
     contents: list[Table | Figure] = []
-    for curve in material.comparison.corrections:
-        contents += [_correction_plot(curve), _correction_table(curve)]
-        contents.append(_correction_strips(material, curve))
-    return Section("Correction", _CORRECTION, contents) if contents else None
+    for curve in material.comparison.robustness:
+        contents += [_robustness_plot(curve), _robustness_table(curve)]
+        contents.append(_robustness_strips(material, curve))
+    return Section("Robustness to latent noise", _ROBUSTNESS, contents) if contents else None
 
 
-def _correction_plot(curve: RobustnessCurve) -> Figure:
+def _robustness_plot(curve: RobustnessCurve) -> Figure:
     teacher, *students = next(iter(curve.metrics.values()))
     colours = {teacher: BLACK, **dict(zip(students, shades(len(students)), strict=True))}
 
@@ -195,10 +195,10 @@ def _correction_plot(curve: RobustnessCurve) -> Figure:
         )
     caption = f"Mean over {curve.images} images; the same noise for every decoder. Dashed: the teacher, {teacher}."
     label = "sigma of the noise added to the teacher's latent"
-    return Figure(line_panels(panels, label), f"correction-{file_name(teacher)}", caption)
+    return Figure(line_panels(panels, label), f"robustness-{file_name(teacher)}", caption)
 
 
-def _correction_table(curve: RobustnessCurve) -> Table:
+def _robustness_table(curve: RobustnessCurve) -> Table:
     """The first metric, by decoder and sigma."""
     metric, rows = next(iter(curve.metrics.items()))
     columns = (f"{metric_title(metric)} at sigma", *(f"{sigma:g}" for sigma in curve.sigmas))
@@ -206,7 +206,7 @@ def _correction_table(curve: RobustnessCurve) -> Table:
 
 
 @torch.no_grad()
-def _correction_strips(material: Material, curve: RobustnessCurve) -> Figure:
+def _robustness_strips(material: Material, curve: RobustnessCurve) -> Figure:
     """What the teacher and the same flow at its fewest and its most steps make of one image."""
     teacher = next(candidate.teacher for candidate in material.candidates if candidate.coder.teacher == curve.teacher)
     assert teacher is not None
@@ -215,20 +215,20 @@ def _correction_strips(material: Material, curve: RobustnessCurve) -> Figure:
     device = next(teacher.parameters()).device
     part = Batch(first.names, first.images.to(device))
     sigmas = curve.sigmas[::2]
-    moved = list(noised_latents(teacher, part, sigmas, curve.rng_seed))
+    noised = list(noised_latents(teacher, part, sigmas, curve.rng_seed))
     decoders: dict[str, Callable[[Tensor], Tensor]] = {short_name(curve.teacher): teacher.decode}
     decoders |= {_steps_of(candidate): candidate.decode for candidate in (students[0], students[-1])}
     rows = []
     for name, decode in decoders.items():
         size = (part.images.shape[-2], part.images.shape[-1])
-        made = [crop(decode(latent).float(), size) for latent in moved]
+        made = [crop(decode(latent).float(), size) for latent in noised]
         notes = [f"{float(psnr(image, part.images)):.2f} dB" for image in made]
         panels = [
             Panel(image, f"sigma {sigma:g}", note) for image, sigma, note in zip(made, sigmas, notes, strict=True)
         ]
         rows.append(strip(panels, name))
     caption = f"One image, {part.names[0]}, decoded from its latent with growing noise."
-    return Figure(sheet(rows), f"correction-{file_name(short_name(curve.teacher))}-images", caption)
+    return Figure(sheet(rows), f"robustness-{file_name(short_name(curve.teacher))}-images", caption)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -244,12 +244,12 @@ def _best_and_worst(material: Material) -> Section:
     images = pick(material.references, [*worst, *best])
     made = {place: _by_each(material.default_steps, image) for place, image in images.items()}
     full = _full_scale([error for place, image in images.items() for error in _errors(image, made[place])])
-    figures = []
+    metrics = []
     for name, places in (("worst", worst), ("best", best)):
         rows = [_with_errors(images[place], made[place], full, result.images[place]) for place in places]
         caption = f"The {count} {name} by PSNR of {highlighted.label}. {_error_words(full)}"
-        figures.append(Figure(sheet([*rows, scale_bar(partial(heat, full=1.0), full)]), name, caption))
-    return Section("Best and worst", _EXTREMES, figures)
+        metrics.append(Figure(sheet([*rows, scale_bar(partial(heat, full=1.0), full)]), name, caption))
+    return Section("Best and worst", _EXTREMES, metrics)
 
 
 def _step_by_step(material: Material) -> Section | None:
@@ -331,7 +331,7 @@ def _all_latents(shown: Sequence[Candidate], images: Sequence[Tensor]) -> dict[s
     found: dict[str, tuple[int, list[Tensor], str]] = {}
     for candidate in shown:
         basis = candidate.family
-        if isinstance(candidate.coder, RAC) and candidate.teacher is not None and candidate.coder.teacher is not None:
+        if candidate.teacher is not None and candidate.coder.teacher is not None:
             basis = short_name(candidate.coder.teacher)
             found.setdefault(basis, _latents_of(candidate.teacher, candidate.teacher.encode, images, basis))
         found[candidate.family] = _latents_of(candidate.coder, candidate.encode, images, basis)
@@ -383,32 +383,30 @@ def _image(picture: Image.Image) -> Tensor:
 
 @torch.no_grad()
 def _trajectories(material: Material) -> Section | None:
-    figures = []
+    metrics = []
     for candidate in material.default_steps:
-        if isinstance(candidate.coder, RAC) and candidate.protocol.latents == "own":
-            figures.append(_trajectory_plot(material, material.of_family(candidate.family)[-1]))
-    return Section("Trajectories", _TRAJECTORIES, figures) if figures else None
+        if candidate.walk("decode") is not None and candidate.protocol.latents == "own":
+            metrics.append(_trajectory_plot(material, material.of_family(candidate.family)[-1]))
+    return Section("Trajectories", _TRAJECTORIES, metrics) if metrics else None
 
 
 def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
     """Left: whole states of several images. Right: the channels of one image's state at several places."""
-    assert isinstance(candidate.coder, RAC)
-    device = next(candidate.coder.parameters()).device
-    image = next(material.references.batches(WALKS)).images.to(device)
-    grid = candidate.flow()[0]
-    numbers = candidate.coder.config.state_channels * image[0, 0].numel() * (grid.steps + 1)
-    image = image[: max(2, WALK_NUMBERS // numbers)]
-    back = candidate.coder.encode_trajectory(image, *candidate.flow())
-    there = candidate.coder.trajectory(candidate.coder.contract(back.end), *candidate.flow())
-    whole = [_points(walk, lambda state: state.flatten(1)) for walk in (there, back)]
-    places = [_points(walk, _some_places) for walk in (there, back)]
+    image = next(material.references.batches(WALKS)).images.to(candidate.device)
+    walks = _walks(candidate, image[:1])
+    numbers = sum(state.numel() for state in walks[0].states)
+    if len(image) > 1:
+        walks = _walks(candidate, image[: max(2, WALK_NUMBERS // numbers)])
+    whole = [_points(walk, lambda state: state.flatten(1)) for walk in walks]
+    places = [_points(walk, _some_places) for walk in walks]
     panels, labels = {}, []
-    for title, (decoding, encoding) in (("whole states of several images", whole), ("places of one image", places)):
+    for title, lines in (("whole states of several images", whole), ("places of one image", places)):
+        decoding = lines[0]
         axes = PrincipalAxes.fit(decoding.flatten(0, 1), 2)
         colours = [PALETTE[index % len(PALETTE)] for index in range(decoding.shape[1])]
         panels[title] = [
             Walk(axes.project(walk[:, index]), colour, dashed)
-            for walk, dashed in ((decoding, False), (encoding, True))
+            for walk, dashed in zip(lines, (False, True), strict=False)
             for index, colour in enumerate(colours)
         ]
         first, second = (f"{100 * share:.1f} % of the variance" for share in axes.shares.tolist())
@@ -417,6 +415,14 @@ def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
     return Figure(
         walk_panels(panels, labels, legend), f"trajectories-{file_name(candidate.title)}", f"{candidate.label}."
     )
+
+
+def _walks(candidate: Candidate, image: Tensor) -> list[Trajectory]:
+    """The flow that decodes, and the one that encodes if there is one."""
+    back, there = candidate.walk("encode"), candidate.walk("decode")
+    coded = candidate.coder.coded(image, back, keep="nodes")
+    decoded = candidate.coder.decoded(coded.latent, there, keep="nodes")
+    return [flow for flow in (decoded.flow, coded.flow) if flow is not None]
 
 
 def _points(walk: Trajectory, take: Callable[[Tensor], Tensor]) -> Tensor:
@@ -444,9 +450,9 @@ _QUALITY = (
 )
 _STEPS_CAPTION = "Encoding takes as many steps as decoding. Level lines: coders without a flow."
 _MACS_CAPTION = "The numbers beside the points are steps."
-_CORRECTION = (
-    "The teacher's latents are moved by Gaussian noise, as a generator's latents lie beside those of an encoder, and "
-    "every decoder gets the same moved latents. If steps correct the state, the lines of more steps fall more slowly. "
+_ROBUSTNESS = (
+    "The teacher's latents get Gaussian noise added, as a generator's latents lie beside those of an encoder, and "
+    "every decoder gets the same noised latents. If steps correct the state, the lines of more steps fall more slowly. "
     "Quality is measured against the original image. A decoder that is poor to begin with has little to lose: read the "
     "change beside the level."
 )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..coders.protocol import Coder
 from ..latents import LatentSpec
 
 SD_WIDTHS = (128, 256, 512, 512)
@@ -56,7 +57,9 @@ class MacCounter:
         return sum(flops for name, flops in self._flops().items() if "attention" in name or "bmm" in name) // 2
 
     def _flops(self) -> dict[str, int]:
-        return {str(operation): flops for operation, flops in self._counter.get_flop_counts()["Global"].items()}
+        # Where nothing that counts was run, there is no total either.
+        counts = self._counter.get_flop_counts().get("Global", {})
+        return {str(operation): flops for operation, flops in counts.items()}
 
 
 def _fused_attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
@@ -148,6 +151,30 @@ def halves(name: str, network: Any, spec: LatentSpec, side: int = 256) -> list[C
         CostRow(f"{name} decoder", decoder.parameters, decoder),
         CostRow(f"{name} whole", total, note=saved),
     ]
+
+
+def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
+    """Returns a row for each network of a coder, for images of `side` x `side` or of the only size it takes.
+
+    Several networks are followed by a row for the whole. The note of a flow's network says what
+    all steps cost.
+    """
+    side = side if coder.spec.side is None else coder.spec.side * coder.spec.factor
+    networks = coder.networks()
+    rows = []
+    for title, network in networks.items():
+        shapes = network.shapes(side, side)
+        cost, walk = count(network.module, *shapes), coder.walk("decode")
+        note = ""
+        if walk is not None and network.way != "encode":
+            steps = f"{walk.steps} step{'' if walk.steps == 1 else 's'}"
+            note = f"{shapes[0][1]} state channels; {cost.gmacs * walk.steps:.2f} GMACs at {steps}"
+        rows.append(CostRow(f"{name} {title}", cost.parameters, cost, note))
+    if len(rows) == 1:
+        return rows
+    total = parameters(coder)
+    encoding = sum(parameters(network.module) for network in networks.values() if network.way == "encode")
+    return [*rows, CostRow(f"{name} whole", total, note=f"without its encoder {100 * encoding / total:.2f} % fewer")]
 
 
 def field_row(name: str, field: nn.Module, state_channels: int, side: int = 256, note: str = "") -> CostRow:

@@ -29,7 +29,7 @@ INTRODUCTION = (
 def sections(coder: RAC, teacher: Coder | None, photographs: dict[str, Tensor], results: Results) -> list[Section]:
     """The report's sections.
 
-    `results` are what `rac_reconstructions` gave for each of `photographs`, images 1 3 H W by name. The flow of the
+    `results` are what `reconstructions` gave for each of `photographs`, images 1 3 H W by name. The flow of the
     first of them is shown, from the teacher's latent where there is a teacher.
     """
     image = next(iter(photographs.values()))

@@ -1,18 +1,19 @@
-"""The images that a coder is judged on: where they come from, how a picture becomes an image, and their hash.
+"""Sets of images to evaluate on or to compare with: where they come from, their preprocessing, hash and features.
 
-Read strictly: training may skip a damaged picture, an evaluation may not, as its metrics would silently be of other
-images.
+Pictures are read strictly: training may skip a damaged one, an evaluation may not, as its numbers would silently be of
+other images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +26,9 @@ from ..data.files import collection_name, find_pictures
 from ..data.pictures import Picture
 from ..errors import RacError
 from ..images import from_pixels, read_picture, to_pixels
-from ..representations import Extractor, Features, extract
+from ..representations import Extractor, Features, join
+from .feature_cache import FeatureCache
+from .set_metrics import Gaussian
 
 Pixels = NDArray[np.uint8]
 Named = tuple[str, Pixels]
@@ -102,19 +105,41 @@ class Batch(NamedTuple):
     names: tuple[str, ...]
     images: Tensor
     """B 3 H W in [-1, 1]."""
+    labels: tuple[str | None, ...] | None = None
+    """Class of each image, if the set knows any."""
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """Which images a result is about, or compares with."""
+
+    name: str
+    count: int | None
+    """Number of images; None where a file of moments does not say."""
+    hash: str
+
+
+def digest(pixels: Pixels) -> bytes:
+    """Returns the SHA-256 of an image H W 3 of 8-bit pixels, its size included."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
 
 
 class ImageSet:
-    """A set of named images, at least two, in a fixed order.
+    """A set of named images, at least two, in a fixed order: read from files, reconstructed or generated.
 
     `hash` tells sets apart by their pixels alone: it is SHA-256 over the sorted SHA-256 hashes of the images, so names,
-    order and file formats do not matter. `sizes` are those of the images, (height, width).
+    order and file formats do not matter. `sizes` are those of the images, (height, width). `labels` are their classes,
+    one each, or None where there are none: the names of the folders in which pictures lie.
     """
 
     def __init__(
-        self, name: str, source: Callable[[], Iterator[Named]], progress: Callable[[int], None] | None = None
+        self,
+        name: str,
+        source: Callable[[], Iterator[Named]],
+        progress: Callable[[int], None] | None = None,
+        labels: Sequence[str | None] | None = None,
     ) -> None:
-        """`source` gives the images anew at each call, always the same; all are read once here."""
+        """`source` gives names and pixels (H W 3, uint8) anew at each call, always the same; all are read once here."""
         self.name = name
         self._source = source
         self._features: dict[str, Features] = {}
@@ -125,7 +150,7 @@ class ImageSet:
         room = KEEP_MB * 2**20
         for image_name, pixels in source():
             names.append(image_name)
-            digests.append(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest())
+            digests.append(digest(pixels))
             sizes.add((pixels.shape[0], pixels.shape[1]))
             room -= pixels.nbytes
             if room >= 0:
@@ -136,7 +161,11 @@ class ImageSet:
             raise RacError(f"{name} gives {len(names)} image(s), too few to judge a coder by; give at least 2")
         if len(kept) == len(names):
             self._source = lambda: iter(kept)
+        if labels is not None and len(labels) != len(names):
+            raise RacError(f"{name} has {len(names)} images and {len(labels)} labels; give one for each")
         self.names = tuple(names)
+        self.labels = None if labels is None else tuple(labels)
+        self._digests = digests
         self.sizes = sizes
         self.hash = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
@@ -144,7 +173,7 @@ class ImageSet:
     def read(
         cls,
         paths: Sequence[Path],
-        framing: Preprocessing,
+        preprocessing: Preprocessing,
         count: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> ImageSet:
@@ -156,28 +185,38 @@ class ImageSet:
         """
         files = find_pictures(paths)
         name = collection_name(paths)
-        references = cls(name, partial(_read, files, framing, count), progress)
-        if count is not None and len(references) < count:
+        images = cls(name, partial(_read, files, preprocessing, count), progress)
+        if count is not None and len(images) < count:
             raise RacError(
-                f"{name} gives {len(references)} images, the protocol asks for {count}; give more, or lower its count"
+                f"{name} gives {len(images)} images, the protocol asks for {count}; give more, or lower its count"
             )
-        return references
+        labels = tuple(_label_of(image) for image in images.names)
+        images.labels = labels if any(labels) else None
+        return images
 
     @classmethod
-    def of(cls, images: Tensor, name: str) -> ImageSet:
-        """Images N 3 H W in [-1, 1] that are in memory already, rounded to 8 bits."""
+    def of(cls, images: Tensor, name: str, labels: Sequence[str | None] | None = None) -> ImageSet:
+        """Makes a set of images N 3 H W in [-1, 1] that are in memory already, rounded to 8 bits."""
         named = [(f"{index:05d}", to_pixels(image)) for index, image in enumerate(images)]
-        return cls(name, lambda: iter(named))
+        return cls(name, lambda: iter(named), labels=labels)
+
+    @property
+    def record(self) -> ReferenceRecord:
+        """What a result keeps of this set."""
+        return ReferenceRecord(self.name, len(self), self.hash)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in their order, up to `size` together; neighbours of different size do not share a batch."""
+        done = 0
         for _, alike in groupby(self._source(), key=lambda named: named[1].shape):
             while part := list(islice(alike, size)):
                 names, pixels = zip(*part, strict=True)
-                yield Batch(names, from_pixels(np.stack(pixels)))
+                labels = None if self.labels is None else self.labels[done : done + len(names)]
+                done += len(names)
+                yield Batch(names, from_pixels(np.stack(pixels)), labels)
 
     def features(
         self,
@@ -186,27 +225,128 @@ class ImageSet:
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] | None = None,
     ) -> Features:
-        """Their features, computed once for each kind of extractor."""
+        """Returns the features of all images in their order, computed once for each kind of extractor.
+
+        They are kept in memory, and on disk by the hashes of the images, the extractor and its weights. `progress` is
+        called with the number of images done.
+        """
         key = f"{type(extractor).__name__} {extractor.path}"
         if key not in self._features:
-            images = (part.images.to(device) for part in self.batches(batch))
-            self._features[key] = extract(extractor, images, progress)
+            self._features[key] = self._kept_or_made(extractor, batch, device, progress)
         return self._features[key]
 
+    def _kept_or_made(
+        self,
+        extractor: Extractor,
+        batch: int,
+        device: torch.device | str,
+        progress: Callable[[int], None] | None,
+    ) -> Features:
+        cache = FeatureCache(extractor, self.hash)
+        known = cache.known(self._digests)
+        if known is not None:
+            return known
+        parts, done = [], 0
+        for part in self.batches(batch):
+            digests = self._digests[done : done + len(part.names)]
+            parts.append(cache.features(digests, part.images.to(device)))
+            done += len(part.names)
+            if progress is not None:
+                progress(done)
+        cache.save()
+        return join(parts)
 
-def _read(files: Sequence[Picture], framing: Preprocessing, count: int | None) -> Iterator[Named]:
-    return islice(_cut_all(files, framing), count)
+
+@dataclass(frozen=True)
+class FeatureMoments:
+    """Mean and covariance of the features of a reference set, in place of its images.
+
+    They are enough for Frechet distances, and for no other metric of sets.
+    """
+
+    name: str
+    hash: str
+    """SHA-256 of the file."""
+    pooled: Gaussian
+    spatial: Gaussian | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> FeatureMoments:
+        """Read an .npz file with `mu` D and `sigma` D D, such as those published with ADM (Dhariwal and Nichol, arXiv
+        2105.05233) and with pytorch-fid; ADM's `mu_s` and `sigma_s` are those of the spatial features.
+
+        Raises `RacError` for a file that is missing, is no .npz, lacks them, or holds pickled objects.
+        """
+        path = Path(path).expanduser()
+        try:
+            content = path.read_bytes()
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                if not {"mu", "sigma"} <= set(arrays.files):
+                    raise RacError(f"{path} holds {', '.join(arrays.files) or 'nothing'}; expected mu and sigma")
+                pooled = Gaussian.from_moments(*(torch.from_numpy(arrays[name]) for name in ("mu", "sigma")))
+                spatial = None
+                if {"mu_s", "sigma_s"} <= set(arrays.files):
+                    spatial = Gaussian.from_moments(*(torch.from_numpy(arrays[name]) for name in ("mu_s", "sigma_s")))
+        except RacError as error:
+            raise RacError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+        except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise RacError(
+                f"{path} cannot be read as a file of moments ({reason}); give an .npz with the arrays mu and sigma"
+            ) from None
+        return cls(path.name, hashlib.sha256(content).hexdigest(), pooled, spatial)
+
+    @property
+    def record(self) -> ReferenceRecord:
+        """What a result keeps of this reference."""
+        return ReferenceRecord(self.name, None, self.hash)
+
+    def check(self, metrics: Collection[str], extractor: Extractor) -> None:
+        """Raise `RacError` if one of `metrics` needs more than moments, or other features."""
+        for metric in ("kernel", "precision-recall"):
+            if metric in metrics:
+                raise RacError(
+                    f"{metric} compares the features of images and {self.name} holds moments alone; "
+                    "leave the metric out, or give the reference images"
+                )
+        widths = [("frechet", self.pooled, extractor.width)]
+        if "spatial-frechet" in metrics and self.spatial is None:
+            raise RacError(f"{self.name} holds no moments of spatial features (mu_s, sigma_s); leave the sFID out")
+        if self.spatial is not None and extractor.spatial_width is not None:
+            widths.append(("spatial-frechet", self.spatial, extractor.spatial_width))
+        for metric, gaussian, width in widths:
+            if metric in metrics and len(gaussian.mean) != width:
+                raise RacError(
+                    f"{self.name} holds moments of {len(gaussian.mean)} features, the extractor has {width}; "
+                    "give those of its own features"
+                )
 
 
-def _cut_all(files: Sequence[Picture], framing: Preprocessing) -> Iterator[Named]:
+def read_reference(
+    path: Path, preprocessing: Preprocessing, progress: Callable[[int], None] | None = None
+) -> ImageSet | FeatureMoments:
+    """Read what a set is compared with: an .npz file of moments, or pictures as `ImageSet.read` takes them."""
+    if path.suffix == ".npz":
+        return FeatureMoments.read(path)
+    return ImageSet.read([path], preprocessing, progress=progress)
+
+
+def _label_of(name: str) -> str | None:
+    return PurePosixPath(name).parent.name or None
+
+
+def _read(files: Sequence[Picture], preprocessing: Preprocessing, count: int | None) -> Iterator[Named]:
+    return islice(_cut_all(files, preprocessing), count)
+
+
+def _cut_all(files: Sequence[Picture], preprocessing: Preprocessing) -> Iterator[Named]:
     for file in files:
         try:
             encoded = file.read()
         except OSError as error:
-            raise RacError(
-                f"{file.description} cannot be read ({error.strerror or error}); check its permissions"
-            ) from error
-        images = framing.cut(read_picture(io.BytesIO(encoded), name=file.name), file.name)
+            reason = error.strerror or error
+            raise RacError(f"{file.description} cannot be read ({reason}); check its permissions") from error
+        images = preprocessing.cut(read_picture(io.BytesIO(encoded), name=file.name), file.name)
         for index, image in enumerate(images):
             yield file.name if len(images) == 1 else f"{file.name}#{index}", np.asarray(image)
 

@@ -1,14 +1,11 @@
-"""How well a RAC's latents stand in for its teacher's, and what is lost on the way there and back."""
+"""How well a coder's latents stand in for its teacher's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..coders.rac import RAC
 from ..errors import RacError
-from ..flow import Solver, TimeGrid
-from ..images import crop
 
 
 class LatentAgreement:
@@ -57,16 +54,3 @@ class LatentAgreement:
         if self._sums is None:
             raise RacError("no latents to compare; update with at least one batch")
         return self._sums
-
-
-def state_round_trip(
-    coder: RAC, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None
-) -> Tensor:
-    """Image -> seed state -> image, B 3 H W: without contraction, so nothing is compressed.
-
-    It tells how well the way back undoes the way there, and nothing about the coder as a coder.
-    """
-    walk = coder.walk("encode", steps, solver)
-    assert walk is not None
-    flow = coder.encode_trajectory(image, walk=walk)
-    return crop(coder.state_round_trip(flow, walk), (image.shape[-2], image.shape[-1]))

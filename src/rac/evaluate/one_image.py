@@ -1,9 +1,11 @@
-"""One image through coders, there and back: what comes out, how good it is, what it cost."""
+"""One image through coders: what comes out, how good it is, what it cost. For `rac reconstruct`, `rac demo` and the
+page of `rac serve`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,15 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..coders.protocol import Coder
-from ..coders.rac import RAC
-from ..flow import Solver
+from ..coders.protocol import Coder, Decoded
+from ..flow import Solver, Trajectory
 from ..images import crop
 from ..report.document import Table
 from ..report.pictures import Panel, strip
-from ..states import image_of
+from ..runtime import reproducible
+from .comparison import steps_in_words
 from .cost import MacCounter
 from .image_metrics import psnr, ssim
+from .image_sets import Batch
+from .robustness import noised_latents
+
+NOISED_STEPS = (1, 2, 4, 8)
+"""Numbers of steps that decode a noised latent."""
 
 
 @dataclass(frozen=True)
@@ -27,76 +34,182 @@ class Reconstruction:
     """One coder's version of one image."""
 
     name: str
-    """What made it, such as "RAC, 4 steps"."""
+    """What made it, such as "rac-64, 4 steps"."""
     image: Tensor
     """1 3 H W, of the original's size."""
     psnr: float
     """dB."""
     ssim: float
     """NaN for sides below 11 pixels."""
+    seconds: float
+    """Time of all that was computed for it, counting included."""
     evaluations: int
     """How often a network was asked, encoding and decoding together."""
     macs: int
     """Multiply-accumulates of all of these together, at this size."""
     from_teacher: bool = False
     """Whether it was decoded from the teacher's latent, and not from the coder's own."""
+    encoding: Trajectory | None = None
+    """The flow from the image to the seed state; None where it was not asked for, or there is none."""
+    decoding: Trajectory | None = None
+    """The flow from the seed state to the image; None where it was not asked for, or there is none."""
+
+    def without_flows(self) -> Reconstruction:
+        """Returns the same without the states of its flows, which take much memory."""
+        return replace(self, encoding=None, decoding=None)
 
 
-COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
-
-Results = dict[str, list[Reconstruction]]
-"""For each image's name, what each coder made of it."""
-
-
-def rac_reconstructions(
-    coder: RAC, image: Tensor, steps: Sequence[int], solver: Solver | None = None, teacher: Coder | None = None
+def reconstructions(
+    coder: Coder,
+    image: Tensor,
+    steps: Sequence[int],
+    solver: Solver | None = None,
+    teacher: Coder | None = None,
+    name: str = "coder",
 ) -> list[Reconstruction]:
-    """An image 1 3 H W through `coder` at each number of steps; the way back takes as many as the way there.
+    """Encodes and decodes an image 1 3 H W, once at each number of steps if the coder takes any.
 
-    With a teacher, its own reconstruction comes first, and then, for each number of steps, what `coder` decodes from
-    the teacher's latent. Raises `RacError` for steps below 1 and for images too small to pad.
+    With a teacher, its own reconstruction comes first and, at the end, what `coder` decodes from the teacher's latent.
+    The reconstruction of most steps keeps its flows. Raises `RacError` for steps below 1 and for images too small to
+    pad.
     """
-    found = [] if teacher is None else [coder_reconstruction(teacher, image, "teacher")]
-    for number in steps:
-        found.append(_measured(f"RAC, {_steps(number)}", image, partial(_both_ways, coder, image, number, solver)))
-    if teacher is None:
-        return found
-    for number in steps:
-        run = partial(_from_teacher, coder, teacher, image, number, solver)
-        made = _measured(f"RAC, {_steps(number)}, from the teacher's latent", image, run)
+    found = [] if teacher is None else [_measured("teacher", image, partial(_coded, teacher, image))]
+    numbers = steps if _walked(coder) else (None,)
+    for number in numbers:
+        keep = number == max(steps, default=None)
+        run = partial(_coded, coder, image, number, solver, keep=keep)
+        found.append(_measured(_named(name, number), image, run))
+    for number in numbers if teacher is not None else ():
+        run = partial(_coded, coder, image, number, solver, encoder=teacher)
+        made = _measured(f"{_named(name, number)}, from the teacher's latent", image, run)
         found.append(replace(made, from_teacher=True))
     return found
 
 
-def coder_reconstruction(coder: Coder, image: Tensor, name: str) -> Reconstruction:
-    """An image 1 3 H W through a coder without steps. One evaluation is its encoder, one its decoder."""
-    return _measured(name, image, lambda: (coder.decode(coder.encode(image)), 2))
+# ------------------------------------------------------------------------------------------- for the page
 
 
-def _both_ways(coder: RAC, image: Tensor, steps: int, solver: Solver | None) -> tuple[Tensor, int]:
-    back = coder.encode_trajectory(image, steps, solver)
-    there = coder.trajectory(coder.contract(back.end), steps, solver)
-    return image_of(there.end), back.evaluations + there.evaluations
+@dataclass(frozen=True)
+class Loaded:
+    """A coder to show, and its teacher where that could be loaded."""
+
+    name: str
+    coder: Coder
+    teacher: Coder | None = None
+    teacher_name: str = ""
 
 
-def _from_teacher(coder: RAC, teacher: Coder, image: Tensor, steps: int, solver: Solver | None) -> tuple[Tensor, int]:
-    there = coder.trajectory(teacher.encode(image), steps, solver)
-    return image_of(there.end), 1 + there.evaluations
+@dataclass(frozen=True)
+class Reconstructed:
+    """An image, encoded and decoded."""
+
+    versions: tuple[Reconstruction, ...]
+    """The teacher's, if there is one, then the coder's."""
+    encoding: Trajectory | None
+    """The coder's flow from the image to the seed state; None for a coder that encodes at once."""
+    decoding: Trajectory | None
+    """The coder's flow from the seed state to the image; None for a coder that decodes at once."""
 
 
-def _measured(name: str, image: Tensor, run: Callable[[], tuple[Tensor, int]]) -> Reconstruction:
-    with MacCounter() as counter, torch.no_grad():
-        padded, evaluations = run()
-    made = crop(padded, (image.shape[-2], image.shape[-1]))
-    return Reconstruction(name, made, float(psnr(made, image)), float(ssim(made, image)), evaluations, counter.macs)
+def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
+    """Puts an image 1 3 H W through the teacher and the coder; the numbers are those of `reconstructions`.
+
+    Raises `RacError` for steps below 1 and for an image too small to pad.
+    """
+    versions = []
+    if loaded.teacher is not None:
+        run = partial(_coded, loaded.teacher, image)
+        versions.append(_measured(f"teacher, {loaded.teacher_name}", image, run))
+    number = steps if _walked(loaded.coder) else None
+    run = partial(_coded, loaded.coder, image, number, keep=True)
+    versions.append(_measured(_named(loaded.name, number), image, run))
+    return Reconstructed(tuple(versions), versions[-1].encoding, versions[-1].decoding)
 
 
-def _steps(number: int) -> str:
-    return f"{number} step" if number == 1 else f"{number} steps"
+def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0) -> tuple[Reconstruction, ...]:
+    """Decodes the latent of an image 1 3 H W plus `sigma` times normal noise, by the teacher and by the coder.
+
+    A coder that decodes in steps does so at each of `NOISED_STEPS`. The latent is the teacher's, or the coder's own
+    where there is none; latents have a deviation of about 1. The noise is that of `robustness` for an image called
+    "picture". Seconds, evaluations and MACs are of decoding alone.
+    """
+    source = loaded.coder if loaded.teacher is None else loaded.teacher
+    (latent,) = noised_latents(source, Batch(("picture",), image), [sigma], rng_seed)
+    versions = []
+    if loaded.teacher is not None:
+        run = partial(_decoded, loaded.teacher, latent)
+        versions.append(_measured(f"teacher, {loaded.teacher_name}", image, run))
+    for number in NOISED_STEPS if loaded.coder.walk("decode") is not None else (None,):
+        run = partial(_decoded, loaded.coder, latent, number)
+        versions.append(_measured(_named(loaded.name, number), image, run))
+    return tuple(versions)
+
+
+# ------------------------------------------------------------------------------------------- how it is measured
+
+_Made = tuple[Decoded, Trajectory | None]
+"""What decoding gave, the evaluations of encoding counted in, and the flow of encoding."""
+
+
+def _coded(
+    coder: Coder,
+    image: Tensor,
+    steps: int | None = None,
+    solver: Solver | None = None,
+    keep: bool = False,
+    encoder: Coder | None = None,
+) -> _Made:
+    """Encode, by `encoder` if one is given, and decode."""
+    back = coder.walk("encode", steps, solver)
+    there = coder.walk("decode", steps, solver)
+    coded = coder.coded(image, back, keep="nodes" if keep else "end") if encoder is None else encoder.coded(image)
+    decoded = coder.decoded(coded.latent, there, keep="nodes" if keep else "end")
+    return decoded._replace(evaluations=coded.evaluations + decoded.evaluations), coded.flow
+
+
+def _decoded(coder: Coder, latent: Tensor, steps: int | None = None) -> _Made:
+    return coder.decoded(latent, coder.walk("decode", steps)), None
+
+
+def _measured(name: str, image: Tensor, run: Callable[[], _Made]) -> Reconstruction:
+    began = time.perf_counter()
+    with MacCounter() as counter, reproducible():
+        decoded, encoding = run()
+        if decoded.image.is_cuda:
+            torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    made = crop(decoded.image.float(), (image.shape[-2], image.shape[-1]))
+    return Reconstruction(
+        name,
+        made,
+        float(psnr(made, image)),
+        float(ssim(made, image)),
+        seconds,
+        decoded.evaluations,
+        counter.macs,
+        encoding=encoding if encoding is not None and encoding.states else None,
+        decoding=decoded.flow if decoded.flow is not None and decoded.flow.states else None,
+    )
+
+
+def _walked(coder: Coder) -> bool:
+    return coder.walk("decode") is not None or coder.walk("encode") is not None
+
+
+def _named(name: str, steps: int | None) -> str:
+    return name if steps is None else f"{name}, {steps_in_words(steps)}"
+
+
+# ------------------------------------------------------------------------------------------- strips and tables
+
+COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
+
+Results = Mapping[str, Sequence[Reconstruction]]
+"""For each image's name, what each coder made of it."""
 
 
 def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Image.Image:
-    """A strip of the original and what was made of it, PSNR and SSIM below; from its own latents only."""
+    """Draws a strip of the original and its reconstructions from their coders' own latents, PSNR and SSIM below."""
     panels = [Panel(image, "original")]
     for one in made:
         if not one.from_teacher:
@@ -105,7 +218,7 @@ def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Ima
 
 
 def per_image(results: Results) -> Table:
-    """Every metric, unrounded, one row per image and coder: for programs."""
+    """Returns every number, unrounded, one row per image and coder: for programs."""
     rows = [
         (name, one.name, repr(one.psnr), repr(one.ssim), str(one.evaluations), str(one.macs))
         for name, made in results.items()
@@ -115,7 +228,7 @@ def per_image(results: Results) -> Table:
 
 
 def means(results: Results) -> Table:
-    """The mean over images, one row per coder: for people."""
+    """Returns the means over images, one row per coder: for people."""
     rows = []
     for same in zip(*results.values(), strict=True):
         psnr, ssim = _mean([one.psnr for one in same]), _mean([one.ssim for one in same])

@@ -6,13 +6,12 @@ is one value here, a `Protocol`, and travels with every `Result`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from ..coders.rac import RAC
-from ..config import saved_as
+from ..config import from_json, read_json
 from ..errors import RacError
-from ..flow import TimeGrid
 from ..flow.solvers import SOLVERS, SolverName
 from ..representations import ExtractorName
 from .image_sets import Preprocessing
@@ -24,27 +23,28 @@ class Protocol:
     """All that a metric depends on, the coder's weights apart. Raises `RacError` for what does not go together."""
 
     name: str
-    framing: Preprocessing
-    """Size, crop and resize filter of the reference images."""
+    preprocessing: Preprocessing
+    """Size, crop and resize filter of the images."""
     count: int | None = None
     """Number of reference images; None: all there are."""
     reference: str | None = None
     """Hash of the one set of reference images it is meant for (`ImageSet.hash`); None: any."""
-    metrics: tuple[str, ...] = field(default=("psnr", "ssim"), metadata=saved_as("figures"))
-    """Out of `IMAGE_METRICS`, `SET_METRICS` and `LATENT_METRICS`."""
+    metrics: tuple[str, ...] = ("psnr", "ssim")
+    """Some of `IMAGE_METRICS`, `SET_METRICS` and `LATENT_METRICS`."""
     extractor: ExtractorName | None = None
-    """Whose features the set metrics are made of."""
+    """The network whose features metrics of sets compare."""
     latents: Literal["own", "teacher"] = "own"
     """Whether the coder decodes the latents it encoded, or its teacher's."""
     posterior: Literal["mean", "sample"] = "mean"
-    """What of a KL-VAE's posterior is decoded."""
+    """What is decoded of a posterior: its mean, or a sample."""
     rng_seed: int = 0
-    """For posterior samples."""
+    """Seed of the posterior samples."""
     steps: int | None = None
-    """Of a RAC, for each way; None: its own. Coders without a flow pass over this and the next two."""
+    """Number of steps of each way that a coder walks; None: the coder's own number. Ways taken at once have none."""
     solver: SolverName = "euler"
+    """Rule for each step of a flow."""
     shift: float = 1.0
-    """Of the time grid, see `TimeGrid.shifted`; 1: uniform."""
+    """Shift of the time grid, see `TimeGrid.shifted`; 1: equal steps."""
     weights: Literal["ema", "raw"] = "ema"
     """Which of a training's weights the coder has, as whoever made it says; saved coders have the average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -61,9 +61,9 @@ class Protocol:
                 raise RacError(
                     f"metric {metric} compares features and protocol {self.name} names no extractor; add one"
                 )
-            if self.framing.size is not None and self.framing.size < SHORTEST_SIDE.get(metric, 0):
+            if self.preprocessing.size is not None and self.preprocessing.size < SHORTEST_SIDE.get(metric, 0):
                 raise RacError(
-                    f"{metric} needs sides of at least {SHORTEST_SIDE[metric]} pixels, not {self.framing.size}"
+                    f"{metric} needs sides of at least {SHORTEST_SIDE[metric]} pixels, not {self.preprocessing.size}"
                 )
         if not self.metrics:
             raise RacError(f"protocol {self.name} asks for no metrics; expected some of {', '.join(known)}")
@@ -71,11 +71,6 @@ class Protocol:
             raise RacError(f"count {self.count} must be at least 2")
         if self.solver not in SOLVERS:
             raise RacError(f"solver {self.solver!r} is not known; expected {', '.join(SOLVERS)}")
-
-    def grid(self, coder: RAC) -> TimeGrid:
-        """The time grid that `coder` walks."""
-        steps = coder.config.steps if self.steps is None else self.steps
-        return TimeGrid.uniform(steps) if self.shift == 1 else TimeGrid.shifted(steps, self.shift)
 
 
 _PIXELS = ("psnr", "ssim", "lpips-alex")
@@ -114,3 +109,35 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
+
+
+def protocol_named(name: str) -> Protocol:
+    """Returns the protocol called `name`, or that of a JSON file: a protocol, or a result to repeat on its images.
+
+    Raises `RacError` for a name that is not known, and for a file that holds neither.
+    """
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    if Path(name).suffix != ".json":
+        raise RacError(f"no protocol {name!r}; give a JSON file of one, or one of {', '.join(PROTOCOLS)}")
+    data = in_todays_words(read_json(Path(name)))
+    reference = None
+    if isinstance(data, dict) and "protocol" in data:
+        data, reference = data["protocol"], data.get("reference")
+    protocol = from_json(Protocol, data, name)
+    if isinstance(reference, dict):
+        return replace(protocol, reference=reference.get("hash"))
+    return protocol
+
+
+_FORMER_WORDS = {"figures": "metrics", "framing": "preprocessing", "judges": "weight_files"}
+
+
+def in_todays_words(data: Any) -> Any:
+    """A protocol's or a result's JSON with the keys of earlier versions renamed."""
+    if not isinstance(data, dict):
+        return data
+    return {
+        _FORMER_WORDS.get(key, key): in_todays_words(value) if key == "protocol" else value
+        for key, value in data.items()
+    }

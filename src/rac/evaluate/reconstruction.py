@@ -1,159 +1,128 @@
-"""Reconstructing reference images under a protocol: `evaluate` is the one function, during training and afterwards."""
+"""Reconstructing images under a protocol: `evaluate` gives a result to keep, `measure` the numbers alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..coders.klvae import KLVAE
-from ..coders.protocol import Coder
-from ..coders.rac import RAC
+from ..coders.protocol import Coded, Coder, Way
 from ..errors import RacError
+from ..flow import Walk
 from ..flow.solvers import SOLVERS
 from ..images import crop, from_pixels, to_pixels
-from ..representations import Extractor, Features, extract, join
+from ..representations import Features, extract, join
 from ..runtime import autocast, generator, reproducible
 from ..storage import weights_hash
+from .feature_cache import FeatureCache
 from .image_metrics import psnr
-from .image_sets import Batch, ImageSet
-from .latent_metrics import LatentAgreement, state_round_trip
+from .image_sets import Batch, FeatureMoments, ImageSet, digest
+from .latent_metrics import LatentAgreement
 from .protocol import Protocol
-from .result import ReferenceRecord, Result, command_line, versions
+from .result import Result, command_line, versions
 from .suite import MetricSuite
 
 
-def evaluate(
-    coder: Coder,
-    references: ImageSet,
-    protocol: Protocol,
-    *,
-    name: str,
-    teacher: Coder | None = None,
-    suite: MetricSuite | None = None,
-    batch: int = 16,
-    command: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Result:
-    """Judge `coder`, where it stands and in evaluation mode, by what it makes of `references`.
+@dataclass(frozen=True, kw_only=True)
+class Reconstructor:
+    """A coder that encodes and decodes as a protocol says."""
 
-    `references` are read with the protocol's framing and count, or, during training, made of held-out images. Metrics
-    do not depend on `batch` or on the order of the images. `suite` spares loading their networks again; features
-    of the references are kept with them. `teacher` is needed for its latents. `progress` is told (images done, of all).
+    coder: Coder
+    protocol: Protocol
+    teacher: Coder | None = None
+    """The coder whose latents are decoded where the protocol says so."""
 
-    Raises `RacError` if the protocol cannot be kept: other references than it names, too few or too small images, no
-    teacher, no posterior to draw from; and where the coder gives NaN.
-    """
-    device = next(coder.parameters()).device
-    suite = suite or MetricSuite.load(protocol.metrics, protocol.extractor, device)
-    _check(coder, references, protocol, teacher, suite)
-    run = _Run(coder, protocol, teacher, device)
-    tally = _Tally(protocol, suite)
-    for part in references.batches(batch):
-        tally.add(run, part._replace(images=part.images.to(device)))
-        if progress is not None:
-            progress(tally.images, len(references))
-    return Result(
-        coder=name,
-        coder_hash=weights_hash(coder.state_dict()),
-        protocol=protocol,
-        steps=protocol.grid(coder).steps if isinstance(coder, RAC) else None,
-        reference=ReferenceRecord(references.name, len(references), references.hash),
-        metrics=tally.metrics(lambda extractor: references.features(extractor, batch, device)),
-        images_per_second=len(references) / run.seconds,
-        per_channel={key: tuple(value.tolist()) for key, value in tally.per_channel().items()},
-        per_image={key: tuple(value.tolist()) for key, value in tally.per_image().items()},
-        images=references.names,
-        metric_files=dict(suite.files),
-        versions=versions(),
-        command=command_line() if command is None else command,
-    )
+    def walk(self, way: Way) -> Walk | None:
+        """Returns the time grid and solver of `way`, or None where the coder takes it at once."""
+        if self.coder.walk(way) is None:
+            return None
+        return self.coder.walk(way, self.protocol.steps, SOLVERS[self.protocol.solver], self.protocol.shift)
 
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of each way that is walked; None for a coder that takes both at once."""
+        walk = self.walk("decode") or self.walk("encode")
+        return None if walk is None else walk.steps
 
-def _check(coder: Coder, references: ImageSet, protocol: Protocol, teacher: Coder | None, suite: MetricSuite) -> None:
-    if protocol.reference is not None and protocol.reference != references.hash:
-        raise RacError(
-            f"{references.name} has hash {references.hash[:12]}, protocol {protocol.name} is for the images of hash "
-            f"{protocol.reference[:12]}; give those, or a protocol without a reference"
-        )
-    if protocol.count is not None and protocol.count != len(references):
-        raise RacError(
-            f"protocol {protocol.name} is about {protocol.count} images, {references.name} gives {len(references)}; "
-            "read the references with its count"
-        )
-    if teacher is None and (protocol.latents == "teacher" or "explained-variance" in protocol.metrics):
-        raise RacError(f"protocol {protocol.name} needs the teacher's latents; give the teacher")
-    encoder = coder if protocol.latents == "own" else teacher
-    if protocol.posterior == "sample" and not isinstance(encoder, KLVAE):
-        raise RacError(
-            f"a {type(encoder).__name__} has no posterior to draw from; use a protocol with posterior 'mean'"
-        )
-    if "state-round-trip" in protocol.metrics and not isinstance(coder, RAC):
-        raise RacError(
-            f"a {type(coder).__name__} has no states to go back and forth between; leave state-round-trip out"
-        )
-    if suite.metrics != protocol.metrics:
-        raise RacError(f"the suite is for {suite.metrics}, the protocol asks for {protocol.metrics}; load its own")
-    suite.check(references)
+    @property
+    def encoder(self) -> Coder:
+        """The coder whose latents are decoded: this one, or its teacher."""
+        return self.coder if self.protocol.latents == "own" or self.teacher is None else self.teacher
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the coder's weights."""
+        return next(self.coder.parameters()).device
 
-class _Run:
-    """One coder under one protocol; counts the seconds its networks take."""
-
-    def __init__(self, coder: Coder, protocol: Protocol, teacher: Coder | None, device: torch.device) -> None:
-        self.protocol, self.device = protocol, device
-        self.seconds = 0.0
-        self._coder: Any = coder
-        self._teacher: Any = teacher
-        # What a RAC's methods take, and those of coders without a flow do not.
-        self._flow = (protocol.grid(coder), SOLVERS[protocol.solver]) if isinstance(coder, RAC) else ()
-
-    def reconstruct(self, part: Batch) -> Tensor:
-        """References on the device -> images of the same size, in [-1, 1]."""
-        image = part.images
-        start = self._now()
-        latent = self._posterior(part) if self.protocol.posterior == "sample" else self._source_latent(image)
-        with self._arithmetic():
-            decoded = self._coder.decode(latent, *self._flow)
-        made = crop(decoded.float(), (image.shape[-2], image.shape[-1]))
-        self.seconds += self._now() - start
-        if not torch.isfinite(made).all():
-            raise RacError(f"the coder makes NaN of {part.names[0]} or a neighbour; its weights are damaged")
-        if not self.protocol.rounded:
-            return made.clamp(-1, 1)
-        return torch.cat([from_pixels(to_pixels(one)) for one in made]).to(self.device)
-
+    @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        """The coder's own latent."""
+        """Encodes an image B 3 H W in [-1, 1] to the latent B c h w that is decoded, the posterior's mean."""
+        return self.encoder.coded(image, self.walk("encode") if self.encoder is self.coder else None).latent
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decodes a latent B c h w to an image, neither cropped nor clamped."""
+        return self.coder.decoded(latent, self.walk("decode")).image
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Encodes and decodes an image B 3 H W; the result has its size and is clamped to [-1, 1]."""
+        return crop(self.decode(self.encode(image)).float(), (image.shape[-2], image.shape[-1])).clamp(-1, 1)
+
+    def one_pass(self, batch: Batch) -> Pass:
+        """Encodes each image once and decodes it once; what latent metrics need besides is made of the same flows.
+
+        `batch` lies on the coder's device. Raises `RacError` where the coder gives NaN.
+        """
+        image, metrics = batch.images, self.protocol.metrics
+        size = (image.shape[-2], image.shape[-1])
+        start = self._now()
+        latent, coded, teacher_latent = self._source(batch)
         with self._arithmetic():
-            return self._coder.encode(image, *self._flow).float()
-
-    def teacher_latent(self, image: Tensor) -> Tensor:
-        """The teacher's."""
+            decoded = self.coder.decoded(latent, self.walk("decode")).image
+        reconstruction = crop(decoded.float(), size)
+        seconds = self._now() - start
+        if not torch.isfinite(reconstruction).all():
+            raise RacError(f"the coder makes NaN of {batch.names[0]} or a neighbour; its weights are damaged")
+        state_round_trip = None
         with self._arithmetic():
-            return self._teacher.encode(image).float()
+            if coded is None and not {"explained-variance", "state-round-trip"}.isdisjoint(metrics):
+                coded = self.coder.coded(image, self.walk("encode"))
+            if teacher_latent is None and "explained-variance" in metrics and self.teacher is not None:
+                teacher_latent = self.teacher.encode(image).float()
+            walk = self.walk("encode")
+            if "state-round-trip" in metrics and coded is not None and coded.flow is not None and walk is not None:
+                state_round_trip = crop(self.coder.state_round_trip(coded.flow, walk).float(), size)
+        own_latent = None if coded is None else coded.latent.float()
+        return Pass(self._as_file(reconstruction), own_latent, teacher_latent, state_round_trip, seconds)
 
-    def state_round_trip(self, image: Tensor) -> Tensor:
-        """See `latent_metrics.state_round_trip`."""
+    def _source(self, batch: Batch) -> tuple[Tensor, Coded | None, Tensor | None]:
+        """The latent to decode, and what the coder or the teacher made on the way to it."""
+        own, image = self.encoder is self.coder, batch.images
+        if self.protocol.posterior == "sample":
+            with self._arithmetic():
+                moments = self.encoder.moments(image).float()
+            mean = self.encoder.finish(moments)
+            latent = self.encoder.finish(moments, self._noise(batch.names, mean))
+            return latent, Coded(mean, 1) if own else None, None if own else mean
         with self._arithmetic():
-            return state_round_trip(self._coder, image, *self._flow).float()
+            coded = self.encoder.coded(image, self.walk("encode") if own else None)
+        latent = coded.latent.float()
+        return latent, coded if own else None, None if own else latent
 
-    def _source_latent(self, image: Tensor) -> Tensor:
-        return self.encode(image) if self.protocol.latents == "own" else self.teacher_latent(image)
-
-    def _posterior(self, part: Batch) -> Tensor:
+    def _noise(self, names: Sequence[str], like: Tensor) -> Tensor:
         """A draw for each image that depends on its name alone, so neither on order nor on batches."""
-        encoder = self._coder if self.protocol.latents == "own" else self._teacher
-        with self._arithmetic():
-            posterior = encoder.posterior(part.images)
-        shape = posterior.mean.shape[1:]
-        streams = [generator(self.protocol.rng_seed, "posterior", name) for name in part.names]
-        noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
-        return encoder.statistics.normalise((posterior.mean + posterior.std * noise).float())
+        streams = [generator(self.protocol.rng_seed, "posterior", name) for name in names]
+        return torch.stack([torch.randn(like.shape[1:], generator=stream) for stream in streams]).to(like)
+
+    def _as_file(self, image: Tensor) -> Tensor:
+        if not self.protocol.rounded:
+            return image.clamp(-1, 1)
+        return torch.cat([from_pixels(to_pixels(one)) for one in image]).to(image.device)
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -166,42 +135,218 @@ class _Run:
         return time.perf_counter()
 
 
+class Pass(NamedTuple):
+    """What came of one batch of images."""
+
+    images: Tensor
+    """The reconstructions, B 3 H W in [-1, 1], rounded to 8 bits if the protocol says so."""
+    own_latent: Tensor | None
+    """B c h w, the coder's own latent; None where nothing asks for it."""
+    teacher_latent: Tensor | None
+    """B c h w, the teacher's; None where nothing asks for it."""
+    state_round_trip: Tensor | None
+    """B 3 H W, the image encoded and decoded without contraction to a latent; None where nothing asks for it."""
+    seconds: float
+    """Time of the encoding and the decoding."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The numbers of an evaluation, without their provenance."""
+
+    metrics: dict[str, float]
+    """Means over the images, and metrics of the whole set."""
+    per_channel: dict[str, tuple[float, ...]]
+    """Metrics of the latents, by channel."""
+    per_image: dict[str, tuple[float, ...]]
+    """Metrics of each image, in the order of the set."""
+    seconds: float
+    """Time of encoding and decoding all images."""
+
+
+def evaluate(
+    coder: Coder,
+    images: ImageSet,
+    protocol: Protocol,
+    *,
+    name: str = "coder",
+    teacher: Coder | None = None,
+    reference: ImageSet | FeatureMoments | None = None,
+    suite: MetricSuite | None = None,
+    batch: int = 16,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Evaluates `coder`, on the device where it is and in evaluation mode, by its reconstructions of `images`.
+
+    - `images`: read with the protocol's preprocessing and count.
+    - `name`: what the result calls the coder.
+    - `teacher`: needed where the protocol asks for its latents.
+    - `reference`: what metrics of sets compare the reconstructions with; None: `images` themselves.
+    - `suite`: the loaded networks of the metrics; None: loads those that the protocol needs.
+    - `batch`: images at a time. Neither it nor the order of the images changes a number.
+    - `command`: what the result records as the command; None: this process's command line.
+    - `progress`: called with (images done, images in all).
+
+    Raises `RacError` if the protocol cannot be kept: other images than it names, too few or too small ones, no teacher,
+    no posterior to draw from, a reference that lacks what a metric needs; and where the coder gives NaN.
+    """
+    coder_hash = weights_hash(coder.state_dict())
+    suite = suite or MetricSuite.load(protocol.metrics, protocol.extractor, next(coder.parameters()).device)
+    found = measure(
+        coder,
+        images,
+        protocol,
+        teacher=teacher,
+        reference=reference,
+        suite=suite,
+        batch=batch,
+        progress=progress,
+        coder_hash=coder_hash,
+    )
+    return Result(
+        coder=name,
+        coder_hash=coder_hash,
+        protocol=protocol,
+        steps=Reconstructor(coder=coder, protocol=protocol).steps,
+        reference=images.record,
+        metrics=found.metrics,
+        images_per_second=len(images) / found.seconds,
+        per_channel=found.per_channel,
+        per_image=found.per_image,
+        images=images.names,
+        weight_files=dict(suite.files),
+        versions=versions(),
+        command=command_line() if command is None else command,
+        compared_with=None if reference is None else reference.record,
+    )
+
+
+def measure(
+    coder: Coder,
+    images: ImageSet,
+    protocol: Protocol,
+    *,
+    teacher: Coder | None = None,
+    reference: ImageSet | FeatureMoments | None = None,
+    suite: MetricSuite | None = None,
+    batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+    coder_hash: str | None = None,
+) -> Measurement:
+    """Measures what `evaluate` reports, without hashing the coder's weights: for galleries during training.
+
+    `coder_hash` lets features of the reconstructions be kept on disk; the other arguments, and the errors, are those of
+    `evaluate`.
+    """
+    reconstructor = Reconstructor(coder=coder, protocol=protocol, teacher=teacher)
+    device = reconstructor.device
+    suite = suite or MetricSuite.load(protocol.metrics, protocol.extractor, device)
+    _check(reconstructor, images, suite, reference)
+    tally, seconds, done = _Tally(protocol, suite, _cache(suite, images, protocol, coder_hash)), 0.0, 0
+    for part in images.batches(batch):
+        part = part._replace(images=part.images.to(device))
+        passed = reconstructor.one_pass(part)
+        tally.add(part.images, passed)
+        seconds, done = seconds + passed.seconds, done + len(part.names)
+        if progress is not None:
+            progress(done, len(images))
+    metrics = tally.means()
+    if suite.extractor is not None:
+        compared = images if reference is None else reference
+        if isinstance(compared, ImageSet):
+            compared_features: Features | FeatureMoments = compared.features(suite.extractor, batch, device)
+        else:
+            compared_features = compared
+        metrics |= suite.of_sets(tally.features(), compared_features)
+    metrics |= tally.latent_means()
+    return Measurement(metrics, tally.per_channel(), tally.per_image(), seconds)
+
+
+def _check(
+    reconstructor: Reconstructor, images: ImageSet, suite: MetricSuite, reference: ImageSet | FeatureMoments | None
+) -> None:
+    protocol, coder, teacher = reconstructor.protocol, reconstructor.coder, reconstructor.teacher
+    if protocol.reference is not None and protocol.reference != images.hash:
+        raise RacError(
+            f"{images.name} has hash {images.hash[:12]}, protocol {protocol.name} is for the images of hash "
+            f"{protocol.reference[:12]}; give those, or a protocol without a reference"
+        )
+    if protocol.count is not None and protocol.count != len(images):
+        raise RacError(
+            f"protocol {protocol.name} is about {protocol.count} images, {images.name} gives {len(images)}; "
+            "read the images with its count"
+        )
+    if teacher is None and (protocol.latents == "teacher" or "explained-variance" in protocol.metrics):
+        raise RacError(f"protocol {protocol.name} needs the teacher's latents; give the teacher")
+    if protocol.posterior == "sample" and not reconstructor.encoder.has_posterior:
+        raise RacError(
+            f"a {type(reconstructor.encoder).__name__} has no posterior to draw from; use a protocol with posterior "
+            "'mean'"
+        )
+    both_walked = coder.walk("encode") is not None and coder.walk("decode") is not None
+    if "state-round-trip" in protocol.metrics and not both_walked:
+        raise RacError(
+            f"a {type(coder).__name__} has no states to go back and forth between; leave state-round-trip out"
+        )
+    if suite.metrics != protocol.metrics:
+        raise RacError(f"the suite is for {suite.metrics}, the protocol asks for {protocol.metrics}; load its own")
+    suite.check(images, reference)
+
+
+def _cache(suite: MetricSuite, images: ImageSet, protocol: Protocol, coder_hash: str | None) -> FeatureCache | None:
+    """The features of these reconstructions: kept on disk where it is known whose they are."""
+    if suite.extractor is None:
+        return None
+    # Features are found again by each image's own hash, so the key only has to lead to the right file.
+    key = None if coder_hash is None or not protocol.rounded else f"{images.hash} {coder_hash} {protocol!r}"
+    return FeatureCache(suite.extractor, key)
+
+
 class _Tally:
     """What is collected batch by batch, and the metrics of all of it."""
 
-    def __init__(self, protocol: Protocol, suite: MetricSuite) -> None:
-        self.protocol, self.suite = protocol, suite
-        self.images = 0
+    def __init__(self, protocol: Protocol, suite: MetricSuite, cache: FeatureCache | None) -> None:
+        self._protocol, self._suite, self._cache = protocol, suite, cache
         self._per_image: dict[str, list[Tensor]] = {}
         self._features: list[Features] = []
         self._agreement = LatentAgreement()
 
-    def add(self, run: _Run, part: Batch) -> None:
-        """Take one batch of references, on the coder's device, there and back."""
-        made = run.reconstruct(part)
-        values = self.suite.of_images(made, part.images)
-        if "state-round-trip" in self.protocol.metrics:
-            values["psnr, state round trip"] = psnr(run.state_round_trip(part.images), part.images).cpu()
+    def add(self, image: Tensor, passed: Pass) -> None:
+        values = self._suite.of_images(passed.images, image)
+        if passed.state_round_trip is not None:
+            values["psnr, state round trip"] = psnr(passed.state_round_trip, image).cpu()
         for metric, value in values.items():
             self._per_image.setdefault(metric, []).append(value)
-        if self.suite.extractor is not None:
-            self._features.append(extract(self.suite.extractor, [made]))
-        if "explained-variance" in self.protocol.metrics:
-            self._agreement.update(run.encode(part.images), run.teacher_latent(part.images))
-        self.images += len(part.images)
+        if self._cache is not None:
+            if self._protocol.rounded:
+                digests = [digest(to_pixels(one)) for one in passed.images]
+                self._features.append(self._cache.features(digests, passed.images))
+            else:
+                self._features.append(extract(self._cache.extractor, [passed.images]))
+        if "explained-variance" in self._protocol.metrics:
+            assert passed.own_latent is not None
+            assert passed.teacher_latent is not None
+            self._agreement.update(passed.own_latent, passed.teacher_latent)
 
-    def per_image(self) -> dict[str, Tensor]:
-        return {metric: torch.cat(values).double() for metric, values in self._per_image.items()}
+    def features(self) -> Features:
+        assert self._cache is not None
+        self._cache.save()
+        return join(self._features)
 
-    def per_channel(self) -> dict[str, Tensor]:
-        if "explained-variance" not in self.protocol.metrics:
+    def means(self) -> dict[str, float]:
+        return {metric: float(torch.cat(values).double().mean()) for metric, values in self._per_image.items()}
+
+    def latent_means(self) -> dict[str, float]:
+        if "explained-variance" not in self._protocol.metrics:
             return {}
-        return {"explained variance": self._agreement.explained_variance(), "offset": self._agreement.offset()}
+        return {"explained variance": float(self._agreement.explained_variance().mean())}
 
-    def metrics(self, references: Callable[[Extractor], Features]) -> dict[str, float]:
-        found = {metric: float(values.mean()) for metric, values in self.per_image().items()}
-        if self.suite.extractor is not None:
-            found |= self.suite.of_sets(join(self._features), references(self.suite.extractor))
-        if "explained-variance" in self.protocol.metrics:
-            found["explained variance"] = float(self.per_channel()["explained variance"].mean())
-        return found
+    def per_image(self) -> dict[str, tuple[float, ...]]:
+        return {metric: tuple(torch.cat(values).double().tolist()) for metric, values in self._per_image.items()}
+
+    def per_channel(self) -> dict[str, tuple[float, ...]]:
+        if "explained-variance" not in self._protocol.metrics:
+            return {}
+        found = {"explained variance": self._agreement.explained_variance(), "offset": self._agreement.offset()}
+        return {metric: tuple(values.tolist()) for metric, values in found.items()}

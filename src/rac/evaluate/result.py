@@ -6,23 +6,15 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config import from_json, json_safe, read_json, saved_as, to_json
+from ..config import from_json, json_safe, read_json, to_json
 from ..files import write_bytes
-from .protocol import Protocol
-
-
-@dataclass(frozen=True)
-class ReferenceRecord:
-    """Which images a result is about."""
-
-    name: str
-    count: int
-    hash: str
+from .image_sets import ReferenceRecord
+from .protocol import Protocol, in_todays_words
 
 
 @dataclass(frozen=True)
@@ -37,19 +29,21 @@ class Result:
     steps: int | None
     """Of each way; None for a coder without a flow."""
     reference: ReferenceRecord
-    metrics: dict[str, float] = field(metadata=saved_as("figures"))
-    """The name of a set metric says what features it is made of: only `rFID` is an FID."""
+    metrics: dict[str, float]
+    """The name of a metric of sets says whose features it is made of: only `rFID` is an FID."""
     images_per_second: float
     """Through the coder, there and back, in this run on this machine."""
     per_channel: dict[str, tuple[float, ...]]
     """Of the latents."""
     per_image: dict[str, tuple[float, ...]]
-    """Image metrics, in the order of `images`."""
+    """Metrics of each image, in the order of `images`."""
     images: tuple[str, ...]
-    metric_files: dict[str, str] = field(metadata=saved_as("judges"))
+    weight_files: dict[str, str]
     """Weight files of the metrics, and the SHA-256 of each."""
     versions: dict[str, str]
     command: str
+    compared_with: ReferenceRecord | None = None
+    """What metrics of sets compare with; None: the images themselves."""
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all; infinite and undefined values as strings. Raises `RacError`."""
@@ -58,15 +52,16 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """Read what `save` wrote. Raises `RacError`."""
+        """Read what `save` wrote, results of earlier versions included. Raises `RacError`."""
         data = read_json(Path(path))
         if isinstance(data, dict):
-            data |= {key: _with_numbers(data.get(key)) for key in ("figures", "per_channel", "per_image")}
+            data = in_todays_words(data)
+            data |= {key: _with_numbers(data.get(key)) for key in ("metrics", "per_channel", "per_image")}
         return from_json(cls, data, str(path))
 
 
 def versions() -> dict[str, str]:
-    """Of what metrics may depend on."""
+    """Returns the versions of what metrics may depend on."""
     from .. import __version__
 
     packages = {package: metadata.version(package) for package in ("torch", "torchmetrics", "numpy", "pillow")}

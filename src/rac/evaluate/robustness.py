@@ -1,28 +1,26 @@
-"""The correction curve: how well decoders take latents that lie off the encoder's manifold.
+"""Robustness to latent noise: how well decoders take latents that lie off the encoder's manifold.
 
-A generator never hits an encoder's latents exactly. Here a teacher's latent is moved by noise of growing size, and all
-decoders get the same moved latents: a flow whose later steps correct the state should lose less than a decoder that
+A generator never hits an encoder's latents exactly. Here noise of growing size is added to a teacher's latent, and all
+decoders get the same noised latents: a flow whose later steps correct the state should lose less than a decoder that
 maps once (RAC, section 3.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..coders.protocol import Coder
-from ..config import saved_as
 from ..images import crop
 from ..runtime import generator, reproducible
 from .image_sets import Batch, ImageSet
 from .suite import IMAGE_METRICS, MetricSuite
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-"""Of the noise; a latent's own standard deviation is about 1."""
+"""Standard deviations of the noise; that of a latent is about 1."""
 
 Decoder = Callable[[Tensor], Tensor]
 """Latent B c h w -> image."""
@@ -37,14 +35,14 @@ class RobustnessCurve:
     images: int
     rng_seed: int
     sigmas: tuple[float, ...]
-    metrics: dict[str, dict[str, tuple[float, ...]]] = field(metadata=saved_as("figures"))
+    metrics: dict[str, dict[str, tuple[float, ...]]]
     """Metric -> decoder -> one value for each sigma."""
 
 
 def robustness_curve(
     decoders: Mapping[str, Decoder],
     teacher: Coder,
-    references: ImageSet,
+    image_set: ImageSet,
     suite: MetricSuite,
     *,
     name: str,
@@ -54,7 +52,7 @@ def robustness_curve(
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> RobustnessCurve:
-    """Decode latent + sigma * noise by every decoder, for the first `images` of the references.
+    """Decode latent + sigma * noise by every decoder, for the first `images` of the image_set.
 
     The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
     for all sigmas. Compared with the original images by the image metrics of `suite`. `name` is the teacher's.
@@ -62,15 +60,15 @@ def robustness_curve(
     """
     suite = replace(suite, metrics=tuple(metric for metric in suite.metrics if metric in IMAGE_METRICS))
     device = next(teacher.parameters()).device
-    total = min(images, len(references))
+    total = min(images, len(image_set))
     sums: dict[str, dict[str, list[float]]] = {}
     done = 0
-    for part in _first(references.batches(batch), total):
+    for part in _first(image_set.batches(batch), total):
         image = part.images.to(device)
-        for place, moved in enumerate(noised_latents(teacher, part._replace(images=image), sigmas, rng_seed)):
+        for place, noised in enumerate(noised_latents(teacher, part._replace(images=image), sigmas, rng_seed)):
             for decoder, decode in decoders.items():
                 with reproducible():
-                    made = crop(decode(moved).float(), (image.shape[-2], image.shape[-1]))
+                    made = crop(decode(noised).float(), (image.shape[-2], image.shape[-1]))
                 for metric, values in suite.of_images(made, image).items():
                     row = sums.setdefault(metric, {}).setdefault(decoder, [0.0] * len(sigmas))
                     row[place] += float(values.double().sum())
@@ -85,7 +83,7 @@ def robustness_curve(
 
 
 def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_seed: int = 0) -> Iterator[Tensor]:
-    """For each sigma: the teacher's latents of the images plus sigma times their noise."""
+    """Yields, for each sigma, the teacher's latents of the images plus sigma times their noise."""
     with reproducible():
         latent = teacher.encode(part.images).float()
     streams = [generator(rng_seed, "correction", name) for name in part.names]
@@ -95,9 +93,9 @@ def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_see
 
 
 def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """The first `count` images."""
+    """Yields the first `count` images."""
     for part in batches:
         if count <= 0:
             return
-        yield Batch(tuple(islice(part.names, count)), part.images[:count])
+        yield Batch(part.names[:count], part.images[:count])
         count -= len(part.names)

@@ -1,7 +1,7 @@
 """How near one set of images is to another, told by their features, N D each.
 
 All of it in float64, over all images at once and without random subsets, so that neither the order of the images nor
-their batches matter. What a distance may be called (FID, FID-768) is `suite.py`'s business.
+their batches matter. `suite` says what a distance may be called (FID, FID-768).
 """
 
 from __future__ import annotations
@@ -38,6 +38,30 @@ class Gaussian(NamedTuple):
         mean = features.mean(dim=0)
         # The triangle of a QR decomposition is a root of the covariance that never squares its condition number.
         return cls(mean, torch.linalg.qr((features - mean) / (count - 1) ** 0.5, mode="r").R)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
+        """Makes the one with mean D and covariance D D, which may be singular; in float64.
+
+        Raises `RacError` for other shapes, values that are not finite, and a matrix that is no covariance: not
+        symmetric, or with negative variances beyond rounding.
+        """
+        mean, covariance = mean.detach().cpu().double(), covariance.detach().cpu().double()
+        width = len(mean) if mean.ndim == 1 else 0
+        if not width or covariance.shape != (width, width):
+            raise RacError(
+                f"moments are a mean D and a covariance D D, not {tuple(mean.shape)} and {tuple(covariance.shape)}"
+            )
+        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise RacError("the moments hold NaN or infinite values; the file they are from is damaged")
+        scale = float(covariance.abs().max())
+        if float((covariance - covariance.T).abs().max()) > 1e-5 * scale:
+            raise RacError("the covariance is not symmetric, so it is none; the file it is from is damaged")
+        variances, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
+        if float(variances[0]) < -1e-4 * scale:
+            raise RacError(f"the covariance has a negative variance, {float(variances[0]):.3g}; it is none")
+        # Of a singular covariance the smallest variances come out at plus or minus a rounding error.
+        return cls(mean, variances.clamp_min(0).sqrt()[:, None] * axes.T)
 
 
 def require_more_images(count: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Metrics by name: which networks they need, which images they can be had of, and what they must be called."""
+"""Metrics by name: the networks they need, the images they apply to, and how results are labelled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..representations.lpips import FILES, LPIPS, Backbone
 from ..representations.weight_files import find_weights
 from ..runtime import reproducible
 from .image_metrics import MS_SSIM_SIDE, SSIM_WINDOW, ms_ssim, psnr, ssim
-from .image_sets import ImageSet
+from .image_sets import FeatureMoments, ImageSet
 from .set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall, require_more_images
 
 ImageMetric = Literal["psnr", "ssim", "ms-ssim", "lpips-alex", "lpips-vgg16"]
@@ -58,7 +58,7 @@ class MetricSuite:
         device: torch.device | str = "cpu",
         weights: Mapping[str, Path] | None = None,
     ) -> MetricSuite:
-        """Only the networks that `metrics` need.
+        """Load the networks that `metrics` need, and no others.
 
         `weights` gives files by hand, under "lpips-alex", "lpips-vgg16" or the extractor's name. Raises `WeightsError`.
         """
@@ -77,34 +77,54 @@ class MetricSuite:
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
         return cls(tuple(metrics), lpips, loaded, files)
 
-    def check(self, references: ImageSet) -> None:
-        """Raise `RacError`, before anything is computed, if a metric cannot be had of these images."""
-        shortest = min(min(size) for size in references.sizes)
+    def check(self, images: ImageSet, reference: ImageSet | FeatureMoments | None = None) -> None:
+        """Raise `RacError`, before anything is computed, if a metric cannot be computed of these images.
+
+        `reference` is what sets are compared with; None: `images` themselves.
+        """
+        shortest = min(min(size) for size in images.sizes)
         for metric in self.metrics:
             if shortest < SHORTEST_SIDE.get(metric, 0):
                 raise RacError(
-                    f"{metric} needs sides of at least {SHORTEST_SIDE[metric]} pixels, {references.name} has images of "
+                    f"{metric} needs sides of at least {SHORTEST_SIDE[metric]} pixels, {images.name} has images of "
                     f"{shortest}; leave the metric out, or choose a protocol of a larger size"
                 )
         if self.extractor is None:
             return
-        if len(references.sizes) > 1:
-            one, other, *_ = sorted(references.sizes)
+        if len(images.sizes) > 1:
+            one, other, *_ = sorted(images.sizes)
             raise RacError(
-                f"{references.name} has images of {one[0]} x {one[1]} and of {other[0]} x {other[1]}; features of sets "
+                f"{images.name} has images of {one[0]} x {one[1]} and of {other[0]} x {other[1]}; features of sets "
                 "compare images of one size: choose a protocol that crops"
             )
         if "frechet" in self.metrics:
-            require_more_images(len(references), self.extractor.width)
+            require_more_images(len(images), self.extractor.width)
         if "spatial-frechet" in self.metrics:
             if self.extractor.spatial_width is None:
                 raise RacError("this extractor has no spatial features for an sFID; choose an Inception")
-            require_more_images(len(references), self.extractor.spatial_width)
+            require_more_images(len(images), self.extractor.spatial_width)
         if "score" in self.metrics and not self.extractor.has_logits:
             raise RacError(
                 f"features {self.extractor.label} name no classes, so there is no Inception Score; "
                 "choose inception-2048 or efficientnet-lite0"
             )
+
+        if reference is not None:
+            self._check_reference(images, reference, self.extractor)
+
+    def _check_reference(self, images: ImageSet, reference: ImageSet | FeatureMoments, extractor: Extractor) -> None:
+        if isinstance(reference, FeatureMoments):
+            reference.check(self.metrics, extractor)
+            return
+        if reference.sizes != images.sizes:
+            raise RacError(
+                f"{reference.name} and {images.name} have images of other sizes; read both with the protocol's "
+                "preprocessing"
+            )
+        if "frechet" in self.metrics:
+            require_more_images(len(reference), extractor.width)
+        if "spatial-frechet" in self.metrics and extractor.spatial_width is not None:
+            require_more_images(len(reference), extractor.spatial_width)
 
     def of_images(self, image: Tensor, reference: Tensor) -> dict[str, Tensor]:
         """The image metrics of B 3 H W images in [-1, 1], B values each, float32 on the CPU."""
@@ -121,35 +141,45 @@ class MetricSuite:
                 if metric in IMAGE_METRICS
             }
 
-    def of_sets(self, features: Features, reference: Features, kind: Literal["r", "g"] = "r") -> dict[str, float]:
-        """The set metrics under their honest names; `kind` tells reconstructions (rFID) from generations (gFID)."""
-        return (
-            {} if self.extractor is None else metrics_of_sets(self.metrics, self.extractor, features, reference, kind)
-        )
+    def of_sets(
+        self, features: Features, reference: Features | FeatureMoments, kind: Literal["r", "g"] = "r"
+    ) -> dict[str, float]:
+        """Returns the metrics of sets, named after their features; `kind` tells reconstructions (rFID) from
+        generations (gFID)."""
+        return {} if self.extractor is None else set_metrics_of(self.metrics, self.extractor, features, reference, kind)
 
 
-def metrics_of_sets(
+def set_metrics_of(
     metrics: Collection[str],
     extractor: Extractor,
     features: Features,
-    reference: Features,
+    reference: Features | FeatureMoments,
     kind: Literal["r", "g"] = "r",
 ) -> dict[str, float]:
-    """See `MetricSuite.of_sets`; only the score does without the reference."""
+    """Returns the metrics of a set of images beside a reference, of which the Inception Score alone needs none.
+
+    Raises `RacError` where the reference lacks what a metric needs.
+    """
     found: dict[str, float] = {}
     label = extractor.label
+    if isinstance(reference, FeatureMoments):
+        reference.check(metrics, extractor)
     if "frechet" in metrics:
-        distance = frechet(Gaussian.of(features.pooled), Gaussian.of(reference.pooled))
+        distance = frechet(Gaussian.of(features.pooled), _gaussian(reference.pooled))
         found[metric_name(f"{kind}FID", label)] = distance
     if "spatial-frechet" in metrics and features.spatial is not None and reference.spatial is not None:
-        distance = frechet(Gaussian.of(features.spatial), Gaussian.of(reference.spatial))
+        distance = frechet(Gaussian.of(features.spatial), _gaussian(reference.spatial))
         found[f"sFID-{extractor.spatial_width}"] = distance
-    if "kernel" in metrics:
+    if "kernel" in metrics and isinstance(reference.pooled, Tensor):
         found[metric_name("KID", label)] = kernel_distance(features.pooled, reference.pooled)
     if "score" in metrics and features.logits is not None:
         found[metric_name("IS", label)] = inception_score(features.logits)
-    if "precision-recall" in metrics:
+    if "precision-recall" in metrics and isinstance(reference.pooled, Tensor):
         shares = precision_recall(features.pooled, reference.pooled)
         found[metric_name("precision", label)] = shares.precision
         found[metric_name("recall", label)] = shares.recall
     return found
+
+
+def _gaussian(features: Tensor | Gaussian) -> Gaussian:
+    return Gaussian.of(features) if isinstance(features, Tensor) else features

@@ -36,12 +36,12 @@ class Strips:
     rows: list[Image.Image] = field(default_factory=list)
 
     @classmethod
-    def start(cls, references: ImageSet) -> Strips:
-        """The first few references, as they are."""
-        parts = list(islice(references.batches(1), SHOWN))
-        names, images = [part.names[0] for part in parts], [part.images for part in parts]
-        panels = [Panel(image, name) for name, image in zip(names, images, strict=True)]
-        return cls(names, images, [strip(panels, "originals")])
+    def start(cls, images: ImageSet) -> Strips:
+        """Begin with the first few images, as they are."""
+        parts = list(islice(images.batches(1), SHOWN))
+        names, shown = [part.names[0] for part in parts], [part.images for part in parts]
+        panels = [Panel(image, name) for name, image in zip(names, shown, strict=True)]
+        return cls(names, shown, [strip(panels, "originals")])
 
     def add(self, candidate: Candidate) -> None:
         """A strip of what `candidate` makes of them, below the others; the teacher's above the first one."""

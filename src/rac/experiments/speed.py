@@ -100,13 +100,14 @@ def best_convolution(setting: Setting) -> float:
 
 @torch.no_grad()
 def coding_speeds(coder: Coder, images: Tensor, setting: Setting, steps: int | None = None) -> dict[str, Speed]:
-    """ "encode" and "decode" of `coder` on images B 3 H W; `steps` are for a coder with a flow."""
+    """ "encode" and "decode" of `coder` on images B 3 H W; `steps` are for the ways that are walked."""
     runtime.place(coder, setting.device, setting.bf16)
     images = images.to(setting.device, memory_format=runtime.memory_format(setting.bf16))
-    latents = coder.encode(images, steps)
+    back, there = coder.walk("encode", steps), coder.walk("decode", steps)
+    latents = coder.encode(images, walk=back)
     jobs: dict[str, Callable[[], Tensor]] = {
-        "encode": lambda: coder.encode(images, steps),
-        "decode": lambda: coder.decode(latents, steps),
+        "encode": lambda: coder.encode(images, walk=back),
+        "decode": lambda: coder.decode(latents, walk=there),
     }
     found = {}
     for name, job in jobs.items():

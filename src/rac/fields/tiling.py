@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ def in_slices(function: Function) -> Function:
 class Pieces(nn.Module):
     """A network worked off in pieces: `way` makes of it a function that is, such as `in_slices`."""
 
-    def __init__(self, network: nn.Module, way: Callable[[Function], Function], exact: bool = True) -> None:
+    def __init__(self, network: nn.Module, way: Callable[[Any], Function], exact: bool = True) -> None:
         super().__init__()
         self.network = network
         self.way = way

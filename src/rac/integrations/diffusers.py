@@ -12,6 +12,7 @@ anywhere. That pipelines log "expected types for vae" is a remark on the class, 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import hub
 from ..coders.adapter import statistics_of
@@ -63,6 +64,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _no_split_modules = ("ConvField", "LocalField", "Projector")
 
     @register_to_config
     def __init__(
@@ -90,8 +92,9 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
             }
         )
         self.coder = RAC(config, statistics)
-        self._tiles: list[RAC] = []  # in a list, so that its weights are not counted twice
-        self._slices = False
+        self._tiling: tuple[int, int | None] | None = None
+        self._slicing = False
+        self._prepare()
 
     @classmethod
     def from_rac(cls, coder: Coder | str | Path) -> AutoencoderRAC:
@@ -131,7 +134,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         self, x: Tensor, return_dict: bool = True, num_inference_steps: int | None = None
     ) -> AutoencoderRACOutput | tuple[DiagonalGaussianDistribution]:
         """Image B 3 H W in [-1, 1] -> the teacher's raw latent, as a distribution without spread."""
-        latent = self._at_work().encode(x, self._steps(num_inference_steps))
+        latent = self._working[0].encode(x, self._steps(num_inference_steps))
         raw_latent = self.coder.statistics.denormalise(latent).to(x.dtype)
         # A log variance of -30 is diffusers' smallest; `deterministic` then makes the deviation zero.
         moments = torch.cat([raw_latent, torch.full_like(raw_latent, -30.0)], dim=1)
@@ -150,8 +153,9 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
 
         `generator` is there because pipelines hand one over; nothing is drawn.
         """
+        self.spec.check(z)
         latent = self.coder.statistics.normalise(z.float())
-        image = self._at_work().decode(latent, self._steps(num_inference_steps)).to(z.dtype)
+        image = self._working[0].decode(latent, self._steps(num_inference_steps)).to(z.dtype)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def forward(
@@ -167,33 +171,62 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
     def _steps(self, asked: int | None) -> int:
         return self.num_inference_steps if asked is None else asked
 
-    def _at_work(self) -> RAC:
-        """The coder, in tiles and slices where wished, networks in their own precision and states in float32."""
-        coder = self._tiles[0] if self._tiles else self.coder
-        if self._slices:
+    def _prepare(self) -> None:
+        """Set up the coder that works: in tiles and slices where wished, its states in float32 at any precision."""
+        coder = self.coder if self._tiling is None else tiled(self.coder, *self._tiling)
+        if self._slicing:
             coder = sliced(coder)
-        if self.dtype == torch.float32:
-            return coder
-        way = _in_precision(self.dtype)
-        return coder.with_networks(lambda network: Pieces(network.module, way), torch.float32)
+        mixed = coder.with_networks(lambda network: Pieces(network.module, _in_own_precision), torch.float32)
+        self._working = [mixed]  # in a list, so that its weights are not counted twice
+
+    def to(self, *args: Any, **options: Any) -> AutoencoderRAC:
+        """Moves and casts as every module, without diffusers' warning about a list of modules that is empty."""
+        logger = logging.getLogger("diffusers.models.modeling_utils")
+        logger.addFilter(_names_modules)
+        try:
+            return super().to(*args, **options)
+        finally:
+            logger.removeFilter(_names_modules)
 
     # ------------------------------------------------------------------------------------- memory
 
-    def enable_tiling(self, tile: int = TILE, overlap: int | None = None) -> None:
-        """Work in tiles of at most `tile` x `tile` pixels. See `rac.coders.tiling.tiled`, also for what is exact."""
-        self._tiles = [tiled(self.coder, tile, overlap)]
+    def enable_tiling(self, tile: int | bool = TILE, overlap: int | None = None, *, use_tiling: bool = True) -> None:
+        """Work in tiles of at most `tile` x `tile` pixels. See `rac.coders.tiling.tiled`, also for what is exact.
+
+        As with AutoencoderKL, whose first argument is `use_tiling`, True stands for tiles of the usual size, and False
+        for none. Raises `RacError` for a tile that is no multiple of the factor.
+        """
+        if tile is False or not use_tiling:
+            return self.disable_tiling()
+        side = TILE if tile is True else tile
+        tiled(self.coder, side, overlap)  # which refuses what does not fit
+        self._tiling = (side, overlap)
+        self._prepare()
 
     def disable_tiling(self) -> None:
         """Work on the whole image again."""
-        self._tiles = []
+        self._tiling = None
+        self._prepare()
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether it works in tiles."""
+        return self._tiling is not None
 
     def enable_slicing(self) -> None:
         """Work on one image of the batch at a time."""
-        self._slices = True
+        self._slicing = True
+        self._prepare()
 
     def disable_slicing(self) -> None:
         """Work on the whole batch again."""
-        self._slices = False
+        self._slicing = False
+        self._prepare()
+
+    @property
+    def use_slicing(self) -> bool:
+        """Whether it works on one image of the batch at a time."""
+        return self._slicing
 
     # ------------------------------------------------------------------------------------- files
 
@@ -314,12 +347,18 @@ def _as_diffusers(coder: RAC) -> dict[str, Any]:
     }
 
 
-def _in_precision(dtype: torch.dtype) -> Callable[[Function], Function]:
-    def way(network: Function) -> Function:
-        # The first argument is the state; times keep their precision, which matters for thirds and the like.
-        return lambda state, *others: network(state.to(dtype), *others).to(state.dtype)
+def _names_modules(record: logging.LogRecord) -> bool:
+    return "kept in float32: []" not in record.getMessage()
 
-    return way
+
+def _in_own_precision(network: nn.Module) -> Function:
+    """The network called in its own precision with a state of any other, which it gets back."""
+
+    def call(state: Tensor, *others: Tensor) -> Tensor:
+        # The first argument is the state; times keep their precision, which matters for thirds and the like.
+        return network(state.to(next(network.parameters()).dtype), *others).to(state.dtype)
+
+    return call
 
 
 def _upload(folder: str | os.PathLike[str], repo_id: str, options: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ..data import Batch, DataConfig, Latents, Stream, open_stream
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.image_sets import ImageSet
-from ..evaluate.reconstruction import evaluate
+from ..evaluate.reconstruction import measure
 from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
 from ..train import Fitted, TrainConfig, fit
@@ -155,7 +155,7 @@ class KLVAETask:
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
         assert isinstance(module, KLVAE)
-        judged = evaluate(module, ImageSet.of(images, "held out"), HELD_OUT, name="KL-VAE")
+        judged = measure(module, ImageSet.of(images, "held out"), HELD_OUT)
         decoded = module.reconstruct(images)
         metrics = {"psnr": judged.metrics["psnr"], **self.loss_networks.metrics(decoded, images)}
         return gallery({"original": images, "KL-VAE": decoded}), metrics

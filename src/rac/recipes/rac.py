@@ -20,7 +20,7 @@ from ..data import Batch, DataConfig, Latents, open_stream
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.image_sets import ImageSet
-from ..evaluate.reconstruction import evaluate
+from ..evaluate.reconstruction import measure
 from ..fields import FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.rac import NANO, PAPER, Coding, RACObjective, RACWeights, rac_terms
@@ -178,11 +178,11 @@ class RACTask:
         held_out, given = ImageSet.of(images, "held out"), replace(HELD_OUT, latents="teacher")
         one_step = replace(given, steps=1)
         alone = replace(HELD_OUT, metrics=("psnr", "explained-variance"))
-        own = evaluate(module, held_out, alone, name="RAC", teacher=self.teacher).metrics
+        own = measure(module, held_out, alone, teacher=self.teacher).metrics
         return picture, {
-            "psnr_teacher": evaluate(self.teacher, held_out, HELD_OUT, name="teacher").metrics["psnr"],
-            "psnr_1_step": evaluate(module, held_out, one_step, name="RAC", teacher=self.teacher).metrics["psnr"],
-            "psnr": evaluate(module, held_out, given, name="RAC", teacher=self.teacher).metrics["psnr"],
+            "psnr_teacher": measure(self.teacher, held_out, HELD_OUT).metrics["psnr"],
+            "psnr_1_step": measure(module, held_out, one_step, teacher=self.teacher).metrics["psnr"],
+            "psnr": measure(module, held_out, given, teacher=self.teacher).metrics["psnr"],
             "psnr_round_trip": own["psnr"],
             "explained_variance": own["explained variance"],
             **self.loss_networks.metrics(decoded, images),

@@ -12,6 +12,11 @@ from html import escape
 from PIL import Image
 
 
+def utf8(text: str) -> bytes:
+    """Encodes text for a file, with escapes such as \\udcff for the bytes of file names that are not Unicode."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of finished text under named columns. The first column names the row, the others are figures."""

@@ -21,11 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import RacError
+from ..evaluate.one_image import Loaded, reconstruct
+from ..evaluate.one_image import Reconstruction as Version
+from ..evaluate.one_image import decode_noised as decode_noised
 from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
 from ..runtime import pick_device
-from .figures import Loaded, Version, decode_noised, reconstruct
 from .guard import Gate, Limits, admit
 
 GREATEST_STEPS = 16

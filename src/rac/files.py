@@ -82,15 +82,6 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
         raise RacError(f"{path} cannot be found: no home folder is known here; set HOME, or write it out") from None
 
 
-def cache_folder() -> Path | None:
-    """Where what can be computed again is kept: RAC_CACHE_DIR, or rac in the user's cache; None without a home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(os.environ.get("RAC_CACHE_DIR") or Path(cache) / "rac").expanduser()
-    except RuntimeError:
-        return None
-
-
 @contextmanager
 def explained(path: Path, error: type[RacError] = RacError) -> Iterator[None]:
     """Turn the system's refusal to write `path` into one `error` with the mend in it."""

@@ -208,6 +208,13 @@ class RAC(Coder):
         return coder.eval().requires_grad_(False)
 
 
+def need_rac(coder: Coder, name: str) -> RAC:
+    """Returns `coder`, called `name` by the user. Raises `RacError` unless it is a RAC."""
+    if isinstance(coder, RAC):
+        return coder
+    raise RacError(f"{name} is a {type(coder).__name__}, whose flow cannot be followed as a RAC's; name a RAC instead")
+
+
 def read_rac_config(data: Any, source: str) -> tuple[RACConfig, Statistics | None]:
     """Reads the JSON of a `RACConfig`, of either format version; the statistics are those of the first, if it is that.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..coders.rac import need_rac
 from ..data.files import find_pictures
 from ..evaluate.comparison import short_name
 from ..evaluate.demo_report import INTRODUCTION, STEPS, sections
@@ -18,7 +19,7 @@ from ..images import check_size, read_image, write_picture
 from ..progress import watched
 from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device
-from .shared import DEFAULT_CODER, load_coder, load_teacher, need_flow, need_trained, show
+from .shared import DEFAULT_CODER, load_coder, load_teacher, need_trained, show
 
 PHOTOGRAPHS = 4
 
@@ -42,8 +43,7 @@ class Command:
     def run(self) -> int:
         """Write the report, print its table; the exit code. Raises `RacError`."""
         check_size(self.size)
-        coder = load_coder(self.model, self.device)
-        need_flow(coder, self.model, "encode", "decode")
+        coder = need_rac(load_coder(self.model, self.device), self.model)
         need_trained(coder, self.model, "encode")
         teacher = load_teacher(coder, self.device)
         photographs = self._photographs()

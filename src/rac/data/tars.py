@@ -167,9 +167,9 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 
 def _index_file(path: Path) -> Path | None:
-    folder = cache_folder()
+    folder = cache_folder("tars")
     name = f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.safetensors"
-    return None if folder is None else folder / "tars" / name
+    return None if folder is None else folder / name
 
 
 def _keep_index(kept: Path | None, found: _Index, made_of: str) -> None:

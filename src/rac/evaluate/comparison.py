@@ -113,9 +113,11 @@ def candidates(
     for name, coder in loaded.items():
         teacher = found_teachers.get(name)
         plain = Candidate(coder=coder, protocol=protocol, teacher=teacher, name=name, title=titles[name])
-        for source in dict.fromkeys(latents) if teacher is not None else ("own",):
+        sources: Iterable[LatentSource] = dict.fromkeys(latents) if teacher is not None else ("own",)
+        numbers: Iterable[int | None] = dict.fromkeys(steps) if plain.walked else (None,)
+        for source in sources:
             _warn_of_untrained(plain, source)
-            for number in dict.fromkeys(steps) if plain.walked else (None,):
+            for number in numbers:
                 setting = replace(protocol, latents=source, steps=number)
                 setting = replace(setting, metrics=_metrics(replace(plain, protocol=setting)))
                 found.append(replace(plain, protocol=setting))

@@ -117,8 +117,8 @@ def candidates(
         numbers: Iterable[int | None] = dict.fromkeys(steps) if plain.walked else (None,)
         for source in sources:
             _warn_of_untrained(plain, source)
-            for number in numbers:
-                setting = replace(protocol, latents=source, steps=number)
+            for count in numbers:
+                setting = replace(protocol, latents=source, steps=count)
                 setting = replace(setting, metrics=_metrics(replace(plain, protocol=setting)))
                 found.append(replace(plain, protocol=setting))
     return found

@@ -106,6 +106,25 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def free_on_resume(when: Callable[[Any], bool] = lambda config: True) -> dict[str, Any]:
+    """Metadata of a field that may change when a run is resumed: it moves no number, or only by rounding (a device).
+
+    `when` is asked whether that holds for a given dataclass.
+    """
+    return {"free_on_resume": when}
+
+
+def fixed(config: Any, data: Any) -> Any:
+    """The JSON `data` of a dataclass like `config`, without the fields that may change when a run is resumed."""
+    if not is_dataclass(config) or not isinstance(data, dict):
+        return data
+    known = {field.name: field.metadata.get("free_on_resume", lambda config: False) for field in fields(config)}
+    free = {name for name, is_free in known.items() if is_free(config)}
+    # What is unset counts as absent, so that a run goes on that was begun before a setting existed.
+    kept = {name: value for name, value in data.items() if name not in free and value not in ([], None)}
+    return {name: fixed(getattr(config, name, None), value) for name, value in kept.items()}
+
+
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     """Where two JSON values differ, as "training.lr 0.001, was 0.0003"; nested names are joined by dots."""
     if isinstance(ours, dict) and isinstance(theirs, dict):

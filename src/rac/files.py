@@ -12,6 +12,10 @@ from .errors import RacError
 
 MARKER = ".rac-output"
 """The file that tells a folder of results from one of pictures: a search for pictures passes such folders over."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[RacError] = RacError) -> None:
@@ -89,6 +93,29 @@ def explained(path: Path, error: type[RacError] = RacError) -> Iterator[None]:
         yield
     except OSError as refusal:
         raise error(f"cannot write {path}: {_reason(path, refusal)}") from refusal
+
+
+@contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep out of `folder` every other process that asks for it in this way, until the block or this process ends.
+
+    Nothing is written. Raises `RacError` with the text `refusal` if another process is in it. Where the system knows no
+    such lock (Windows, some network disks), the block runs without.
+    """
+    handle = None
+    try:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RacError(refusal) from None
+            except OSError:
+                pass
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _write_and_rename(path: Path, data: bytes) -> None:

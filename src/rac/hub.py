@@ -18,6 +18,9 @@ from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
 
 SHIPPED = Path(__file__).parent / "weights"
 
+PRODUCTS = ("coder",)
+"""What the folder is called, in that of a training run, that holds what was trained."""
+
 LOADERS: dict[str, Callable[[Path], Coder]] = {
     FORMAT: RAC.load,
     DROP_IN: RAC.load_drop_in,
@@ -54,11 +57,18 @@ def load(name_or_dir: str | Path) -> Coder:
         raise WeightsError(
             f"no coder {name!r}: neither a directory, nor a hub name (organisation/name), nor shipped; {hint}"
         )
-    for marker, part in (("recipe.json", "coder"), ("model_index.json", "vae")):
-        if (path / marker).is_file() and (path / part).is_dir():
-            path = path / part
+    path = product(path)
+    if (path / "model_index.json").is_file() and (path / "vae").is_dir():
+        path = path / "vae"
     with plain_defaults():
         return _loader(path)(path).eval().requires_grad_(False)
+
+
+def product(path: Path) -> Path:
+    """The folder of what was trained, if `path` is that of a training run; `path` itself otherwise."""
+    if (path / "recipe.json").is_file():
+        return next((path / name for name in PRODUCTS if (path / name).is_dir()), path)
+    return path
 
 
 def save(coder: Coder, directory: str | Path) -> None:

@@ -27,8 +27,8 @@ class ProgressFn(Protocol):
 
 @contextmanager
 def counting(what: str) -> Iterator[ProgressFn]:
-    """Give a function that reports the progress of the task called `what`."""
-    shown = time.monotonic()
+    """Give a function that reports the progress of the task called `what`, with the time that is left."""
+    began = shown = time.monotonic()
     with _bar() as bar:
         task = bar.add_task(what, total=None)
 
@@ -37,7 +37,10 @@ def counting(what: str) -> Iterator[ProgressFn]:
             bar.update(task, completed=done, total=total)
             if bar.disable and time.monotonic() - shown > SECONDS:
                 shown = time.monotonic()
-                print(f"rac: {what}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+                whole = (
+                    f" of {total:,}, {clock((shown - began) * (total - done) / done)} left" if total and done else ""
+                )
+                print(f"rac: {what}: {done:,}{whole}", file=sys.stderr, flush=True)
 
         yield progress
 
@@ -58,11 +61,27 @@ def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, 
             bar.advance(task)
 
 
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 0:02:10."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
 def _bar() -> Progress:
     # rich takes longer to import than most of what the library's users ask of it.
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)

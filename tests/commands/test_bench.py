@@ -76,8 +76,7 @@ def test_the_table_and_the_threads(run, coder_dir: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--recipe", "klvae"), "no recipe 'klvae' for a RAC"),
-        (("--recipe", "nothing"), "no recipe 'nothing' for a RAC"),
+        (("--recipe", "nothing"), "no recipe 'nothing'"),
         (("--batch", 0), "--batch 0"),
         (("--size", 18), "--size 18 must be a multiple"),
         (("--steps", 0), "steps 0"),

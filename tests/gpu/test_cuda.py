@@ -120,7 +120,7 @@ def deep() -> nn.Module:
 class Plainly(ToyTask):
     """No random numbers: each device has a generator of its own, whose numbers differ."""
 
-    def terms(self, batch, draws, iteration):
+    def losses(self, batch, draws, iteration):
         clean = self.module(batch.images)
         return {"clean": F.mse_loss(clean, batch.images), "faint": clean.square().mean(), "unused": clean.mean()}
 

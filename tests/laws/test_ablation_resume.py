@@ -24,8 +24,7 @@ from rac.errors import RacError
 from rac.experiments import ablation, ablation_report
 from rac.experiments.ablation import Ablation
 from rac.fields import TinyFieldConfig
-from rac.recipes import RECIPES, RACRecipe
-from rac.recipes.recipe import in_seconds
+from rac.recipes import RECIPES, KLVAERecipe, RACRecipe
 from rac.train import log
 
 VARY = ("spread=nearest,shuffle", "steps=1,2")
@@ -49,7 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, images) -> RACRecipe:  # ty
     rac.save(KLVAEConfig(widths=(4, 4, 4), latent_channels=4, norm_groups=4).build(), folder / "teacher")
     for number, image in enumerate(images(12, 40, 40)):
         rac.write_image(image[None], folder / f"{number}.png")
-    nano = in_seconds(RECIPES["nano"][1])
+    nano = RECIPES["nano"][1].tiny()
     return replace(
         nano,
         teacher=str(folder / "teacher"),
@@ -138,6 +137,23 @@ def test_prepared_crops_are_shared_and_two_numbers_of_steps_take_one_training(wh
         *("spread=nearest, 1 step", "spread=nearest, 2 steps"),
         *("spread=shuffle, 1 step", "spread=shuffle, 2 steps"),
     ]
+
+
+def test_variants_whose_latents_come_from_other_coders_prepare_their_own_crops(
+    tmp_path: Path, recipe: RACRecipe
+) -> None:
+    """With a frozen encoder the latents are those of `start`."""
+    network = KLVAEConfig(widths=(4, 4, 4), latent_channels=4, norm_groups=4)
+    for number, name in enumerate("ab"):
+        torch.manual_seed(number)
+        rac.save(network.build(), tmp_path / name)
+    sharp = KLVAERecipe(network=network, start="", train_encoder=False, data=recipe.data, train=recipe.train)
+    starts = f"start={tmp_path / 'a'},{tmp_path / 'b'}"
+    assert ablate("klvae-sharp", sharp, Options(tmp_path / "out", (starts,), budget="2")) == 0
+    assert len(list((tmp_path / "out" / "crops").iterdir())) == 2
+    sharp = replace(sharp, start=str(tmp_path / "a"))
+    assert ablate("klvae-sharp", sharp, Options(tmp_path / "one", ("train.lr=1e-3,1e-4",), budget="2")) == 0
+    assert len(list((tmp_path / "one" / "crops").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

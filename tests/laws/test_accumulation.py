@@ -25,8 +25,7 @@ def trained(kind: type[ToyTask], directory: Path, parts: int) -> tuple[list[Tens
     """Every weight that was trained, and what was logged."""
     task = kind(one_layer().double())
     fit(task, ToyStream(dtype=torch.float64), replace(WHOLE, accumulate=parts), directory)
-    adversary = [] if task.adversary is None else task.adversary.module.parameters()
-    weights = [*task.module.parameters(), *adversary]
+    weights = [parameter for part in task.parts.values() for parameter in part.module.parameters()]
     return weights, [record["train"] for record in read_log(directory / "log.jsonl") if "train" in record]
 
 

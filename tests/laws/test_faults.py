@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from training_toy import SLOW, AdversarialTask, PoisonedStream, ToyStream, ToyTask, contents
 
-from rac.data import Batch, DataConfig, ImageStream
+from rac.data import Batch, DataConfig, ImageStream, Stream
 from rac.draws import Draws
 from rac.errors import RacError
 from rac.train import TrainConfig, fit, log, read_log
@@ -99,8 +100,8 @@ def test_a_run_that_skips_again_and_again_stops(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path: Path) -> None:
     class Steep(ToyTask):
-        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
-            terms = super().terms(batch, draws, iteration)
+        def losses(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+            terms = super().losses(batch, draws, iteration)
             if iteration == 1:
                 terms["clean"] = (self.module.bias - self.module.bias.detach()).sum().sqrt()  # 0, slope infinite
             return terms
@@ -206,17 +207,17 @@ def test_the_time_of_galleries_and_checkpoints_is_not_the_trainings(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     class Timed(ToyTask):
-        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        def losses(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
             clock[0] += 1
-            return super().terms(batch, draws, iteration)
+            return super().losses(batch, draws, iteration)
 
-        def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+        def gallery(self, modules: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, float]]:
             clock[0] += 1000
-            return super().gallery(module, images)
+            return super().gallery(modules, images)
 
-        def save(self, module: nn.Module, directory: Path) -> None:
+        def save(self, modules: Mapping[str, nn.Module], stream: Stream, directory: Path) -> None:
             clock[0] += 1000
-            super().save(module, directory)
+            super().save(modules, stream, directory)
 
     def draw(records: object) -> bytes:
         clock[0] += 1000

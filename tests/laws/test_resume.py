@@ -43,7 +43,7 @@ def test_the_same_against_a_discriminator(tmp_path: Path, start: int) -> None:
     fit(AdversarialTask(deep(), start=start), ToyStream(), HARD, tmp_path / "broken", stop_at=2)
     fit(AdversarialTask(deep(), start=start), ToyStream(), HARD, tmp_path / "broken", resume=True)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
-    assert {"00000004/opponent.safetensors", "00000004/opponent_optimizer.safetensors"} <= contents(
+    assert {"00000004/discriminator.safetensors", "00000004/discriminator_optimizer.safetensors"} <= contents(
         tmp_path / "whole"
     ).keys()
 
@@ -88,7 +88,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("number", "ends_with"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["int", "term"]
+    ("number", "ends_with"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+    ids=["int", "term", "hup"],
 )
 def test_a_signal_finishes_the_iteration_saves_and_can_be_resumed(
     tmp_path: Path, number: int, ends_with: type[BaseException], capsys
@@ -111,7 +113,7 @@ def test_a_signal_finishes_the_iteration_saves_and_can_be_resumed(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["module", "ema", "optimizer", "opponent", "opponent_optimizer"])
+@pytest.mark.parametrize("name", ["model", "model_ema", "model_optimizer", "discriminator", "discriminator_optimizer"])
 def test_a_checkpoint_cut_in_half_gives_way_to_the_one_before(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     fit(AdversarialTask(), ToyStream(), PLAIN, run, stop_at=1)

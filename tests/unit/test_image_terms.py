@@ -23,9 +23,11 @@ from rac.recipes import KLVAERecipe, RACRecipe
 from rac.recipes.klvae import KLVAETask
 from rac.recipes.rac import RACTask
 from rac.representations.lpips import LPIPS
+from rac.runtime import generator
 from rac.train import TrainConfig, fit, log, read_log
-from rac.train.adversary import AdversarialState, LossNetworks, balanced, last_layer
+from rac.train.adversary import ImageNetworks, balanced, last_layer
 from rac.train.discriminator import DiscriminatorConfig
+from rac.train.step import TrainState, train_step
 
 SHORT = TrainConfig(iterations=4, batch=4, device="cpu", log_every=1, gallery_every=4, tensorboard=False)
 SMALL = KLVAEConfig(widths=(8, 16), latent_channels=3)
@@ -172,13 +174,13 @@ def test_discriminators_that_cannot_be(changes: dict[str, object], message: str)
 
 def test_the_last_layer_is_the_one_that_makes_the_output() -> None:
     for config in (TinyFieldConfig(widths=(8, 8), blocks=(1, 1), patch=2), LdmFieldConfig(widths=(8, 8, 8), groups=4)):
-        field = config.build(4, 4)
-        weight = last_layer(field)
+        module = nn.ModuleDict({"field": config.build(4, 4)})
+        weight = module.get_parameter(last_layer(module, "field"))
         assert not weight.any(), "the fields' last convolution starts at zero, and no other does"
     coder = small_coder()
-    assert last_layer(coder.network.decoder) is coder.network.decoder.conv_out.weight
+    assert last_layer(coder, "network.decoder") == "network.decoder.conv_out.weight"
     with pytest.raises(RacError, match="is frozen"):
-        last_layer(coder.requires_grad_(False))
+        last_layer(coder.requires_grad_(False), "network.decoder")
 
 
 def test_lpips_is_wanted_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
@@ -193,9 +195,9 @@ def test_lpips_is_wanted_before_anything_is_made(tmp_path: Path, monkeypatch) ->
 
 def test_lpips_teaches_the_decoder_and_learns_nothing(images, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    loss_networks, coder = LossNetworks(lpips=LPIPS("vgg16")), small_coder()
-    task = KLVAETask(coder, KLVAEWeights(l1=0, kl=0, perceptual=1.0), ToyStream(), 2, loss_networks)
-    before, decoder = bits(loss_networks.lpips), bits(coder.network.decoder)
+    networks, coder = ImageNetworks(lpips=LPIPS("vgg16")), small_coder()
+    task = KLVAETask(coder, KLVAEWeights(l1=0, kl=0, perceptual=1.0), 2, networks)
+    before, decoder = bits(networks.lpips), bits(coder.network.decoder)
     settings = replace(SHORT, iterations=2, batch=2, bf16=True, channels_last=True)
 
     class Larger(ToyStream):
@@ -206,40 +208,49 @@ def test_lpips_teaches_the_decoder_and_learns_nothing(images, tmp_path: Path) ->
             return images(2, 16, 16)
 
     fitted = fit(task, Larger(), settings, tmp_path / "run")
-    assert equal(bits(loss_networks.lpips), before)
-    assert all(parameter.grad is None for parameter in loss_networks.lpips.parameters())
+    assert equal(bits(networks.lpips), before)
+    assert all(parameter.grad is None for parameter in networks.lpips.parameters())
     assert not equal(bits(coder.network.decoder), decoder)
-    expected = float(loss_networks.lpips(fitted.module.reconstruct(images(2, 16, 16)), images(2, 16, 16)).mean())
+    expected = float(networks.lpips(fitted.module.reconstruct(images(2, 16, 16)), images(2, 16, 16)).mean())
     assert fitted.metrics["lpips_vgg16"] == pytest.approx(expected, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the two sides
 
 
-def in_training(task: AdversarialTask) -> AdversarialState:
-    return AdversarialState.start(task.adversary, list(task.module.parameters()), SHORT)
+def one_step(task: AdversarialTask, images: Batch, **settings: float) -> tuple[TrainState, dict[str, float]]:
+    """One iteration on all of `images`."""
+    config = replace(SHORT, batch=len(images.images), **settings)
+    state = TrainState.start(task, config, torch.device("cpu"))
+    return state, train_step(task, state, images, config)
+
+
+def drawn(images: Batch) -> Draws:
+    """The draws of that iteration."""
+    shared, own = (generator(SHORT.rng_seed, name, 0) for name in ("shared", "own"))
+    return Draws(shared, own, len(images.images), 0, len(images.images))
 
 
 def test_the_balance_against_autograd_by_hand() -> None:
     torch.manual_seed(0)
     task = AdversarialTask(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1)).double())
-    match, parameters = in_training(task), list(task.module.parameters())
-    image = ToyStream(dtype=torch.float64).batch(0, 3)
-    terms = task.terms(image, draws(3), 0)
-    terms["clean"].backward(retain_graph=True)
-    match.add_part(terms, 1.0)
-    balanced_by = match.add_balanced(clip=0.0)
-
-    made = task.module(image.images + 0.3 * draws(3).normal(image.images))
-    others = torch.autograd.grad((made - image.images).square().mean(), parameters, retain_graph=True)
+    task.weights = {"clean": 1.0}
+    parameters = list(task.module.parameters())
+    batch = ToyStream(dtype=torch.float64).batch(0, 3)
+    made = task.module(batch.images + 0.3 * drawn(batch).normal(batch.images))
+    others = torch.autograd.grad((made - batch.images).square().mean(), parameters, retain_graph=True)
     adversarial = torch.autograd.grad(-task.judge(made).mean(), parameters)
     last = next(place for place, one in enumerate(parameters) if one is task.module[2].weight)
     balance = float(others[last].square().sum().sqrt() / (adversarial[last].square().sum().sqrt() + 1e-4))
-    assert float(balanced_by["balance"]) == pytest.approx(balance, rel=1e-6)
     assert 0.01 < balance < 1e4
+
+    state, values = one_step(task, batch, clip=0.0, lr=0.0)
+    assert values["balance"] == pytest.approx(balance, rel=1e-6)
     for parameter, one, other in zip(parameters, others, adversarial, strict=True):
         torch.testing.assert_close(parameter.grad, one + 0.7 * balance * other, rtol=1e-5, atol=1e-12)
-    assert not match.adversarial
+    adaptive = state.parts["model"].adaptive
+    assert adaptive is not None
+    assert not adaptive.sums
 
 
 def test_the_balance_is_bounded() -> None:
@@ -250,27 +261,19 @@ def test_the_balance_is_bounded() -> None:
 
 
 def test_neither_side_gets_the_others_gradient() -> None:
-    task = AdversarialTask()
-    match = in_training(task)
-    image = ToyStream().batch(0, 3)
-    match.add_part(task.terms(image, draws(3), 0), 1.0)
-    assert all(parameter.grad is None for parameter in task.module.parameters())
-    alone = torch.autograd.grad(task.terms(image, draws(3), 0)["discriminator"], list(task.judge.parameters()))
+    task, batch = AdversarialTask(), ToyStream().batch(0, 3)
+    terms = task.losses(batch, drawn(batch), 0)
+    alone = torch.autograd.grad(terms["discriminator"], list(task.judge.parameters()))
+    state, values = one_step(task, batch, clip=0.0)
     for parameter, gradient in zip(task.judge.parameters(), alone, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-
-    module, judge = bits(task.module), bits(task.judge)
-    match.step(SHORT, 0)
-    assert equal(bits(task.module), module)
-    assert not equal(bits(task.judge), judge)
-    assert match.optimizer.param_groups[0]["lr"] == pytest.approx(2 * SHORT.lr)
+    assert values["gradient_discriminator"] == pytest.approx(float(nn.utils.get_total_norm(alone)))
+    assert state.parts["discriminator"].optimizer.param_groups[0]["lr"] == pytest.approx(2 * SHORT.lr)
 
 
 def test_each_side_learns_without_the_other(tmp_path: Path) -> None:
     """At rate 0 the discriminator stays and the module feels it; at weight 0 it is the other way round."""
-    fixed, unheard, never = AdversarialTask(), AdversarialTask(), AdversarialTask(start=99)
-    fixed.adversary = replace(fixed.adversary, rate=0.0)
-    unheard.adversary = replace(unheard.adversary, weight=0.0)
+    fixed, unheard, never = AdversarialTask(rate=0.0), AdversarialTask(adversarial=0.0), AdversarialTask(start=99)
     judge = bits(fixed.judge)
     for name, task in {"fixed": fixed, "unheard": unheard, "never": never}.items():
         fit(task, ToyStream(), SHORT, tmp_path / name)
@@ -293,7 +296,7 @@ def test_nothing_of_it_happens_before_its_start(tmp_path: Path) -> None:
     assert not equal(bits(late.module), bits(never.module))
     train = [record["train"] for record in read_log(tmp_path / "late" / "log.jsonl") if "train" in record]
     assert ["balance" in values and "discriminator" in values for values in train] == [False, False, True, True]
-    assert not list((tmp_path / "late" / "coder").glob("*opponent*"))
+    assert not list((tmp_path / "late" / "coder").glob("*discriminator*"))
 
 
 def test_a_value_of_some_iterations_is_logged_as_their_mean(tmp_path: Path) -> None:
@@ -306,13 +309,11 @@ def test_a_value_of_some_iterations_is_logged_as_their_mean(tmp_path: Path) -> N
     assert once["discriminator"] == each["discriminator"]
 
 
-def test_its_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
+def test_its_gradient_is_clipped_by_itself() -> None:
     task = AdversarialTask()
-    match = in_training(task)
-    match.add_part(task.terms(ToyStream().batch(0, 3), draws(3), 0), 1.0)
-    norm = match.add_balanced(clip=1e-3)["gradient_discriminator"]
+    _, values = one_step(task, ToyStream().batch(0, 3), clip=1e-3)
     found = torch.stack([parameter.grad.norm() for parameter in task.judge.parameters()]).norm()
-    assert float(norm) > 2e-3
+    assert values["gradient_discriminator"] > 2e-3
     assert float(found) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -327,28 +328,31 @@ def test_against_a_discriminator_the_toy_ends_elsewhere_but_still_learns(tmp_pat
 
 @pytest.mark.parametrize("kind", ["KL-VAE", "RAC"])
 def test_the_tasks_bring_their_discriminator(kind: str, make_rac, images, tmp_path: Path) -> None:
-    loss_networks = LossNetworks.build(0.0, 0.3, JUDGE, rng_seed=0)
+    networks = ImageNetworks.build({"perceptual": 0.0, "adversarial": 0.3}, JUDGE, 0, "weights")
     if kind == "KL-VAE":
-        task = KLVAETask(small_coder(), KLVAEWeights(adversarial=0.3), ToyStream(), 2, loss_networks)
+        task = KLVAETask(small_coder(), KLVAEWeights(adversarial=0.3), 2, networks)
         last = task.module.network.decoder.conv_out.weight
     else:
         teacher = KLVAEConfig(widths=(8, 8, 8), latent_channels=4).build()
         weights = RACWeights(reconstruction=1.0, adversarial=0.3)
-        task = RACTask(make_rac(lively=0.05), teacher, RACObjective(weights, steps=(2, 2)), loss_networks)
+        task = RACTask(make_rac(lively=0.05), teacher, RACObjective(weights, steps=(2, 2)), networks)
         last = task.module.field.network.layers[-2].weight
-    assert task.adversary.last_layer is last
-    assert task.adversary.weight == 0.3
-    assert "adversarial" not in task.weights
-    judge = bits(loss_networks.discriminator)
+    assert list(task.parts) == ["coder", "discriminator"]
+    coder = task.parts["coder"]
+    assert coder.adaptive is not None
+    assert coder.module.get_parameter(coder.adaptive.layer) is last
+    assert (coder.adaptive.term, coder.adaptive.weight) == ("adversarial", 0.3)
+    assert "adversarial" not in coder.weights
+    judge = bits(networks.discriminator)
     fit(task, ToyStream(), replace(SHORT, iterations=2), tmp_path / "run")
     values = [record["train"] for record in read_log(tmp_path / "run" / "log.jsonl") if "train" in record][-1]
     assert {"adversarial", "discriminator", "balance"} <= values.keys()
-    assert not equal(bits(loss_networks.discriminator), judge)
+    assert not equal(bits(networks.discriminator), judge)
 
 
 def test_the_adversarial_term_needs_another(make_rac) -> None:
     with pytest.raises(RacError, match="nothing to balance it against"):
-        KLVAETask(small_coder(), KLVAEWeights(l1=0, adversarial=1.0), ToyStream(), 2, train_encoder=False)
+        KLVAETask(small_coder(), KLVAEWeights(l1=0, adversarial=1.0), 2, train_encoder=False)
     with pytest.raises(RacError, match="nothing to balance it against"):
         RACTask(make_rac(), small_coder(), RACObjective(RACWeights(adversarial=1.0)))
 
@@ -391,12 +395,16 @@ def test_a_frozen_encoder_keeps_its_latents_bit_for_bit(images, tmp_path: Path, 
 
 
 def test_a_frozen_encoder_is_not_asked_where_latents_are_prepared(images, monkeypatch) -> None:
-    task = KLVAETask(small_coder(), KLVAEWeights(), ToyStream(), 2, train_encoder=False)
+    task = KLVAETask(small_coder(), KLVAEWeights(), 2, train_encoder=False)
     image = images(2, 16, 16)
     prepared = Batch(image, task.module.encode(image))
-    fresh = task.terms(Batch(image), draws(2), 0)
+
+    def terms(batch: Batch) -> dict[str, Tensor]:
+        return dict(next(task.terms(task.prepare(batch), draws(2), 0)).terms)
+
+    fresh = terms(Batch(image))
     monkeypatch.setattr(task.module, "encode", None)
-    cached = task.terms(prepared, draws(2), 0)
+    cached = terms(prepared)
     assert torch.equal(cached["l1"], fresh["l1"])
     fresh["l1"].backward()
     network = task.module.network

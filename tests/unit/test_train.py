@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from training_toy import ToyStream, ToyTask, contents, one_layer
 
-from rac.data import Batch
+from rac.data import Batch, Stream
 from rac.draws import Draws
 from rac.errors import RacError
 from rac.files import MARKER
@@ -61,8 +62,8 @@ def test_terms_without_weight_are_logged_and_train_nothing(tmp_path: Path) -> No
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(tmp_path: Path) -> None:
     class Diverging(ToyTask):
-        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
-            terms = super().terms(batch, draws, iteration)
+        def losses(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+            terms = super().losses(batch, draws, iteration)
             return terms if iteration < 2 else {**terms, "clean": terms["clean"] * math.nan}
 
     task = Diverging()
@@ -74,7 +75,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(tmp_path
 
 def test_frozen_parts_get_no_gradient_though_it_flows_through_them(tmp_path: Path) -> None:
     class Through(ToyTask):
-        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        def losses(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
             return {"clean": (self.frozen[0](self.module(batch.images)) - batch.images).square().mean()}
 
     teacher = one_layer()
@@ -90,7 +91,7 @@ def test_frozen_parts_get_no_gradient_though_it_flows_through_them(tmp_path: Pat
 
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     class Full(ToyTask):
-        def save(self, module: nn.Module, directory: Path) -> None:
+        def save(self, modules: Mapping[str, nn.Module], stream: Stream, directory: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     run = tmp_path / "run"
@@ -124,7 +125,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 
 
 def test_the_average_is_quick_at_first_and_slow_in_the_end() -> None:
-    decays = [ema_decay(TrainConfig(ema=0.99), k) for k in (0, 90, 10_000)]
+    decays = [ema_decay(0.99, k) for k in (0, 90, 10_000)]
     assert decays == [0.1, pytest.approx(0.91), 0.99]
 
 
@@ -132,16 +133,16 @@ def test_the_average_follows_the_definition(tmp_path: Path) -> None:
     seen: list[np.ndarray] = []
 
     class Watched(ToyTask):
-        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        def losses(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
             seen.append(self.module.weight.detach().double().numpy().copy())
-            return super().terms(batch, draws, iteration)
+            return super().losses(batch, draws, iteration)
 
     task = Watched()
     fitted = fit(task, ToyStream(), SHORT, tmp_path / "run")
     seen.append(task.module.weight.detach().double().numpy())
     average = seen[0]
     for k, weight in enumerate(seen[1:]):
-        decay = ema_decay(SHORT, k)
+        decay = ema_decay(SHORT.ema, k)
         average = decay * average + (1 - decay) * weight
     np.testing.assert_allclose(fitted.module.weight.numpy(), average, rtol=1e-5, atol=1e-7)
 
@@ -150,11 +151,11 @@ def test_every_iteration_has_draws_of_its_own(tmp_path: Path) -> None:
     seen: list[tuple[float, ...]] = []
 
     class Watched(ToyTask):
-        def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
+        def losses(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
             assert iteration == len(seen)
             shared = torch.rand((), generator=draws.shared)
             seen.append((*draws.normal(batch.images).flatten()[:2].tolist(), float(shared)))
-            return super().terms(batch, draws, iteration)
+            return super().losses(batch, draws, iteration)
 
     fit(Watched(), ToyStream(), SHORT, tmp_path / "run")
     assert all(len(set(numbers)) == SHORT.iterations for numbers in zip(*seen, strict=True))

@@ -167,12 +167,11 @@ def chosen(options: argparse.Namespace) -> Any:
     from rac.errors import RacError
     from rac.experiments.sweep import changed, read_setting
     from rac.recipes import RECIPES
-    from rac.recipes.recipe import in_seconds
 
     stage = STAGES[options.stage]
     recipe = RECIPES[stage.recipe][1]
     if options.tiny:
-        recipe = in_seconds(recipe)
+        recipe = recipe.tiny()
     recipe = changed(recipe, dict(read_setting(choice, recipe) for choice in options.set))
     found: dict[str, str] = {}
     for what, earlier, given in (("teacher", stage.teacher, options.teacher), ("start", stage.start, options.start)):

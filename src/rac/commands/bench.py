@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,22 +14,18 @@ import torch
 import tyro
 
 from .. import hub, runtime
-from ..coders.klvae import KLVAE
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..data import DataConfig, open_stream
 from ..errors import RacError
 from ..experiments.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
 from ..flow.grid import check_steps
 from ..images import check_size
-from ..objectives.klvae import KLVAEWeights
 from ..progress import watched
-from ..recipes import RECIPES, RACRecipe
-from ..recipes.klvae import KLVAETask
-from ..recipes.rac import RACTask
+from ..recipes import RECIPES, Recipe
 from ..report.document import Table
 from ..train import TrainConfig
-from .shared import load_teacher, note, show
+from .shared import note, show
+from .train import find_recipe
 
 Precision = Literal["fp32", "bf16"]
 Job = Literal["encode", "decode", "train"]
@@ -69,7 +65,7 @@ class Command:
     steps: int | None = None
     """Steps to encode and decode. None: the coder's own number."""
     recipe: str = "rac"
-    """The recipe whose objective a RAC is trained by."""
+    """The recipe by whose objective coders are trained; those it does not fit, by the first one that does."""
     data: tuple[Path, ...] = ()
     """Training images: folders, tar files, single images. None: scikit-image's photographs."""
     precision: tuple[Precision, ...] = ("fp32", "bf16")
@@ -106,14 +102,15 @@ class Command:
             raise RacError("--seconds must not be negative, and --jobs and --precision need at least one name each")
         if self.steps is not None:
             check_steps(self.steps)
-        self._objective()
+        find_recipe(self.recipe)
 
-    def _objective(self) -> RACRecipe:
-        recipe = RECIPES.get(self.recipe, ("", None))[1]
-        if not isinstance(recipe, RACRecipe):
-            fit = ", ".join(name for name, (_, one) in RECIPES.items() if isinstance(one, RACRecipe))
-            raise RacError(f"no recipe {self.recipe!r} for a RAC; try {fit}")
-        return recipe
+    def _recipe(self, coder: Coder, device: torch.device) -> Recipe | None:
+        """The recipe that trains `coder`, on the images asked for; None if none does."""
+        all_recipes = (recipe for _, recipe in (find_recipe(self.recipe), *RECIPES.values()))
+        recipe = next((recipe for recipe in all_recipes if recipe.trains(coder)), None)
+        data = DataConfig(paths=self.data, size=self.size)
+        train = TrainConfig(batch=self.batch, device=str(device))
+        return None if recipe is None else replace(recipe, data=data, train=train)
 
     def _threads(self, coder: Coder, device: torch.device) -> dict[int, float]:
         if self.threads or device.type != "cpu":
@@ -148,20 +145,16 @@ class Command:
             yield "train", speed
 
     def _training(self, name: str, coder: Coder, setting: Setting) -> Speed | None:
-        stream = open_stream(DataConfig(paths=self.data, size=self.size))
-        settings = TrainConfig(batch=self.batch, device=str(setting.device))
-        coder.requires_grad_(True)
-        if isinstance(coder, KLVAE):
-            task = KLVAETask(coder, KLVAEWeights(), stream, self.batch)
-            return training_speed(task, stream, settings, setting, None)
-        if not isinstance(coder, RAC):
+        recipe = self._recipe(coder, setting.device)
+        if recipe is None:
             note(f"{name} is a {type(coder).__name__}, which is not trained here")
             return None
-        teacher = load_teacher(coder, str(setting.device))
-        if teacher is None:
-            note(f"{name} names no teacher that can be loaded, so its training is not measured")
+        try:
+            task = recipe.task(coder)
+        except RacError as error:
+            note(f"the training of {name} is not measured: {error}")
             return None
-        return training_speed(RACTask(coder, teacher, self._objective().objective), stream, settings, setting, teacher)
+        return training_speed(task, open_stream(recipe.data), recipe.train, setting)
 
     def _images(self, coder: Coder) -> torch.Tensor:
         factor = coder.spec.factor

@@ -13,10 +13,10 @@ import tyro
 
 from .. import hub
 from ..errors import RacError
-from ..evaluate.cost import CostRow, coder_rows, field_row, halves, reference_rows
+from ..evaluate.cost import CostRow, coder_rows, field_row, reference_rows
 from ..fields import LdmFieldConfig
 from ..progress import watched
-from ..recipes import RECIPES, KLVAERecipe, RACRecipe
+from ..recipes import RECIPES
 from ..report.document import Table
 from .shared import show
 
@@ -80,16 +80,7 @@ class Command:
 
 def recipe_rows(side: int = 256) -> list[CostRow]:
     """The networks of every recipe, before training."""
-    rows: list[CostRow] = []
-    for name, (_, recipe) in RECIPES.items():
-        if isinstance(recipe, RACRecipe):
-            field = recipe.field.build(recipe.state_channels, recipe.field.factor)
-            row = field_row(f"{name} field", field, recipe.state_channels, side)
-            rows.append(_with_steps(row, recipe.steps, recipe.state_channels))
-        elif isinstance(recipe, KLVAERecipe):
-            coder = recipe.network.build()
-            rows += halves(name, coder.network, coder.spec, side)
-    return rows
+    return [row for name, (_, recipe) in RECIPES.items() for row in recipe.costs(name, side)]
 
 
 def scaled_rows(side: int = 256) -> list[CostRow]:
@@ -119,16 +110,6 @@ def cost_table(rows: list[CostRow]) -> Table:
             for row in rows
         ),
     )
-
-
-def _with_steps(row: CostRow, steps: int, state_channels: int) -> CostRow:
-    assert row.cost is not None
-    note = f"{state_channels} state channels; {row.cost.gmacs * steps:.2f} GMACs at {_steps(steps)}"
-    return CostRow(row.name, row.parameters, row.cost, note)
-
-
-def _steps(steps: int) -> str:
-    return "1 step" if steps == 1 else f"{steps} steps"
 
 
 def _as_dict(row: CostRow) -> dict[str, object]:

@@ -35,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     chosen.recipe.run(chosen.out, resume=chosen.resume)
     leave()
     if runtime.is_first_process():
-        print(f"The coder is in {chosen.out / 'coder'}; try: rac reconstruct PICTURE --model {chosen.out / 'coder'}")
+        product = chosen.out / recipe.product
+        print(f"The {recipe.product} is in {product}; try: rac reconstruct PICTURE --model {product}")
     return 0
 
 

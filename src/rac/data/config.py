@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..config import free_on_resume
 from ..errors import RacError
 from ..images import check_size
 
@@ -40,7 +41,7 @@ class DataConfig:
     draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size where a crop is scaled down at least twice as
     far as that: two to four times as fast for large regions of a camera's photographs; pixels differ a little."""
-    keep_mb: int = 256
+    keep_mb: int = field(default=256, metadata=free_on_resume())
     """Memory for decoded pictures, in megabytes: spares decoding small collections again and again."""
 
     def __post_init__(self) -> None:

@@ -409,7 +409,7 @@ def steps_in_words(steps: int) -> str:
 def short_name(name: str) -> str:
     """What tables call a coder: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder, as a training run has it."""
     path = Path(name).absolute()
-    if path.name == "coder" and path.parent.name:
+    if path.name in hub.PRODUCTS and path.parent.name:
         return path.parent.name
     return re.sub(r"_(?:en|de)coder\.pth$", "", path.name)
 

@@ -183,6 +183,15 @@ def field_row(name: str, field: nn.Module, state_channels: int, side: int = 256,
     return CostRow(name, cost.parameters, cost, note)
 
 
+def flow_row(name: str, field: nn.Module, state_channels: int, steps: int, side: int = 256) -> CostRow:
+    """A field on states of `side` x `side`, with what a walk of `steps` costs in its note."""
+    row = field_row(name, field, state_channels, side)
+    assert row.cost is not None
+    walk = "1 step" if steps == 1 else f"{steps} steps"
+    note = f"{state_channels} state channels; {row.cost.gmacs * steps:.2f} GMACs at {walk}"
+    return CostRow(name, row.parameters, row.cost, note)
+
+
 def _scaled(fraction: float, widths: tuple[int, ...], side: int) -> CostRow:
     from diffusers.models.autoencoders.vae import Decoder
 

@@ -16,13 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import differences, read_json, to_json
+from ..config import differences, fixed, read_json, to_json
 from ..errors import RacError
 from ..files import make_output, write_bytes
 from ..recipes import Recipe
-from ..recipes.rac import RACRecipe
 from ..train import read_log
-from ..train.config import FREE_ON_RESUME
 from .sweep import Axis, read_axis, variants
 
 TRIAL = 8
@@ -68,7 +66,7 @@ class Training:
     @property
     def coder(self) -> Path:
         """Where its coder is."""
-        return self.folder / "coder"
+        return self.folder / self.recipe.product
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -120,17 +118,19 @@ class Ablation:
     def trained(self) -> dict[str, Recipe]:
         """The recipes of the trainings, their length still to be set, by label.
 
-        The number of steps that a finished RAC takes shapes no weight, so varying it asks for no further training.
+        The number of steps that a finished coder takes shapes no weight, so varying it asks for no further training.
         """
-        found = variants(self.recipe, [axis for axis in self._axes if axis.name != "steps"])
+        found = variants(self.recipe, [axis for axis in self._axes if axis.name != self.recipe.steps_field])
         return {variant.label or "as the recipe": variant.recipe for variant in found}
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Numbers of steps at which each trained RAC is judged; none for other coders."""
-        varied = [tuple(axis.values.values()) for axis in self._axes if axis.name == "steps"]
-        own = (self.recipe.steps,) if isinstance(self.recipe, RACRecipe) else ()
-        return varied[0] if varied else own
+        """Numbers of steps at which each trained coder is judged; none for coders without a flow."""
+        name = self.recipe.steps_field
+        if name is None:
+            return ()
+        varied = [tuple(axis.values.values()) for axis in self._axes if axis.name == name]
+        return varied[0] if varied else (getattr(self.recipe, name),)
 
     def varies(self, *names: str) -> bool:
         """Whether any of these fields takes several values."""
@@ -147,7 +147,7 @@ class Ablation:
         if resume and not path.exists():
             raise RacError(f"{self.directory} holds no ablation to resume (no {PLAN}); leave out --resume to start one")
         if resume:
-            if other := differences(self._asked(), read_json(path)["asked"]):
+            if other := differences(self._compared(self._asked()), self._compared(read_json(path)["asked"])):
                 raise RacError(f"{self.directory} was begun otherwise: {'; '.join(other)}; resume it as it was begun")
             return
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
@@ -229,15 +229,18 @@ class Ablation:
         return 1 / speeds[-1]
 
     def _crops(self, recipe: Recipe) -> Path:
-        """Where prepared crops are kept: in one folder for all variants of equal data and teacher."""
-        teacher = recipe.teacher if isinstance(recipe, RACRecipe) else None
-        made_from = json.dumps([to_json(recipe.data), recipe.train.rng_seed, teacher], sort_keys=True)
+        """Where prepared crops are kept: in one folder for all variants that prepare the same."""
+        made_from = json.dumps(list(recipe.prepares().values()), sort_keys=True)
         return self.directory / "crops" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
     def _asked(self) -> dict[str, Any]:
         """All that shapes the result, as JSON."""
-        recipe = {name: _fixed(value) for name, value in to_json(self.recipe).items()}
+        recipe = fixed(self.recipe, to_json(self.recipe))
         return {"recipe": recipe, "vary": list(self.choices), "budget": self.budget, "equal": self.equal}
+
+    def _compared(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What was asked for, without what may change on resume."""
+        return {**asked, "recipe": fixed(self.recipe, asked["recipe"])}
 
     def _keep(self, seconds_per_image: Mapping[str, float]) -> None:
         plan = {"asked": self._asked(), "seconds_per_image": dict(seconds_per_image)}
@@ -258,10 +261,3 @@ def _lasting(recipe: Recipe, iterations: int) -> Recipe:
         log_every=min(recipe.train.log_every, -(-iterations // LOG_LINES)),
     )
     return replace(recipe, train=train)
-
-
-def _fixed(value: Any) -> Any:
-    """A part of a recipe's JSON without what may change on resume."""
-    if not isinstance(value, dict):
-        return value
-    return {name: inner for name, inner in value.items() if name not in FREE_ON_RESUME}

@@ -20,13 +20,12 @@ from torch.nn import functional as F
 
 from .. import runtime
 from ..coders.protocol import Coder
-from ..coders.rac import RAC
 from ..data import Batch, Stream
 from ..draws import Draws
 from ..evaluate.cost import MacCounter
 from ..train.config import TrainConfig
 from ..train.step import TrainState, train_step
-from ..train.task import Task
+from ..train.task import PartTerms, Task
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,12 @@ def coding_speeds(coder: Coder, images: Tensor, setting: Setting, steps: int | N
     return found
 
 
-def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: Setting, teacher: Coder | None) -> Speed:
+def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: Setting) -> Speed:
     """One iteration of `task` at a time, on batches of `stream`, and what its time goes into.
 
-    The parts are "data"; "teacher", its encoding of each batch; "field", forward (for other coders "forward" alone);
-    "terms", the rest of the loss; "backward", with recomputation and clipping; "optimiser", with the average.
+    The parts are "data"; "teacher", what frozen networks make of each batch beforehand; "field", forward (for coders
+    without one "forward" alone); "terms", the rest of the loss; "backward", with recomputation and clipping;
+    "optimiser", with the averages.
     """
     settings = replace(settings, bf16=setting.bf16, channels_last=setting.bf16)
     state = TrainState.start(task, settings, setting.device)
@@ -133,9 +133,6 @@ def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: S
         with clock.part("data"):
             batch = stream.batch(state.iteration * settings.batch, settings.batch)
             batch = batch.to(setting.device, runtime.memory_format(setting.bf16))
-        if teacher is not None:
-            with clock.part("teacher"), torch.no_grad(), runtime.autocast(setting.device, setting.bf16):
-                batch = batch._replace(latents=teacher.encode(batch.need("images")).float())
         train_step(clock, state, batch, settings)
         rounds.append(clock.taken())
 
@@ -152,15 +149,16 @@ class _Clock:
 
     def __init__(self, task: Task, state: TrainState, setting: Setting) -> None:
         self._task, self._now = task, setting.now
-        self.module, self.frozen, self.weights, self.adversary = task.module, task.frozen, task.weights, task.adversary
+        self.parts, self.frozen, self.encoder = task.parts, task.frozen, task.encoder
         self.gallery, self.save = task.gallery, task.save
         self._seconds: dict[str, float] = {}
         self._inside = False
         self._begun = self._stepping = self._asked = 0.0
-        if isinstance(task.module, RAC):
-            task.module.field.register_forward_pre_hook(self._before)
-            task.module.field.register_forward_hook(self._after)
-        state.optimizer.register_step_pre_hook(self._before_step)
+        first = next(iter(state.parts.values()))
+        if (field := dict(first.module.named_children()).get("field")) is not None:
+            field.register_forward_pre_hook(self._before)
+            field.register_forward_hook(self._after)
+        first.optimizer.register_step_pre_hook(self._before_step)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -168,13 +166,27 @@ class _Clock:
         yield
         self._add(name, self._now() - start)
 
-    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
-        """See `Task`."""
-        self._inside, start = True, self._now()
-        terms = self._task.terms(batch, draws, iteration)
-        self._inside, self._begun = False, self._now()
-        self._add("terms", self._begun - start)
-        return terms
+    def prepare(self, batch: Batch) -> Batch:
+        """Let the task complete the batch."""
+        if batch.latents is not None or self.encoder is None:
+            return self._task.prepare(batch)
+        with self.part("teacher"):
+            return self._task.prepare(batch)
+
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
+        """Yield the terms of the task; what passes between them is the backward pass."""
+        supply = self._task.terms(batch, draws, iteration)
+        self._begun = self._now()
+        while True:
+            start = self._now()
+            self._add("backward", start - self._begun)
+            self._inside = True
+            terms = next(supply, None)
+            self._inside, self._begun = False, self._now()
+            self._add("terms", self._begun - start)
+            if terms is None:
+                return
+            yield terms
 
     def taken(self) -> dict[str, float]:
         """The parts of the step that just ended, in their order."""

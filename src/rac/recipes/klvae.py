@@ -5,32 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import hub, runtime
 from ..coders.klvae import KLVAE, KLVAEConfig
+from ..coders.protocol import Coder
 from ..config import differences
-from ..data import Batch, DataConfig, Latents, Stream, open_stream
+from ..data import Batch, DataConfig, Stream
 from ..draws import Draws
 from ..errors import RacError
-from ..evaluate.image_sets import ImageSet
-from ..evaluate.reconstruction import measure
-from ..objectives.image_terms import ADVERSARIAL
+from ..evaluate.cost import CostRow, halves
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
-from ..train import Fitted, TrainConfig, fit
-from ..train.adversary import LossNetworks, last_layer
+from ..train import Fitted, PartTerms, TrainConfig
+from ..train.adversary import ImageNetworks
 from ..train.discriminator import DiscriminatorConfig
-from ..train.processes import Processes
-from ..train.task import Adversary
-from .recipe import HELD_OUT, ONE_CORE, ONE_GPU, check_weights, gallery
+from .recipe import (
+    ONE_CORE,
+    ONE_GPU,
+    coder_parts,
+    coder_terms,
+    gallery,
+    mean_psnr,
+    prepared_from,
+    run_recipe,
+    tiny_data,
+    tiny_discriminator,
+    tiny_train,
+    with_latents,
+)
 
 
 @dataclass(frozen=True)
 class KLVAERecipe:
     """A KL-VAE on images."""
+
+    product: ClassVar[str] = "coder"
+    steps_field: ClassVar[str | None] = None
 
     network: KLVAEConfig = field(default_factory=KLVAEConfig)
     start: str | None = None
@@ -44,35 +57,55 @@ class KLVAERecipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @property
+    def latents_of(self) -> str | None:
+        """Name of the coder whose latents are trained on: with a frozen encoder, that of `start`."""
+        return None if self.train_encoder else self.start
+
+    def prepares(self) -> dict[str, Any]:
+        """All that prepared crops depend on, as JSON."""
+        return prepared_from(self)
+
+    def task(self, coder: Coder | None = None) -> KLVAETask:
+        """Build the networks, and what trains them; `coder` is trained in place of the recipe's own network.
+
+        Raises `RacError` for a start of another shape, for a frozen encoder without a start, and for crops too small
+        for the discriminator; `WeightsError` where LPIPS is wanted and its weights are not found.
+        """
+        networks = ImageNetworks.build(
+            asdict(self.weights), self.discriminator, self.train.rng_seed, "weights", self.data.sizes
+        )
+        torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
+        module = self._coder() if coder is None else coder.requires_grad_(True)
+        if not isinstance(module, KLVAE):
+            raise RacError(f"this recipe trains a KL-VAE, not a {type(module).__name__}")
+        return KLVAETask(module, self.weights, self.train.batch, networks, self.train_encoder)
+
+    def trains(self, coder: Coder) -> bool:
+        """Whether `task` takes this coder."""
+        return isinstance(coder, KLVAE)
+
+    def costs(self, name: str, side: int) -> list[CostRow]:
+        """Count parameters and MACs of encoder, decoder and both."""
+        coder = self.network.build()
+        return halves(name, coder.network, coder.spec, side)
+
+    def tiny(self) -> KLVAERecipe:
+        """The same recipe at a size that runs in seconds on a CPU."""
+        return replace(
+            self,
+            discriminator=tiny_discriminator(self.discriminator),
+            data=tiny_data(self.data),
+            train=tiny_train(self.train),
+        )
+
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
         """Train in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL. See `rac.train.fit`.
 
         Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. With a frozen
-        encoder their latents are kept as well.
-
-        Raises `RacError` for a start of another shape and for a frozen encoder without a start, and `WeightsError`
-        where LPIPS is wanted and its weights are not found.
+        encoder their latents are kept as well. Raises as `task`, and as `fit`.
         """
-        loss_networks = LossNetworks.build(
-            self.weights.perceptual, self.weights.adversarial, self.discriminator, self.train.rng_seed
-        )
-        torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
-        coder = self._coder()
-        device = runtime.pick_device(self.train.device)
-        cache = crops or directory.parent / f"{directory.name}.crops"
-        with Processes.join(self.train.device, 60 * self.train.patience_minutes).in_turn():
-            if self.train_encoder:
-                stream = open_stream(self.data, self.train.rng_seed, batch=self.train.batch, cache=cache)
-            else:
-                stream = open_stream(
-                    self.data,
-                    self.train.rng_seed,
-                    batch=self.train.batch,
-                    cache=cache,
-                    latents=Latents(coder.to(device), self.start, device),
-                )
-        task = KLVAETask(coder, self.weights, stream, self.train.batch, loss_networks, self.train_encoder)
-        return fit(task, stream, self.train, directory, recipe=self, resume=resume)
+        return run_recipe(self, directory, resume=resume, crops=crops)
 
     def _coder(self) -> KLVAE:
         coder = self.network.build()
@@ -115,61 +148,58 @@ class KLVAETask:
 
     module: KLVAE
     loss_weights: KLVAEWeights
-    stream: Stream
     batch: int
-    loss_networks: LossNetworks = field(default_factory=LossNetworks)
+    """Images in the batches that the statistics are fitted on."""
+    networks: ImageNetworks = field(default_factory=ImageNetworks)
     train_encoder: bool = True
 
     def __post_init__(self) -> None:
         if not self.train_encoder:
             self.module.freeze_encoder()
-        check_weights(self.weights)
+        unused = set() if self.train_encoder else {"kl"}
+        weights = {name: weight for name, weight in asdict(self.loss_weights).items() if name not in unused}
+        self.parts = coder_parts(self.module, weights, self.networks, "network.decoder")
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
-        """See `Task`."""
-        return self.loss_networks.frozen
+        """LPIPS, where its term has a weight."""
+        return self.networks.frozen
 
     @property
-    def weights(self) -> Mapping[str, float]:
-        """See `Task`."""
-        unused = {ADVERSARIAL} if self.train_encoder else {ADVERSARIAL, "kl"}
-        return {name: weight for name, weight in asdict(self.loss_weights).items() if name not in unused}
+    def encoder(self) -> KLVAE | None:
+        """The coder itself, where its encoder is frozen."""
+        return None if self.train_encoder else self.module
 
-    @property
-    def adversary(self) -> Adversary | None:
-        """See `Task`."""
-        return self.loss_networks.adversary(last_layer(self.module.network.decoder), self.loss_weights.adversarial)
+    def prepare(self, batch: Batch) -> Batch:
+        """Encode the images, where the encoder is frozen and the batch came without latents."""
+        return batch if self.train_encoder else with_latents(batch, self.module)
 
-    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
-        """See `Task`."""
-        losses = self.loss_networks.losses(iteration)
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
+        """Yield the terms of `klvae_terms`; with a frozen encoder those of `decoder_terms`."""
+        losses = self.networks.losses(iteration)
         if self.train_encoder:
-            return klvae_terms(self.module, batch.need("images"), draws, losses)
-        images, latents = batch.need("images"), batch.latents
-        if latents is None:
-            with torch.no_grad():
-                latents = self.module.encode(images)
-        return decoder_terms(self.module, images, latents, losses)
+            yield from coder_terms(klvae_terms(self.module, batch.need("images"), draws, losses))
+            return
+        yield from coder_terms(decoder_terms(self.module, batch.need("images"), batch.need("latents"), losses))
 
-    def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def gallery(self, modules: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Originals above, reconstructions from the posterior's mean below."""
-        assert isinstance(module, KLVAE)
-        judged = measure(module, ImageSet.of(images, "held out"), HELD_OUT)
-        decoded = module.reconstruct(images)
-        metrics = {"psnr": judged.metrics["psnr"], **self.loss_networks.metrics(decoded, images)}
+        coder = modules["coder"]
+        assert isinstance(coder, KLVAE)
+        with runtime.reproducible():
+            decoded = coder.reconstruct(images)
+            metrics = {"psnr": mean_psnr(decoded, images), **self.networks.metrics(decoded, images)}
         return gallery({"original": images, "KL-VAE": decoded}), metrics
 
-    def save(self, module: nn.Module, directory: Path) -> None:
-        """See `Task`."""
-        assert isinstance(module, KLVAE)
+    def save(self, modules: Mapping[str, nn.Module], stream: Stream, directory: Path) -> None:
+        """Write the coder, its statistics fitted on images of `stream` unless its encoder is frozen."""
+        coder = modules["coder"]
+        assert isinstance(coder, KLVAE)
         if self.train_encoder:
-            module.fit_statistics(self._training_images(next(module.parameters()).device))
-        module.save(directory)
-
-    def _training_images(self, device: torch.device) -> Iterator[Tensor]:
-        for k in range(STATISTICS_BATCHES):
-            yield self.stream.batch(k * self.batch, self.batch).need("images").to(device)
+            device = next(coder.parameters()).device
+            batches = (stream.batch(k * self.batch, self.batch) for k in range(STATISTICS_BATCHES))
+            coder.fit_statistics(batch.need("images").to(device) for batch in batches)
+        coder.save(directory)
 
 
 def klvae() -> KLVAERecipe:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,39 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC, RACConfig
 from ..coders.taesd import POOLED_LATENT_STD
 from ..coders.warm_start import copy_decoder
-from ..data import Batch, DataConfig, Latents, open_stream
+from ..data import Batch, DataConfig, Stream
 from ..draws import Draws
 from ..errors import RacError
-from ..evaluate.image_sets import ImageSet
-from ..evaluate.reconstruction import measure
+from ..evaluate.cost import CostRow, flow_row
+from ..evaluate.latent_metrics import LatentAgreement
 from ..fields import FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
-from ..objectives.image_terms import ADVERSARIAL
 from ..objectives.rac import NANO, PAPER, Coding, RACObjective, RACWeights, rac_terms
 from ..states import Spread
-from ..train import Fitted, TrainConfig, fit
-from ..train.adversary import LossNetworks, last_layer
+from ..train import Fitted, PartTerms, Task, TrainConfig
+from ..train.adversary import ImageNetworks
 from ..train.discriminator import DiscriminatorConfig
-from ..train.processes import Processes
-from ..train.task import Adversary
-from .recipe import HELD_OUT, ONE_CORE, ONE_GPU, check_weights, gallery
+from .recipe import (
+    ONE_CORE,
+    ONE_GPU,
+    coder_parts,
+    coder_terms,
+    gallery,
+    mean_psnr,
+    prepared_from,
+    run_recipe,
+    tiny_data,
+    tiny_discriminator,
+    tiny_train,
+    with_latents,
+)
 
 
 @dataclass(frozen=True)
 class RACRecipe:
     """A RAC on images and a teacher."""
+
+    product: ClassVar[str] = "coder"
+    steps_field: ClassVar[str | None] = "steps"
 
     teacher: str
     """A shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
@@ -60,38 +74,70 @@ class RACRecipe:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
+    @property
+    def latents_of(self) -> str:
+        """Name of the teacher."""
+        return self.teacher
+
+    def prepares(self) -> dict[str, Any]:
+        """All that prepared crops depend on, as JSON."""
+        return prepared_from(self)
+
+    def task(self, coder: Coder | None = None) -> RACTask:
+        """Build the networks, and what trains them; `coder`, with its own teacher, may take the place of the recipe's.
+
+        Raises `RacError` for sizes that do not fit the teacher's factor or the discriminator, and for a start of
+        another shape; `WeightsError` where LPIPS is wanted and its weights are not found.
+        """
+        weights = asdict(self.objective.weights)
+        networks = ImageNetworks.build(
+            weights, self.discriminator, self.train.rng_seed, "objective.weights", self.data.sizes
+        )
+        name = self.teacher if coder is None else coder.teacher
+        if name is None:
+            raise RacError("the coder names no teacher, by whose latents it could be trained")
+        teacher = hub.load(name)
+        for size in self.data.sizes:
+            if size % teacher.spec.factor:
+                raise RacError(f"size {size} must be a multiple of the teacher's factor {teacher.spec.factor}")
+        torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
+        module = self._coder(teacher) if coder is None else coder.requires_grad_(True)
+        if not isinstance(module, RAC):
+            raise RacError(f"this recipe trains a RAC, not a {type(module).__name__}")
+        if self.train.compile:
+            module.field.compile()  # in place; the averaged copy and what is saved stay plain
+        return RACTask(module, teacher, self.objective, networks)
+
+    def trains(self, coder: Coder) -> bool:
+        """Whether `task` takes this coder."""
+        return isinstance(coder, RAC)
+
+    def costs(self, name: str, side: int) -> list[CostRow]:
+        """Count parameters and MACs of the field."""
+        field = self.field.build(self.state_channels, self.field.factor)
+        return [flow_row(f"{name} field", field, self.state_channels, self.steps, side)]
+
+    def tiny(self) -> RACRecipe:
+        """The same recipe at a size that runs in seconds on a CPU."""
+        return replace(
+            self,
+            discriminator=tiny_discriminator(self.discriminator),
+            data=tiny_data(self.data),
+            train=tiny_train(self.train),
+        )
+
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
         """Train in `directory`; `directory`/coder holds the result. See `rac.train.fit`.
 
-        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named.
-
-        Raises `RacError` for sizes that do not fit the teacher's factor, and for a start of another shape, and
-        `WeightsError` where LPIPS is wanted and its weights are not found.
+        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. A teacher whose
+        latents are far from mean 0 and deviation 1 is warned of. Raises as `task`, and as `fit`.
         """
-        weights = self.objective.weights
-        loss_networks = LossNetworks.build(
-            weights.perceptual, weights.adversarial, self.discriminator, self.train.rng_seed
-        )
-        teacher = hub.load(self.teacher)
-        factor = teacher.spec.factor
-        for size in self.data.sizes:
-            if size % factor:
-                raise RacError(f"size {size} must be a multiple of the teacher's factor {factor}")
-        device = runtime.pick_device(self.train.device)
-        with Processes.join(self.train.device, 60 * self.train.patience_minutes).in_turn():
-            stream = open_stream(
-                self.data,
-                self.train.rng_seed,
-                batch=self.train.batch,
-                cache=crops or directory.parent / f"{directory.name}.crops",
-                latents=Latents(teacher.to(device), self.teacher, device),
-            )
-        torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
-        coder = self._coder(teacher)
-        if self.train.compile:
-            coder.field.compile()  # in place; the averaged copy and what is saved stay plain
-        task = RACTask(coder, teacher, self.objective, loss_networks)
-        return fit(task, stream, self.train, directory, recipe=self, resume=resume)
+
+        def look(task: Task, stream: Stream) -> None:
+            assert task.encoder is not None
+            check_latents(task.encoder, self.teacher, stream.batch(0, self.train.batch))
+
+        return run_recipe(self, directory, resume=resume, crops=crops, look=look)
 
     def _coder(self, teacher: Coder) -> RAC:
         config = RACConfig(
@@ -117,6 +163,31 @@ class RACRecipe:
         return start.requires_grad_(True)
 
 
+MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
+"""Latents beyond these are taken for wrongly scaled ones."""
+
+
+@torch.no_grad()
+def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
+    """Warn where the teacher's latents of a batch are far from mean 0 and deviation 1, and offer the scale that fits.
+
+    The objective weighs noise, images and latents against each other as if they were, so the wrong scale trains badly.
+    """
+    latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
+    assert latents is not None
+    mean, deviation = float(latents.double().mean()), float(latents.double().std())
+    if abs(mean) <= MOST_MEAN and LEAST_DEVIATION <= deviation <= MOST_DEVIATION:
+        return
+    raw_latents = teacher.statistics.denormalise(latents).double()
+    scale, shift = 1 / max(float(raw_latents.std()), 1e-12), float(raw_latents.mean())
+    warnings.warn(
+        f"the latents of teacher {name} have mean {mean:.3g} and deviation {deviation:.3g} on the first batch, where "
+        "training expects about 0 and 1; the statistics in its config.json are probably wrong: scaling_factor "
+        f"{scale:.4g} with shift_factor {shift:.4g} would fit",
+        stacklevel=2,
+    )
+
+
 @dataclass
 class RACTask:
     """Trains a RAC to imitate a frozen teacher."""
@@ -125,73 +196,72 @@ class RACTask:
     teacher: Coder
     """Never trained, though gradients flow through its decoder."""
     objective: RACObjective
-    loss_networks: LossNetworks = dataclasses.field(default_factory=LossNetworks)
+    networks: ImageNetworks = dataclasses.field(default_factory=ImageNetworks)
 
     def __post_init__(self) -> None:
-        check_weights(self.weights)
+        self.parts = coder_parts(self.module, self.objective.weights.chosen(), self.networks, "field")
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
-        """See `Task`."""
-        return (self.teacher, *self.loss_networks.frozen)
+        """The teacher, and LPIPS, where its term has a weight."""
+        return (self.teacher, *self.networks.frozen)
 
     @property
-    def weights(self) -> Mapping[str, float]:
-        """See `Task`."""
-        return {name: weight for name, weight in self.objective.weights.chosen().items() if name != ADVERSARIAL}
+    def encoder(self) -> Coder:
+        """The teacher."""
+        return self.teacher
 
-    @property
-    def adversary(self) -> Adversary | None:
-        """See `Task`."""
-        return self.loss_networks.adversary(last_layer(self.module.field), self.objective.weights.adversarial)
+    def prepare(self, batch: Batch) -> Batch:
+        """Let the teacher encode the images of a batch that came without latents."""
+        return with_latents(batch, self.teacher)
 
-    def terms(self, batch: Batch, draws: Draws, iteration: int) -> dict[str, Tensor]:
-        """See `Task`."""
-        images, latents = batch.need("images"), batch.latents
-        if latents is None:
-            with torch.no_grad():
-                latents = self.teacher.encode(images)
-        module = self.module
-        losses = self.loss_networks.losses(iteration)
+    def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
+        """Yield the terms of `rac_terms`."""
+        module, losses = self.module, self.networks.losses(iteration)
         seed_noise = module.config.seed_noise
         coding = Coding(module.field, module.states, module.contract, self.teacher.decode, losses, seed_noise)
-        return rac_terms(coding, images, latents, self.objective, draws)
+        yield from coder_terms(rac_terms(coding, batch.need("images"), batch.need("latents"), self.objective, draws))
 
-    def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def gallery(self, modules: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Columns: original; teacher; RAC from the teacher's latent at one step, and at its own number where that is
         another; RAC alone.
 
         `psnr` is that of the last column but one, `explained_variance` that of the teacher's latents by RAC's.
         """
-        assert isinstance(module, RAC)
-        latents, steps = self.teacher.encode(images), module.config.steps
-        decoded, steps_taken = module.decode(latents), f"{steps} step" + "s" * (steps > 1)
+        coder = modules["coder"]
+        assert isinstance(coder, RAC)
+        steps, agreement = coder.config.steps, LatentAgreement()
+        with runtime.reproducible():
+            latents, own_latents = self.teacher.encode(images), coder.encode(images)
+            agreement.update(own_latents, latents)
+            by_teacher, one_step = self.teacher.decode(latents), coder.decode(latents, 1)
+            decoded = one_step if steps == 1 else coder.decode(latents)
+            alone = coder.decode(own_latents)
+            metrics = {
+                "psnr_teacher": mean_psnr(by_teacher, images),
+                "psnr_1_step": mean_psnr(one_step, images),
+                "psnr": mean_psnr(decoded, images),
+                "psnr_round_trip": mean_psnr(alone, images),
+                "explained_variance": float(agreement.explained_variance().mean()),
+                **self.networks.metrics(decoded, images),
+            }
+        steps_taken = f"{steps} step" + "s" * (steps > 1)
         picture = gallery(
             {
                 "original": images,
-                "teacher": self.teacher.decode(latents),
-                "RAC, teacher's latent, 1 step": module.decode(latents, 1),
+                "teacher": by_teacher,
+                "RAC, teacher's latent, 1 step": one_step,
                 f"RAC, teacher's latent, {steps_taken}": decoded,
-                f"RAC alone, {steps_taken}": module.reconstruct(images),
+                f"RAC alone, {steps_taken}": alone,
             }
         )
-        held_out, given = ImageSet.of(images, "held out"), replace(HELD_OUT, latents="teacher")
-        one_step = replace(given, steps=1)
-        alone = replace(HELD_OUT, metrics=("psnr", "explained-variance"))
-        own = measure(module, held_out, alone, teacher=self.teacher).metrics
-        return picture, {
-            "psnr_teacher": measure(self.teacher, held_out, HELD_OUT).metrics["psnr"],
-            "psnr_1_step": measure(module, held_out, one_step, teacher=self.teacher).metrics["psnr"],
-            "psnr": measure(module, held_out, given, teacher=self.teacher).metrics["psnr"],
-            "psnr_round_trip": own["psnr"],
-            "explained_variance": own["explained variance"],
-            **self.loss_networks.metrics(decoded, images),
-        }
+        return picture, metrics
 
-    def save(self, module: nn.Module, directory: Path) -> None:
-        """See `Task`."""
-        assert isinstance(module, RAC)
-        module.save(directory)
+    def save(self, modules: Mapping[str, nn.Module], stream: Stream, directory: Path) -> None:
+        """Write the coder."""
+        coder = modules["coder"]
+        assert isinstance(coder, RAC)
+        coder.save(directory)
 
 
 _AT_THE_ENDS = RACObjective(weights=RACWeights(velocity=1.0, latent_velocity=0.1), times="ends", latent_noise=0.3)

@@ -1,23 +1,33 @@
-"""The `Recipe` protocol, and what recipes share: settings of machines, the gallery, the check of weights."""
+"""The `Recipe` protocol, and what recipes share: settings of machines, the run, discriminators, the gallery."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..data import DataConfig
+from .. import runtime
+from ..coders.protocol import Coder
+from ..config import to_json
+from ..data import Batch, DataConfig, Latents, Stream, open_stream
 from ..errors import RacError
-from ..evaluate import protocol
-from ..evaluate.image_sets import Preprocessing
-from ..images import from_pixels
+from ..evaluate.cost import CostRow
+from ..evaluate.image_metrics import psnr
+from ..images import from_pixels, to_pixels
+from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR
 from ..report.pictures import Panel, sheet, strip
-from ..train import Fitted, TrainConfig
+from ..train import Fitted, Part, PartTerms, Task, TrainConfig, check_run, fit
+from ..train.adversary import AdaptiveWeight, ImageNetworks, last_layer
 from ..train.discriminator import DiscriminatorConfig
+from ..train.processes import Processes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ONE_CORE = TrainConfig(lr=1e-3, warmup=100, schedule="cosine", final_lr=0.05, bf16=True, channels_last=True, threads=1)
 """What the recipes for small machines have in common."""
@@ -39,19 +49,18 @@ ONE_GPU = TrainConfig(
 SHOWN = 8
 """Images in a gallery, out of those held out."""
 
-HELD_OUT = protocol.Protocol("held out", Preprocessing(), metrics=("psnr",))
-"""What galleries are judged by."""
-
 
 class Recipe(Protocol):
     """All that shapes one training run: a frozen dataclass whose every field can be set on the command line."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    @property
-    def discriminator(self) -> DiscriminatorConfig:
-        """The discriminator, which is built where its term has a weight."""
-        ...
+    product: ClassVar[str]
+    """Folder within that of a run that holds what was trained; one of `rac.hub.PRODUCTS`."""
+
+    steps_field: ClassVar[str | None]
+    """Field with the number of steps that the finished product takes where none are asked for; it shapes no weight.
+    None for products without a flow."""
 
     @property
     def data(self) -> DataConfig:
@@ -63,25 +72,138 @@ class Recipe(Protocol):
         """How long, how fast and where."""
         ...
 
+    @property
+    def latents_of(self) -> str | None:
+        """Name of the frozen coder whose latents are trained on; None where images are all that is needed."""
+        ...
+
+    def prepares(self) -> dict[str, Any]:
+        """All that prepared crops depend on, as JSON: recipes that give the same can share them."""
+        ...
+
+    def task(self, coder: Coder | None = None) -> Task:
+        """Build the networks, and what trains them; `coder` is trained in place of the recipe's own network.
+
+        Reads no image. Raises `RacError` for settings that do not go together, and `WeightsError` where weights are
+        wanted and not found.
+        """
+        ...
+
+    def trains(self, coder: Coder) -> bool:
+        """Whether `task` takes this coder."""
+        ...
+
+    def costs(self, name: str, side: int) -> list[CostRow]:
+        """Count parameters and MACs of the networks, for `side` x `side` images; `name` is the recipe's."""
+        ...
+
+    def tiny(self) -> Self:
+        """The same recipe at a size that runs in seconds on a CPU, for trying it out and for tests."""
+        ...
+
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
-        """Train in `directory`; `directory`/coder holds the result. See `rac.train.fit`.
+        """Train in `directory`, whose folder `product` then holds the result. See `rac.train.fit`.
 
         Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. Raises `RacError`
-        for settings that do not go together, and `WeightsError` where weights are wanted and not found.
+        for settings that do not go together, and `WeightsError` where weights are wanted and not found, both before
+        any image is read.
         """
         ...
 
 
-R = TypeVar("R", bound=Recipe)
+def run_recipe(
+    recipe: Recipe,
+    directory: Path,
+    *,
+    resume: bool = False,
+    crops: Path | None = None,
+    look: Callable[[Task, Stream], None] | None = None,
+) -> Fitted:
+    """`Recipe.run`, for every recipe. A new run begins with `look`, on the first process."""
+    settings = recipe.train
+    processes = Processes.join(settings.device, 60 * settings.patience_minutes)
+    # All that can be refused without work comes before images are read or prepared.
+    check_run(directory, settings, recipe=recipe, resume=resume, processes=processes)
+    task = recipe.task()
+    cache = crops or directory.parent / f"{directory.name}.crops"
+    with processes.in_turn():
+        stream = open_for(recipe, task, cache)
+        if look is not None and processes.first and not resume:
+            look(task, stream)
+    return fit(task, stream, settings, directory, recipe=recipe, resume=resume, product=recipe.product)
 
 
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise `RacError` if no term has a weight beside the adversarial one, whose names `weights` leaves out."""
-    if not any(weights.values()):
+def open_for(recipe: Recipe, task: Task, cache: Path | None = None) -> Stream:
+    """The images a recipe trains on, with the latents that its task wants; prepared ones are kept in `cache`."""
+    device, settings, encoder = runtime.pick_device(recipe.train.device), recipe.train, task.encoder
+    if encoder is None:
+        return open_stream(recipe.data, settings.rng_seed, batch=settings.batch, cache=cache)
+    return open_stream(
+        recipe.data,
+        settings.rng_seed,
+        batch=settings.batch,
+        cache=cache,
+        latents=Latents(encoder.to(device), recipe.latents_of, device),
+    )
+
+
+def prepared_from(recipe: Recipe) -> dict[str, Any]:
+    """`Recipe.prepares` of a recipe that prepares images and the latents of `latents_of`."""
+    return {"data": to_json(recipe.data), "rng_seed": recipe.train.rng_seed, "latents_of": recipe.latents_of}
+
+
+# Discriminators
+
+
+def coder_parts(coder: nn.Module, weights: Mapping[str, float], networks: ImageNetworks, last: str) -> dict[str, Part]:
+    """A coder to be trained, "coder", and the discriminator that it is trained against, if `networks` has one.
+
+    `weights` are those of all terms; that of `adversarial` is in units of the others. `last` names the submodule of
+    the coder that makes images. Raises `RacError` if no term has a weight beside the adversarial one.
+    """
+    own = {name: weight for name, weight in weights.items() if name != ADVERSARIAL}
+    if not any(own.values()):
         raise RacError(
             "no term but the adversarial one has a weight, so there is nothing to balance it against; give another, "
             "such as l1 or reconstruction"
         )
+    if networks.discriminator is None:
+        return {"coder": Part(coder, own)}
+    config = networks.config
+    return {
+        "coder": Part(coder, own, AdaptiveWeight(ADVERSARIAL, weights[ADVERSARIAL], last_layer(coder, last))),
+        "discriminator": Part(
+            networks.discriminator,
+            {DISCRIMINATOR: 1.0},
+            rate=config.rate,
+            betas=config.betas,
+            averaged=False,
+            shard=False,
+            fused_on_cpu=False,  # runs begun before parts had this setting go on with the same numbers
+        ),
+    }
+
+
+def coder_terms(terms: Mapping[str, Tensor]) -> Iterator[PartTerms]:
+    """The terms of the parts that `coder_parts` gives, out of those of an objective."""
+    yield PartTerms("coder", {name: term for name, term in terms.items() if name != DISCRIMINATOR})
+    if DISCRIMINATOR in terms:
+        yield PartTerms("discriminator", {DISCRIMINATOR: terms[DISCRIMINATOR]})
+
+
+@torch.no_grad()
+def with_latents(batch: Batch, encoder: Coder) -> Batch:
+    """The batch with the latents that `encoder` gives, unless it came with latents."""
+    return batch if batch.latents is not None else batch._replace(latents=encoder.encode(batch.need("images")))
+
+
+# Galleries
+
+
+def mean_psnr(images: Tensor, references: Tensor) -> float:
+    """The mean PSNR in dB of images B 3 H W, rounded to the 8 bits of a picture file, and references in [-1, 1]."""
+    rounded = torch.cat([from_pixels(to_pixels(image)) for image in images.float()]).to(references.device)
+    return float(psnr(rounded, references).double().mean())
 
 
 def gallery(columns: Mapping[str, Tensor]) -> Tensor:
@@ -93,17 +215,25 @@ def gallery(columns: Mapping[str, Tensor]) -> Tensor:
     return from_pixels(np.asarray(sheet(rows[:SHOWN])))
 
 
-def in_seconds(recipe: R) -> R:
-    """The same recipe at a size that runs in seconds on a CPU, for trying it out and for tests."""
+# Small sizes
+
+
+def tiny_data(data: DataConfig) -> DataConfig:
+    """The same data at a size for trying out."""
     return replace(
-        recipe,
-        discriminator=replace(recipe.discriminator, width=8, start=min(recipe.discriminator.start, 1)),
-        data=replace(
-            recipe.data,
-            size=32,
-            further_sizes=(64,)[: len(recipe.data.further_sizes)],
-            held_out=2,
-            cached_crops=min(recipe.data.cached_crops, 8),
-        ),
-        train=replace(recipe.train, iterations=3, batch=2, warmup=0, gallery_every=3, log_every=1),
+        data,
+        size=32,
+        further_sizes=(64,)[: len(data.further_sizes)],
+        held_out=2,
+        cached_crops=min(data.cached_crops, 8),
     )
+
+
+def tiny_train(train: TrainConfig) -> TrainConfig:
+    """The same settings for three iterations."""
+    return replace(train, iterations=3, batch=2, warmup=0, gallery_every=3, log_every=1)
+
+
+def tiny_discriminator(config: DiscriminatorConfig) -> DiscriminatorConfig:
+    """A small discriminator that starts early."""
+    return replace(config, width=8, start=min(config.start, 1))

@@ -19,9 +19,16 @@ from ..config import read_json
 from ..errors import RacError, WeightsError
 from ..files import explained, make_folder
 from .processes import alike, is_sharded, whole
-from .step import TrainState
+from .step import TrainedPart, TrainState
 
 _KEPT = 2
+_KINDS = ("", "_ema", "_optimizer")
+"""How the names of a part's files end."""
+_FIRST_FORMAT = (
+    {"": "module", "_ema": "ema", "_optimizer": "optimizer"},
+    {"": "opponent", "_optimizer": "opponent_optimizer"},
+)
+"""What these files were called before parts had names, for the first part and for the second."""
 _COUNTS = ("iteration", "skipped", "skipped_in_a_row")
 
 
@@ -31,16 +38,18 @@ def save(state: TrainState, folder: Path) -> Path:
     To be called by all processes together: the first one writes, and what it writes does not tell how many there were.
     """
     target = folder / f"{state.iteration:08d}"
-    tensors = {"ema": state.ema.state_dict()}
-    for name, module, moments, optimizer in _trained(state):
-        tensors |= {name: module.state_dict(), moments: _optimizer_tensors(optimizer)}
-    files = {name: _whole(group, state.processes.first) for name, group in tensors.items()}
+    files = {}
+    for name, part in state.parts.items():
+        for kind, module in _modules(part).items():
+            files[f"{name}{kind}"] = _whole(module.state_dict(), state.processes.first)
+        files[f"{name}_optimizer"] = _whole(_optimizer_tensors(part.optimizer), state.processes.first)
     if not state.processes.first:
         return target
     with whole_folder(target) as temporary:
         for name, group in files.items():
             (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(group))
-        (temporary / "state.json").write_text(json.dumps({name: getattr(state, name) for name in _COUNTS}))
+        counts = {name: getattr(state, name) for name in _COUNTS}
+        (temporary / "state.json").write_text(json.dumps({**counts, "parts": list(state.parts)}))
     earlier = [path for path in listed(folder) if path.name < target.name]
     for path in set(listed(folder)) - {target, *earlier[-(_KEPT - 1) :]}:
         shutil.rmtree(path)
@@ -79,28 +88,28 @@ def restore(state: TrainState, path: Path) -> None:
         # Older checkpoints have no word of skipped iterations: there were none.
         saved = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
         counts = {name: int(saved[name]) for name in _COUNTS}
-        ema = safetensors.torch.load_file(path / "ema.safetensors")
-        _check_names(ema, state.ema.state_dict())
-        found = []
-        for name, module, moments, optimizer in _trained(state):
-            weights, tensors = (safetensors.torch.load_file(path / f"{file}.safetensors") for file in (name, moments))
-            _check_names(weights, module.state_dict())
-            found.append((module, weights, optimizer, _optimizer_state(optimizer, tensors)))
+        modules, optimizers = [], []
+        for place, (name, part) in enumerate(state.parts.items()):
+            files = {kind: f"{name}{kind}" for kind in _KINDS} if "parts" in saved else _FIRST_FORMAT[place]
+            for kind, module in _modules(part).items():
+                weights = safetensors.torch.load_file(path / f"{files[kind]}.safetensors")
+                _check_names(weights, module.state_dict())
+                modules.append((module, weights))
+            moments = safetensors.torch.load_file(path / f"{files['_optimizer']}.safetensors")
+            optimizers.append((part.optimizer, _optimizer_state(part.optimizer, moments)))
     except (RacError, SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise WeightsError(f"checkpoint {path} is damaged or of another recipe ({error})") from None
-    for module, weights, optimizer, kept in found:
+    for module, weights in modules:
         module.load_state_dict(_laid_out(weights, module))
+    for optimizer, kept in optimizers:
         optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
-    state.ema.load_state_dict(_laid_out(ema, state.ema))
     for name, count in counts.items():
         setattr(state, name, count)
 
 
-def _trained(state: TrainState) -> Iterator[tuple[str, nn.Module, str, torch.optim.AdamW]]:
-    """What has weights and an optimiser, each by the name of its file."""
-    yield "module", state.module, "optimizer", state.optimizer
-    if state.adversarial is not None:
-        yield "opponent", state.adversarial.adversary.module, "opponent_optimizer", state.adversarial.optimizer
+def _modules(part: TrainedPart) -> dict[str, nn.Module]:
+    """What of a part has weights, by how the names of their files end."""
+    return {"": part.module} if part.ema is None else {"": part.module, "_ema": part.ema}
 
 
 def listed(folder: Path) -> list[Path]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ..config import free_on_resume
 from ..errors import RacError
 
 
@@ -16,7 +17,7 @@ class TrainConfig:
     Raises `RacError` for values out of their range, naming the field.
     """
 
-    iterations: int = 10_000
+    iterations: int = field(default=10_000, metadata=free_on_resume(lambda settings: settings.schedule == "constant"))
     """Of the whole run, those before a resume included."""
     batch: int = 32
     """Images per iteration, over all parts of an accumulated batch."""
@@ -42,31 +43,31 @@ class TrainConfig:
     """Memory layout of images; faster together with bf16."""
     rng_seed: int = 0
     """Chooses weights, crops, times and noise; equal seeds give equal runs."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=free_on_resume())
     """Threads that read images ahead; 0: none."""
-    threads: int = 0
+    threads: int = field(default=0, metadata=free_on_resume())
     """Threads torch computes with, in each process; 0: its own choice, at most an equal share of the cores; -1: what
     is fastest here, measured at the start."""
     compile: bool = False
     """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=free_on_resume())
     """auto, cpu, cuda, cuda:1 or mps."""
-    shard: Literal["none", "fsdp"] = "none"
+    shard: Literal["none", "fsdp"] = field(default="none", metadata=free_on_resume())
     """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
-    minutes: float = 0.0
+    minutes: float = field(default=0.0, metadata=free_on_resume())
     """Stop, saved, once this call has lasted so long, and leave the rest to a resume; 0: no limit. The iteration then
     running, and the saving, come on top."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: float = field(default=5.0, metadata=free_on_resume())
     """Longest time between two checkpoints, in minutes."""
-    patience_minutes: float = 15.0
+    patience_minutes: float = field(default=15.0, metadata=free_on_resume())
     """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
-    on_divergence: Literal["stop", "skip"] = "stop"
-    """Where a loss or gradient is not finite: stop and keep the batch for inspection, or go on without that batch."""
-    gallery_every: int = 500
+    on_divergence: Literal["stop", "skip"] = field(default="stop", metadata=free_on_resume())
+    """What to do where a loss or gradient is not finite: stop and keep the batch, or go on without it."""
+    gallery_every: int = field(default=500, metadata=free_on_resume())
     """Iterations between galleries of held-out images, with curves of the losses."""
-    log_every: int = 20
+    log_every: int = field(default=20, metadata=free_on_resume())
     """Iterations between lines of log.jsonl."""
-    tensorboard: bool = True
+    tensorboard: bool = field(default=True, metadata=free_on_resume())
     """Write TensorBoard's events as well, where it is installed."""
 
     def __post_init__(self) -> None:
@@ -87,25 +88,6 @@ class TrainConfig:
                 raise RacError(f"{name} {fraction} must be at least 0 and below 1")
 
 
-# What may change when a run is resumed: it moves no number of the run, or only by rounding (another device).
-FREE_ON_RESUME = frozenset(
-    {
-        "workers",
-        "threads",
-        "device",
-        "shard",
-        "minutes",
-        "checkpoint_minutes",
-        "patience_minutes",
-        "on_divergence",  # matters only where a run would have ended
-        "gallery_every",
-        "log_every",
-        "tensorboard",
-        "keep_mb",
-    }
-)
-
-
 def learning_rate(settings: TrainConfig, iteration: int) -> float:
     """The learning rate of iteration number `iteration`, counted from 0."""
     if iteration < settings.warmup:
@@ -116,6 +98,6 @@ def learning_rate(settings: TrainConfig, iteration: int) -> float:
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def ema_decay(settings: TrainConfig, iteration: int) -> float:
-    """The averaging decay after iteration number `iteration`, counted from 0: (1 + k) / (10 + k) until `ema`."""
-    return min(settings.ema, (1 + iteration) / (10 + iteration))
+def ema_decay(most: float, iteration: int) -> float:
+    """The averaging decay after iteration number `iteration`, counted from 0: (1 + k) / (10 + k) until `most`."""
+    return min(most, (1 + iteration) / (10 + iteration))

@@ -69,9 +69,13 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """See the class. Raises `RacError` for an image too small for the last layer."""
-        if min(image.shape[-2:]) < self.least:
-            raise RacError(
-                f"the discriminator needs sides of at least {self.least} pixels, not {image.shape[-2]} x "
-                f"{image.shape[-1]}; give it fewer layers, or larger crops"
-            )
+        self.check_side(min(image.shape[-2:]))
         return self.stages(image)
+
+    def check_side(self, side: int) -> None:
+        """Raise `RacError` if images whose shorter side has `side` pixels are too small for the last layer."""
+        if side < self.least:
+            raise RacError(
+                f"the discriminator needs sides of at least {self.least} pixels, not {side}; give it fewer layers, or "
+                "larger crops"
+            )

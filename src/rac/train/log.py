@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import explained, write_bytes
+from ..progress import clock
 
 _PLAIN_SECONDS = 10.0
 _NAMED = 5
@@ -62,7 +63,8 @@ class RunLog:
 
     def __exit__(self, *raised: object) -> None:
         if self._bar:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
         if self._board:
             self._board.close()
 
@@ -113,10 +115,11 @@ class RunLog:
         """Print one line, above the bar if there is one."""
         if self._silent:
             return
-        if self._bar:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that was closed; the run has still to be saved
+            if self._bar:
+                self._bar.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     @property
     def latest_held_out(self) -> dict[str, float]:
@@ -146,7 +149,7 @@ class RunLog:
         elif time.monotonic() - self._printed > _PLAIN_SECONDS or iteration == self._iterations:
             self._printed = time.monotonic()
             left = (self._iterations - iteration) * self._batch / speed
-            self.say(f"{iteration}/{self._iterations}  {speed:.1f} img/s  {_clock(left)} left  {_listing(means)}")
+            self.say(f"{iteration}/{self._iterations}  {speed:.1f} img/s  {clock(left)} left  {_listing(means)}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -218,9 +221,3 @@ def _tensorboard(directory: Path, start: int) -> Any | None:
 
 def _listing(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

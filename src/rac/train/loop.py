@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import runtime
-from ..config import differences, read_json, to_json
+from .. import hub, runtime
+from ..config import differences, fixed, read_json, to_json
 from ..data import Batch, Stream, batches, check_pictures
 from ..errors import RacError
-from ..files import MARKER, explained, make_output, write_bytes
+from ..files import MARKER, explained, locked, make_output, write_bytes
 from ..images import write_image
 from ..storage import write_tensors
 from . import checkpoint
-from .config import FREE_ON_RESUME, TrainConfig, learning_rate
+from .config import TrainConfig, learning_rate
 from .log import RunLog
 from .processes import Processes, answered
 from .step import DivergedError, TrainState, train_step
@@ -36,12 +37,17 @@ from .task import Task
 class Fitted:
     """What `fit` leaves behind."""
 
-    module: nn.Module
-    """The averaged module, in eval mode."""
+    modules: Mapping[str, nn.Module]
+    """The finished modules by the names of their parts, as galleries see them (`Task`)."""
     iteration: int
     """Iterations done, those before a resume included."""
     metrics: dict[str, float]
-    """Figures of the held-out images, from the last gallery; on several processes the first one alone has them."""
+    """Metrics of the held-out images, from the last gallery; on several processes the first one alone has them."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The finished module of the first part."""
+        return next(iter(self.modules.values()))
 
 
 def fit(
@@ -53,12 +59,13 @@ def fit(
     recipe: Any = None,
     resume: bool = False,
     stop_at: int | None = None,
+    product: str = hub.PRODUCTS[0],
 ) -> Fitted:
     """Train `task` on `stream` and keep everything in `directory`.
 
     Written there: recipe.json (`recipe`, a dataclass holding all that shapes the run; `settings` if there is none),
-    log.jsonl, losses.png, gallery-<iteration>.png, checkpoints/<iteration>/, and coder/, which is what `task.save`
-    makes of the averaged module, renewed with every checkpoint.
+    log.jsonl, losses.png, gallery-<iteration>.png, checkpoints/<iteration>/, and the folder `product`, which is what
+    `task.save` makes of the finished modules, renewed with every checkpoint.
 
     Where `torchrun` or `accelerate launch` started several processes, all of them call this, with equal arguments: each
     reads its own rows of every batch, and the first writes (`rac.train.processes`). `directory` must be on a disk that
@@ -66,73 +73,168 @@ def fit(
 
     With `resume` the run in `directory` goes on from its newest checkpoint; on the CPU it ends with the same weights,
     bit for bit, as if it had not been broken. `stop_at` ends the run after that many iterations, to be resumed later.
-    Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back,
-    does the same and raises `SystemExit` with the code 0. A second one raises at once, unless there are several
-    processes, whose launcher hands signals on. After `settings.minutes` the call returns what it has, saved, with
-    `iteration` short of the whole.
+    Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back, and
+    SIGHUP, which a closed terminal sends, do the same and raise `SystemExit` with the code 0. A second one raises at
+    once, unless there are several processes, whose launcher hands signals on. After `settings.minutes` the call returns
+    what it has, saved, with `iteration` short of the whole.
 
     Raises:
-        RacError: the directory holds a run and `resume` is not set, or the reverse; the recipe differs from the one
-            that is resumed; the loss is not finite (the batch is then kept in diverged-<iteration>.safetensors);
+        RacError: as `check_run`; the loss is not finite (the batch is then kept in diverged-<iteration>.safetensors);
             no image can be read, or none came for `settings.patience_minutes`; another process has ended or did
             not answer for so long; the disk is full.
         WeightsError: no checkpoint of the run can be read.
     """
     began = time.monotonic()
-    patience = 60 * settings.patience_minutes
-    processes = Processes.join(settings.device, patience)
-    _check_parts(settings, processes)
-    with processes.in_turn():
-        if processes.first:
-            _enter(directory, settings, recipe, resume)
-            check_pictures(stream.fingerprint, directory)
-    runtime.set_threads(settings.threads)
-    device = runtime.pick_device(settings.device)
-    runtime.choose_kernels(device)
-    state = TrainState.start(task, settings, device, processes)
-    checkpoint.restore_newest(state, directory / "checkpoints")
-    _check_start(state, directory)
-    start, last = state.iteration, min(settings.iterations, stop_at or settings.iterations)
-    saved_at = time.monotonic()
-    rows = processes.rows(settings.batch)
-    supply = batches(stream, settings.batch, start, last, settings.workers, rows=rows, patience=patience)
-    log = RunLog(directory, start, settings.iterations, settings.batch, settings.tensorboard, not processes.first)
-    with _asked_to_stop(processes) as asked, closing(supply), answered(), log:
-        if start == 0:
-            _show(task, state, stream, directory, log)
-        for batch in supply:
-            log.count(_step(task, state, batch, settings, directory))
-            k = state.iteration
-            if k % settings.log_every == 0 or k == last:
-                log.write(k, learning_rate(settings, k - 1), state.skipped)
-            if k % settings.gallery_every == 0 or k == settings.iterations:
-                _show(task, state, stream, directory, log)
-            # The clocks of processes differ, and a signal may reach only some of them.
-            due = time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes
-            late = 0 < 60 * settings.minutes <= time.monotonic() - began
-            number, due_anywhere, time_is_up = processes.agree([asked.number, due, late])
-            if number or k == last or due_anywhere or time_is_up:
-                with log.elsewhere():
-                    _save(task, state, directory)
-                saved_at = time.monotonic()
-            if number or k == last or time_is_up:
-                log.damaged(k, {name: why for found in processes.gather(stream.skipped) for name, why in found.items()})
-            if number and k < last:
-                log.say(f"stopped after iteration {k} of {settings.iterations}; --resume goes on from there")
-                raise SystemExit(0) if number == signal.SIGTERM else KeyboardInterrupt
-            if time_is_up and k < last:
-                log.say(f"time is up after iteration {k} of {settings.iterations}; --resume goes on from there")
-                break
-    return Fitted(state.averaged(), state.iteration, log.latest_held_out)
+    processes = Processes.join(settings.device, 60 * settings.patience_minutes)
+    with ExitStack() as entered:
+        with processes.in_turn():
+            check_run(directory, settings, recipe=recipe, resume=resume, processes=processes)
+            if processes.first:
+                entered.enter_context(_entered(directory, settings if recipe is None else recipe))
+                check_pictures(stream.fingerprint, directory)
+        runtime.set_threads(settings.threads)
+        device = runtime.pick_device(settings.device)
+        runtime.choose_kernels(device)
+        state = TrainState.start(task, settings, device, processes)
+        checkpoint.restore_newest(state, directory / "checkpoints")
+        _check_start(state, directory)
+        run = _Run(task, stream, settings, directory, directory / product, state, began)
+        return run.to(min(settings.iterations, stop_at or settings.iterations))
 
 
-def _check_parts(settings: TrainConfig, processes: Processes) -> None:
-    fewest = settings.batch // processes.count
-    if fewest < settings.accumulate:
+@dataclass(frozen=True)
+class _Run:
+    """Everything that one call of `fit` works with."""
+
+    task: Task
+    stream: Stream
+    settings: TrainConfig
+    directory: Path
+    product: Path
+    state: TrainState
+    began: float
+
+    def to(self, last: int) -> Fitted:
+        """Train until iteration `last`."""
+        state, settings, stream, directory = self.state, self.settings, self.stream, self.directory
+        processes, start, patience = state.processes, state.iteration, 60 * settings.patience_minutes
+        saved_at = time.monotonic()
+        rows = processes.rows(settings.batch)
+        supply = batches(stream, settings.batch, start, last, settings.workers, rows=rows, patience=patience)
+        log = RunLog(directory, start, settings.iterations, settings.batch, settings.tensorboard, not processes.first)
+        with _asked_to_stop(processes) as asked, closing(supply), answered(), log:
+            if start == 0:
+                self._show(log)
+            for batch in supply:
+                log.count(self._step(batch))
+                k = state.iteration
+                if k % settings.log_every == 0 or k == last:
+                    log.write(k, learning_rate(settings, k - 1), state.skipped)
+                if k % settings.gallery_every == 0 or k == settings.iterations:
+                    self._show(log)
+                # The clocks of processes differ, and a signal may reach only some of them.
+                due = time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes
+                late = 0 < 60 * settings.minutes <= time.monotonic() - self.began
+                number, due_anywhere, time_is_up = processes.agree([asked.number, due, late])
+                if number or k == last or due_anywhere or time_is_up:
+                    with log.elsewhere():
+                        self._save()
+                    saved_at = time.monotonic()
+                if number or k == last or time_is_up:
+                    found = processes.gather(stream.skipped)
+                    log.damaged(k, {name: why for skipped in found for name, why in skipped.items()})
+                if number and k < last:
+                    log.say(f"stopped after iteration {k} of {settings.iterations}; --resume goes on from there")
+                    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
+                if time_is_up and k < last:
+                    log.say(f"time is up after iteration {k} of {settings.iterations}; --resume goes on from there")
+                    break
+        return Fitted(state.finished(), state.iteration, log.latest_held_out)
+
+    def _show(self, log: RunLog) -> None:
+        """What the finished modules make of the held-out images: a picture and metrics; and the curves so far."""
+        state = self.state
+        with torch.no_grad(), log.elsewhere():
+            modules = state.finished()
+            if not state.processes.first:
+                return
+            picture, metrics = self.task.gallery(modules, self.stream.held_out().to(state.device))
+            write_image(picture, self.directory / f"gallery-{state.iteration:06d}.png")
+            log.held_out(state.iteration, metrics)
+            if state.iteration:
+                log.draw()
+
+    def _save(self) -> None:
+        modules = self.state.finished()
+        # In this order: a run killed in between repeats some iterations, and saves the product again.
+        if self.state.processes.first:
+            with checkpoint.whole_folder(self.product) as temporary:
+                self.task.save(modules, self.stream, temporary)
+        checkpoint.save(self.state, self.directory / "checkpoints")
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        try:
+            return train_step(self.task, self.state, batch, self.settings)
+        except DivergedError as error:
+            path = _keep(batch, error, self.settings, self.state.processes, self.directory)
+            raise RacError(f"{error}; the batch is in {path}") from error
+
+
+def check_run(
+    directory: Path,
+    settings: TrainConfig,
+    *,
+    recipe: Any = None,
+    resume: bool = False,
+    processes: Processes | None = None,
+) -> None:
+    """Refuse what `fit` would refuse before it does anything; nothing is written.
+
+    Raises `RacError` where `directory` holds a run and `resume` is not set, or the reverse; where the run in it has
+    another recipe, or another process is training it; where a batch is too small for its pieces; where the device is
+    not there.
+    """
+    processes = processes or Processes()
+    runtime.pick_device(settings.device)
+    if settings.batch // processes.count < settings.accumulate:
         raise RacError(
             f"a batch of {settings.batch} cannot be split over {processes.count} processes into {settings.accumulate} "
             "part(s) each; raise batch, or lower accumulate"
         )
+    if processes.first:
+        _check_folder(directory, settings if recipe is None else recipe, resume)
+
+
+def _check_folder(directory: Path, recipe: Any, resume: bool) -> None:
+    path, ours = directory / "recipe.json", to_json(recipe)
+    if not resume:
+        if directory.exists() and (not directory.is_dir() or any(map(_counts, directory.iterdir()))):
+            raise RacError(f"{directory} is not empty; --resume goes on with the run in it, or choose another --out")
+    elif not path.exists():
+        raise RacError(f"{directory} holds no run to resume (no recipe.json); leave out --resume to start one")
+    elif changed := differences(fixed(recipe, ours), fixed(recipe, read_json(path))):
+        raise RacError(f"{directory} was trained otherwise: {'; '.join(changed)}; resume it with the recipe it has")
+    else:
+        with _alone(directory):
+            pass
+
+
+def _alone(directory: Path) -> AbstractContextManager[None]:
+    return locked(directory, f"another process is training in {directory}; wait for its end, or choose another --out")
+
+
+@contextmanager
+def _entered(directory: Path, recipe: Any) -> Iterator[None]:
+    """Make `directory` and write the recipe into it; no other process may train in it during the block."""
+    make_output(directory)
+    with _alone(directory):
+        write_bytes(directory / "recipe.json", json.dumps(to_json(recipe), indent=2).encode())
+        yield
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file makes a folder used: not what a run left that was killed while it wrote its recipe."""
+    return path.name != MARKER and not (path.name.startswith(".recipe.json.") and path.name.endswith(".tmp"))
 
 
 def _check_start(state: TrainState, directory: Path) -> None:
@@ -142,65 +244,6 @@ def _check_start(state: TrainState, directory: Path) -> None:
             f"the processes would go on from different checkpoints, of iterations {found}; {directory} must be on a "
             "disk that all of them see"
         )
-
-
-def _enter(directory: Path, settings: TrainConfig, recipe: Any, resume: bool) -> None:
-    """Make `directory`, or check that it holds a run of this recipe; either way write the recipe into it."""
-    path = directory / "recipe.json"
-    ours = to_json(settings if recipe is None else recipe)
-    if not resume:
-        if directory.exists() and (not directory.is_dir() or any(map(_counts, directory.iterdir()))):
-            raise RacError(f"{directory} is not empty; --resume goes on with the run in it, or choose another --out")
-        make_output(directory)
-    elif not path.exists():
-        raise RacError(f"{directory} holds no run to resume (no recipe.json); leave out --resume to start one")
-    elif changed := differences(_fixed(ours), _fixed(read_json(path))):
-        raise RacError(f"{directory} was trained otherwise: {'; '.join(changed)}; resume it with the recipe it has")
-    write_bytes(path, json.dumps(ours, indent=2).encode())
-
-
-def _counts(path: Path) -> bool:
-    """Whether a file makes a folder used: not what a run left that was killed while it wrote its recipe."""
-    return path.name != MARKER and not (path.name.startswith(".recipe.json.") and path.name.endswith(".tmp"))
-
-
-def _fixed(recipe: Any) -> Any:
-    """A recipe's JSON without what may change on resume: how it is watched; its length, if nothing hangs on that."""
-    if not isinstance(recipe, dict):
-        return recipe
-    free = FREE_ON_RESUME | ({"iterations"} if recipe.get("schedule") == "constant" else set())
-    # What is unset counts as absent, so that a run goes on that was begun before a setting existed.
-    return {name: _fixed(value) for name, value in recipe.items() if name not in free and value not in ([], None)}
-
-
-def _show(task: Task, state: TrainState, stream: Stream, directory: Path, log: RunLog) -> None:
-    """What the averaged module makes of the held-out images: a picture and figures; and the curves so far."""
-    with torch.no_grad(), log.elsewhere():
-        averaged = state.averaged()
-        if not state.processes.first:
-            return
-        picture, metrics = task.gallery(averaged, stream.held_out().to(next(averaged.parameters()).device))
-        write_image(picture, directory / f"gallery-{state.iteration:06d}.png")
-        log.held_out(state.iteration, metrics)
-        if state.iteration:
-            log.draw()
-
-
-def _save(task: Task, state: TrainState, directory: Path) -> None:
-    averaged = state.averaged()
-    # In this order: a run killed in between repeats some iterations, and saves the coder again.
-    if state.processes.first:
-        with checkpoint.whole_folder(directory / "coder") as temporary:
-            task.save(averaged, temporary)
-    checkpoint.save(state, directory / "checkpoints")
-
-
-def _step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig, directory: Path) -> dict[str, float]:
-    try:
-        return train_step(task, state, batch, settings)
-    except DivergedError as error:
-        path = _keep(batch, error, settings, state.processes, directory)
-        raise RacError(f"{error}; the batch is in {path}") from error
 
 
 def _keep(batch: Batch, error: DivergedError, settings: TrainConfig, processes: Processes, directory: Path) -> Path:
@@ -229,21 +272,25 @@ class _Asked:
 
 @contextmanager
 def _asked_to_stop(processes: Processes) -> Iterator[_Asked]:
-    """Takes note of Ctrl-C and SIGTERM, so that an iteration is never cut in two. The second one raises.
+    """Take note of Ctrl-C, SIGTERM and SIGHUP, so that an iteration is never cut in two. The second one raises.
 
-    Not on several processes: there the launcher, which was asked too, sends it.
+    Not on several processes: there the launcher, which was asked too, sends it. A SIGHUP that is ignored, as under
+    nohup, stays so.
     """
     asked = _Asked()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if asked.number and processes.count == 1:
-            raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         asked.number = number
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield asked
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield asked
     finally:

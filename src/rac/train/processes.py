@@ -2,7 +2,8 @@
 
 Every process ("rank") works off rows of its own of each iteration's batch, with the random numbers that those rows have
 on one process (`rac.draws`). Its loss is weighed by its share of the batch, so the sum of all gradients is the gradient
-of the whole batch, and a run on two processes equals the run on one up to the order of additions.
+of the whole batch, and a run on two processes equals the run on one up to the order of additions. Changes of buffers,
+such as running statistics, are summed in the same way (`rac.train.step.train_step`).
 
 Gradients are summed once an iteration, after the last backward pass, in a few large buffers, rather than by torch's
 DistributedDataParallel: that wrapper expects one forward call for each backward pass, while an objective here calls the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,10 @@ from .. import runtime
 from ..data import Batch
 from ..draws import Draws
 from ..errors import RacError
-from ..objectives.image_terms import ADVERSARIAL
-from .adversary import AdversarialState
+from .adversary import AdaptiveGradient, aside
 from .config import TrainConfig, ema_decay, learning_rate
 from .processes import Processes, shard, whole
-from .task import Task
+from .task import Part, PartTerms, Task
 
 MOST_SKIPPED = 10
 """Iterations in a row that may be skipped; a run that meets more of them is not going to recover."""
@@ -40,17 +39,146 @@ class DivergedError(RacError):
 
 
 @dataclass
+class TrainedPart:
+    """A part of the task with its average, its optimiser, and what it gathers in the course of one iteration."""
+
+    part: Part
+    ema: nn.Module | None
+    optimizer: torch.optim.AdamW
+    parameters: list[nn.Parameter]
+    """Those that are trained."""
+    adaptive: AdaptiveGradient | None = None
+    unsharded: nn.Module | None = None
+    """A whole module to be filled with the finished weights where those are sharded; None without sharding."""
+    learns: bool = False
+    """Whether it has had terms in this iteration."""
+    buffers: list[Tensor] = field(default_factory=list)
+    """The module's buffers as they were before this iteration."""
+    changes: dict[int, Tensor] = field(default_factory=dict)
+    """What the pieces of the batch so far changed in floating-point buffers, by place, weighted by their shares."""
+    counters: dict[int, Tensor] = field(default_factory=dict)
+    """The other buffers, by place, after the latest piece."""
+
+    @classmethod
+    def start(cls, part: Part, settings: TrainConfig, device: torch.device, processes: Processes) -> TrainedPart:
+        """The part before the first iteration, its module moved to `device`."""
+        sharded = part.shard and settings.shard == "fsdp" and processes.count > 1
+        # Weights can be cut only where they lie one after the other.
+        module = runtime.place(part.module, device, settings.channels_last and not sharded)
+        processes.spread(module)
+        ema = copy.deepcopy(module).eval().requires_grad_(False) if part.averaged else None
+        unsharded = copy.deepcopy(module).eval().requires_grad_(False) if sharded else None
+        if sharded:
+            shard(module)
+            if ema is not None:
+                shard(ema)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=settings.lr * part.rate,
+            betas=settings.betas if part.betas is None else part.betas,
+            weight_decay=settings.weight_decay if part.weight_decay is None else part.weight_decay,
+            fused=device.type == "cuda" or (device.type == "cpu" and part.fused_on_cpu),
+        )
+        adaptive = None if part.adaptive is None else part.adaptive.start(module, trained)
+        return cls(part, ema, optimizer, trained, adaptive, unsharded)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        return self.part.module
+
+    def finished(self) -> nn.Module:
+        """The module to look at and to keep, see `Task`; to be called by all processes together."""
+        newest = self.module if self.ema is None else self.ema
+        if self.unsharded is not None:
+            self.unsharded.load_state_dict({name: whole(value) for name, value in newest.state_dict().items()})
+            return self.unsharded
+        return newest if self.ema is not None else copy.deepcopy(newest).eval().requires_grad_(False)
+
+    def begin(self) -> None:
+        """Forget the iteration before."""
+        self.learns = False
+        self.module.train()
+        self.optimizer.zero_grad()
+        self.buffers = [buffer.clone() for buffer in self.module.buffers()]
+        self.changes, self.counters = {}, {}
+
+    def add(self, terms: PartTerms, share: float, processes: Processes, others: Sequence[nn.Parameter]) -> Tensor:
+        """Add the gradient of a piece's terms, `share` of the batch, and return their weighted sum.
+
+        `others` are the parameters of all other parts, which get no gradient.
+        """
+        self.learns = True
+        named, weights = terms.terms, self.part.weights
+        loss = torch.stack([weight * named[name].float() for name, weight in weights.items() if weight]).sum()
+        adaptive = self.adaptive if self.adaptive is not None and self.adaptive.config.term in named else None
+        sharded = self.unsharded is not None
+        # Sharded gradients come as means over the processes, and are wanted as sums.
+        scale = share * processes.count if sharded else share
+        # Sharded parameters are not the ones in the graph, so there the others' gradients are dropped afterwards.
+        inputs = None if sharded else self.parameters
+        with aside(others):
+            (scale * loss).backward(retain_graph=adaptive is not None or terms.keep_graph, inputs=inputs)
+            if adaptive is not None:
+                adaptive.add(inputs, scale * named[adaptive.config.term], terms.keep_graph)
+        return loss
+
+    @torch.no_grad()
+    def gather_buffers(self, share: float) -> None:
+        """Note what a piece changed in the buffers, and put those of before back for the next one."""
+        for place, (buffer, before) in enumerate(zip(self.module.buffers(), self.buffers, strict=True)):
+            if buffer.is_floating_point():
+                change = share * (buffer - before)
+                self.changes[place] = self.changes[place] + change if place in self.changes else change
+            else:
+                self.counters[place] = buffer.clone()
+            buffer.copy_(before)
+
+    @torch.no_grad()
+    def change_buffers(self) -> None:
+        """Change the buffers as all pieces together did."""
+        for place, buffer in enumerate(self.module.buffers()):
+            if place in self.changes:
+                buffer.add_(self.changes[place])
+            elif place in self.counters:
+                buffer.copy_(self.counters[place])
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Put the buffers back to where they were before this iteration."""
+        for buffer, before in zip(self.module.buffers(), self.buffers, strict=True):
+            buffer.copy_(before)
+
+    def summed(self) -> list[Tensor]:
+        """What is to be added up over the processes: gradients, and changes of buffers."""
+        apart = [] if self.adaptive is None else [*self.adaptive.sums.values()]
+        return [*(one.grad for one in self.parameters if one.grad is not None), *apart, *self.changes.values()]
+
+    def add_balanced(self, settings: TrainConfig) -> dict[str, Tensor]:
+        """Weigh the adaptive term, and clip. Gives "balance", where there is one, and the norm "gradient"."""
+        values = {} if self.adaptive is None else self.adaptive.add_balanced()
+        clip = settings.clip if self.part.clip is None else self.part.clip
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip or float("inf"))
+        return {**values, "gradient": whole(norm).float()}
+
+    def step(self, settings: TrainConfig, iteration: int) -> None:
+        """Let the part learn from its gradient, and average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.part.rate * learning_rate(settings, iteration)
+        self.optimizer.step()
+        if self.ema is not None:
+            decay = settings.ema if self.part.ema is None else self.part.ema
+            _average(self.ema, self.module, 1 - ema_decay(decay, iteration), self.part.average_buffers)
+
+
+@dataclass
 class TrainState:
     """Everything a run carries from one iteration to the next; all else is a function of the iteration's number."""
 
-    module: nn.Module
-    ema: nn.Module
-    optimizer: torch.optim.AdamW
-    adversarial: AdversarialState | None = None
-    """With the task's adversary, if it has one."""
+    parts: dict[str, TrainedPart]
+    device: torch.device
     processes: Processes = field(default_factory=Processes)
-    unsharded: nn.Module | None = None
-    """Where weights are sharded: a whole module for the averaged ones, when they are asked for."""
     iteration: int = 0
     """Iterations done, skipped ones included."""
     skipped: int = 0
@@ -64,106 +192,92 @@ class TrainState:
     ) -> TrainState:
         """The state before the first iteration, with the task's modules moved to `device`."""
         processes = processes or Processes()
-        sharded = settings.shard == "fsdp" and processes.count > 1
-        for part in task.frozen:
-            runtime.place(part, device, settings.channels_last).eval().requires_grad_(False)
-        # Weights can be cut only where they lie one after the other.
-        module = runtime.place(task.module, device, settings.channels_last and not sharded)
-        processes.spread(module)
-        ema = copy.deepcopy(module).eval().requires_grad_(False)
-        unsharded = copy.deepcopy(ema) if sharded else None
-        if sharded:
-            shard(module)
-            shard(ema)
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
-        adversarial = None
-        if task.adversary is not None:
-            processes.spread(runtime.place(task.adversary.module, device, settings.channels_last).train())
-            adversarial = AdversarialState.start(task.adversary, trained, settings)
-        return cls(module, ema, optimizer, adversarial, processes, unsharded)
+        for module in task.frozen:
+            runtime.place(module, device, settings.channels_last).eval().requires_grad_(False)
+        parts = {name: TrainedPart.start(part, settings, device, processes) for name, part in task.parts.items()}
+        return cls(parts, device, processes)
 
-    def averaged(self) -> nn.Module:
-        """The averaged module, whole; to be called by all processes together."""
-        if self.unsharded is None:
-            return self.ema
-        self.unsharded.load_state_dict({name: whole(value) for name, value in self.ema.state_dict().items()})
-        return self.unsharded
+    def finished(self) -> dict[str, nn.Module]:
+        """The modules to look at and to keep, see `Task`; to be called by all processes together."""
+        return {name: part.finished() for name, part in self.parts.items()}
 
 
 def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:
-    """One iteration on `batch`: gradients over all its parts, clip, optimiser, average; the same for an adversary.
+    """One iteration on `batch`: gradients of all parts over all pieces of it; then clip, optimiser, average.
 
-    On several processes `batch` holds this one's rows, and all values are those of the whole iteration's batch.
+    On several processes `batch` holds this one's rows, and all values are those of the whole iteration's batch. So are
+    buffers: each piece of the batch, on each process, meets those of before the iteration, and what the pieces change
+    in them is averaged, weighted by their sizes. Statistics that are means over images, such as running means, thus
+    become those of the whole batch; a module that computes with them, rather than with those of the piece in hand,
+    trains alike however the batch is cut.
 
-    Returns the mean unweighted terms, their weighted sum "loss" (the adversarial term apart, whose weight is "balance"
-    times its own) and the norm of the gradient "gradient". If these are not all finite, weights, buffers, average and
-    optimisers stay as they were, and with `settings.on_divergence` "skip" the iteration counts as skipped. Raises
-    `DivergedError` with "stop", and before `MOST_SKIPPED` in a row.
+    Returns the mean unweighted terms, the weighted sum "loss" of the first part's, and the norms of the gradients:
+    "gradient", and "gradient_" with its name for each further part. If these are not all finite, weights, buffers,
+    averages and optimisers stay as they were, and with `settings.on_divergence` "skip" the iteration counts as skipped.
+    Raises `DivergedError` with "stop", and before `MOST_SKIPPED` in a row.
     """
-    device = next(state.module.parameters()).device
-    batch = batch.to(device, runtime.memory_format(settings.channels_last))
-    processes = state.processes
+    batch = batch.to(state.device, runtime.memory_format(settings.channels_last))
+    processes, parts = state.processes, list(state.parts.values())
     # For modules that draw on their own, such as dropout.
     beside = () if processes.first else (processes.rank,)
     torch.manual_seed(runtime.derived_seed(settings.rng_seed, "global", state.iteration, *beside))
-    # Sharded gradients come as means over the processes, and are wanted as sums.
-    scale = 1 if state.unsharded is None else processes.count
-    state.module.train()
-    state.optimizer.zero_grad()
-    buffers = [buffer.clone() for buffer in state.module.buffers()]
-    adversarial: AdversarialState | None = None
+    for part in parts:
+        part.begin()
     totals: dict[str, Tensor] = {}
-    for rows, share, draws in _parts(processes, state.iteration, settings, device):
-        with runtime.autocast(device, settings.bf16):
-            terms = task.terms(batch.rows(rows), draws, state.iteration)
-            loss = torch.stack([weight * terms[name].float() for name, weight in task.weights.items() if weight]).sum()
-        adversarial = state.adversarial if ADVERSARIAL in terms else None
-        (scale * share * loss).backward(retain_graph=adversarial is not None)
-        if adversarial:
-            adversarial.add_part(terms, share, scale)
-        for name, term in {**terms, "loss": loss}.items():
-            totals[name] = totals.get(name, 0) + share * term.detach().float()
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    processes.add_up([*totals.values(), *(one.grad for one in parameters if one.grad is not None)])
-    if adversarial:
-        processes.add_up(adversarial.gradients())
-        totals |= adversarial.add_balanced(settings.clip)
-    totals["gradient"] = whole(nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf"))).float()
+    for rows, share, draws in _pieces(processes, state.iteration, settings, state.device):
+        for terms in _terms(task, batch.rows(rows), draws, state, settings):
+            loss = state.parts[terms.part].add(terms, share, processes, _others(state, terms.part))
+            named = {**terms.terms, "loss": loss} if terms.part == next(iter(state.parts)) else terms.terms
+            for name, term in named.items():
+                totals[name] = totals.get(name, 0) + share * term.detach().float()
+        if share < 1:
+            for part in parts:
+                part.gather_buffers(share)
+    processes.add_up([*totals.values(), *(tensor for part in parts for tensor in part.summed())])
+    for place, (name, part) in enumerate(state.parts.items()):
+        part.change_buffers()
+        if part.learns:
+            ending = f"_{name}" if place else ""
+            totals |= {f"{value}{ending}": number for value, number in part.add_balanced(settings).items()}
     # One transfer, and the only time the processor waits for the device.
     values = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
     if not all(map(math.isfinite, values.values())):
-        for buffer, before in zip(state.module.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        if adversarial:
-            adversarial.forget()
+        for part in parts:
+            part.forget()
         _skip(state, values, settings)
         return values
     state.skipped_in_a_row = 0
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(settings, state.iteration)
-    state.optimizer.step()
-    if adversarial:
-        adversarial.step(settings, state.iteration)
-    _average(state.ema, state.module, 1 - ema_decay(settings, state.iteration))
+    for part in parts:
+        if part.learns:
+            part.step(settings, state.iteration)
     state.iteration += 1
     return values
 
 
-def _parts(
+def _terms(task: Task, batch: Batch, draws: Draws, state: TrainState, settings: TrainConfig) -> Iterator[PartTerms]:
+    """The task's terms, each computed in the precision asked for; what is done with them is not."""
+    with runtime.autocast(state.device, settings.bf16):
+        supply = task.terms(task.prepare(batch), draws, state.iteration)
+    while True:
+        with runtime.autocast(state.device, settings.bf16):
+            terms = next(supply, None)
+        if terms is None:
+            return
+        yield terms
+
+
+def _others(state: TrainState, name: str) -> list[nn.Parameter]:
+    return [parameter for other, part in state.parts.items() if other != name for parameter in part.parameters]
+
+
+def _pieces(
     processes: Processes, iteration: int, settings: TrainConfig, device: torch.device
 ) -> Iterator[tuple[slice, float, Draws]]:
-    """The parts of this process's rows of a batch: where in these rows, their share of the batch, and their draws."""
+    """The pieces of this process's rows of a batch: where in these rows, their share of the batch, and their draws."""
     own, size = processes.rows(settings.batch), settings.batch
     count = own.stop - own.start
-    for part in range(settings.accumulate):
-        rows = slice(count * part // settings.accumulate, count * (part + 1) // settings.accumulate)
+    for piece in range(settings.accumulate):
+        rows = slice(count * piece // settings.accumulate, count * (piece + 1) // settings.accumulate)
         draws = Draws(
             shared=runtime.generator(settings.rng_seed, "shared", iteration),
             own=runtime.generator(settings.rng_seed, "own", iteration, device=device),
@@ -175,11 +289,14 @@ def _parts(
 
 
 @torch.no_grad()
-def _average(ema: nn.Module, module: nn.Module, weight: float) -> None:
+def _average(ema: nn.Module, module: nn.Module, weight: float, buffers: bool = False) -> None:
     # One call for all: small networks have many parameters, and none of them is large.
     torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), weight)
     for kept, buffer in zip(ema.buffers(), module.buffers(), strict=True):
-        kept.copy_(buffer)
+        if buffers and kept.is_floating_point():
+            kept.lerp_(buffer, weight)
+        else:
+            kept.copy_(buffer)
 
 
 def _skip(state: TrainState, values: dict[str, float], settings: TrainConfig) -> None:

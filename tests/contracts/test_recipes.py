@@ -1,0 +1,140 @@
+"""What every recipe promises: its presets train at a small size, resume bit for bit, and say what they depend on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+import rac
+from rac import hub
+from rac.coders.adapter import TinyCoder
+from rac.coders.klvae import KLVAEConfig
+from rac.coders.taesd import TAESD, TAESDConfig
+from rac.config import from_json, to_json
+from rac.data import Batch
+from rac.draws import Draws
+from rac.errors import WeightsError
+from rac.recipes import RECIPES, Recipe
+from rac.representations.lpips import FILES
+from rac.representations.weight_files import find_weights
+from rac.train import log
+from rac.train.step import TrainState, train_step
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small random coders in place of those that would have to be downloaded, by the names that recipes give."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("stand-ins")
+    small = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    coders = {
+        "stabilityai/sd-vae-ft-ema": KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(),
+        "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
+        "taef2_decoder.pth": TAESD(TAESDConfig(latent_channels=32, pooled=True)),
+        "klvae-128": KLVAEConfig(latent_channels=4).build(),
+    }
+    for number, coder in enumerate(coders.values()):
+        rac.save(coder, folder / str(number))
+    return {name: str(folder / str(number)) for number, name in enumerate(coders)}
+
+
+def small(name: str, stand_ins: dict[str, str]) -> Recipe:
+    """The preset called `name` at a small size, with coders that are at hand."""
+    recipe = RECIPES[name][1].tiny()
+    given = {key: value for key, value in to_json(recipe).items() if isinstance(value, str) and value in stand_ins}
+    recipe = replace(recipe, **{key: stand_ins[value] for key, value in given.items()})
+    return replace(recipe, train=replace(recipe.train, device="cpu", tensorboard=False))
+
+
+def skip_without_lpips(recipe: Recipe) -> None:
+    try:
+        recipe.task()
+    except WeightsError as error:
+        try:
+            find_weights(None, FILES["vgg16"])
+        except WeightsError:
+            pytest.skip(f"LPIPS is among the terms: {error}")
+        raise
+
+
+def contents(run: Path, product: str) -> dict[str, bytes]:
+    newest = max((run / "checkpoints").iterdir())
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes() for path in [*newest.iterdir(), *(run / product).iterdir()]
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_says_what_it_depends_on(name: str) -> None:
+    recipe = RECIPES[name][1]
+    assert recipe.product in hub.PRODUCTS
+    assert from_json(type(recipe), to_json(recipe)) == recipe
+    assert recipe.tiny().tiny() == recipe.tiny()
+    # What is prepared depends on data, order and the coder of the latents, and on nothing else.
+    prepared = json.dumps(recipe.prepares())
+    assert json.dumps(from_json(type(recipe), to_json(recipe)).prepares()) == prepared
+    assert json.dumps(replace(recipe, train=replace(recipe.train, lr=0.5, iterations=7)).prepares()) == prepared
+    assert json.dumps(replace(recipe, train=replace(recipe.train, rng_seed=99)).prepares()) != prepared
+    assert json.dumps(replace(recipe, data=replace(recipe.data, flip=False)).prepares()) != prepared
+    assert (recipe.latents_of is None) or recipe.latents_of in prepared
+    if recipe.steps_field is not None:
+        assert getattr(recipe, recipe.steps_field) >= 1
+    assert all(row.parameters > 0 for row in recipe.costs(name, 256))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_parts_learn_from_their_own_terms_and_frozen_networks_not_at_all(
+    name: str, stand_ins: dict[str, str], images
+) -> None:  # type: ignore[no-untyped-def]
+    recipe = small(name, stand_ins)
+    skip_without_lpips(recipe)
+    task, settings = recipe.task(), recipe.train
+    owned = {part: {id(one) for one in it.module.parameters()} for part, it in task.parts.items()}
+    owned["frozen"] = {id(one) for module in task.frozen for one in module.parameters()}
+    assert not any(one & other for one, other in combinations(owned.values(), 2))
+    state = TrainState.start(task, settings, torch.device("cpu"))
+    state.iteration = 2  # late enough for a discriminator
+    batch = Batch(images(2, 32, 32))
+    draws = Draws.whole(torch.Generator().manual_seed(0), 2)
+    given = list(task.terms(task.prepare(batch), draws, state.iteration))
+    assert {terms.part for terms in given} == task.parts.keys()
+    names = [name for terms in given for name in terms.terms]
+    assert len(names) == len(set(names))
+    for part, terms, _ in given:
+        assert {name for name, weight in task.parts[part].weights.items() if weight} <= terms.keys()
+    frozen = [one.clone() for module in task.frozen for one in module.state_dict().values()]
+    values = train_step(task, state, batch, settings)
+    assert all(value == value for value in values.values())
+    assert all(one.grad is None for module in task.frozen for one in module.parameters())
+    after = [one for module in task.frozen for one in module.state_dict().values()]
+    assert all(torch.equal(one, other) for one, other in zip(frozen, after, strict=True))
+    assert all(any(one.grad is not None for one in it.module.parameters()) for it in task.parts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_trains_resumes_bit_for_bit_and_loads(
+    name: str, stand_ins: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "draw_curves", lambda records: b"")
+    recipe = small(name, stand_ins)
+    skip_without_lpips(recipe)
+    crops = tmp_path / "crops"
+    fitted = recipe.run(tmp_path / "whole", crops=crops)
+    assert fitted.iteration == recipe.train.iterations
+    assert fitted.metrics["psnr"] > 0
+    hurried = replace(recipe, train=replace(recipe.train, minutes=1e-9))
+    assert hurried.run(tmp_path / "broken", crops=crops).iteration == 1
+    recipe.run(tmp_path / "broken", resume=True, crops=crops)
+    assert contents(tmp_path / "broken", recipe.product) == contents(tmp_path / "whole", recipe.product)
+    coder, image = rac.load(tmp_path / "whole"), torch.rand(1, 3, 32, 32) * 2 - 1
+    assert coder.reconstruct(image).shape == image.shape
+    assert recipe.trains(coder)

@@ -140,7 +140,12 @@ def test_reconstruct_of_a_batch_reports_the_good_ones(tmp_path: Path, run, coder
     assert ran.code == 1
     assert "1 of 2 files failed" in ran.err
     assert "one-pixel.png" in ran.err
-    assert listed(tmp_path / "out") == ["good-strip.png", "good-trajectory.png", "results.csv"]
+    assert listed(tmp_path / "out") == [
+        "good-reconstruction.png",
+        "good-strip.png",
+        "good-trajectory.png",
+        "results.csv",
+    ]
 
 
 def test_a_folder_without_pictures(tmp_path: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import smooth_images, untrained_rac
 from sixth_family import FORMAT, AffineCoder
+from tiny import smooth_images, untrained_rac
 from torch import Tensor
 
 import rac
@@ -35,7 +35,7 @@ def klvae() -> KLVAE:
     return KLVAE.from_config({**coder.config, "scaling_factor": 0.25, "shift_factor": 0.5})
 
 
-def tiny() -> TinyCoder:
+def autoencoder_tiny() -> TinyCoder:
     widths = (8, 8, 8)
     config = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
     blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
@@ -63,7 +63,7 @@ FAMILIES: dict[str, Callable[[], Coder]] = {
     "klvae": klvae,
     "taesd": lambda: TAESD(TAESDConfig(4, False, 8)),
     "taesd pooled": lambda: TAESD(TAESDConfig(4, True, 8)),
-    "AutoencoderTiny": tiny,
+    "AutoencoderTiny": autoencoder_tiny,
     "AutoencoderDC": deep_compression,
     "sixth": AffineCoder,
 }
@@ -72,7 +72,7 @@ PIECES: dict[str, Callable[[], Coder]] = {
     "rac projector, tiled": lambda: tiled(FAMILIES["rac projector"](), SIXTEEN),
     "rac seed noise, tiled": lambda: tiled(FAMILIES["rac seed noise"](), SIXTEEN),
     "klvae, tiled": lambda: tiled(klvae(), SIXTEEN),
-    "AutoencoderTiny, tiled": lambda: tiled(tiny(), SIXTEEN),
+    "AutoencoderTiny, tiled": lambda: tiled(autoencoder_tiny(), SIXTEEN),
     "sixth, tiled": lambda: tiled(AffineCoder(), SIXTEEN),
     "sixth, tiled and sliced": lambda: sliced(tiled(AffineCoder(), SIXTEEN)),
 }

@@ -99,6 +99,13 @@ class RAC(Coder):
             else None
         )
 
+    @classmethod
+    def of(cls, coder: Coder) -> RAC:
+        """Returns `coder` itself, for what is about a RAC's own parts. Raises `RacError` for another family's."""
+        if not isinstance(coder, RAC):
+            raise RacError(f"expected a RAC, such as rac-64, not a {type(coder).__name__}")
+        return coder
+
     def default_steps(self, way: Way) -> int:
         """Returns the number of steps where none are asked for, the same for both ways."""
         return self.config.steps
@@ -206,13 +213,6 @@ class RAC(Coder):
             coder = cls(settings, numbers or statistics)
         fit_tensors(coder, tensors, source)
         return coder.eval().requires_grad_(False)
-
-
-def need_rac(coder: Coder, name: str) -> RAC:
-    """Returns `coder`, called `name` by the user. Raises `RacError` unless it is a RAC."""
-    if isinstance(coder, RAC):
-        return coder
-    raise RacError(f"{name} is a {type(coder).__name__}, whose flow cannot be followed as a RAC's; name a RAC instead")
 
 
 def read_rac_config(data: Any, source: str) -> tuple[RACConfig, Statistics | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..coders.rac import need_rac
+from ..coders.rac import RAC
 from ..data.files import find_pictures
 from ..evaluate.comparison import short_name
 from ..evaluate.demo_report import INTRODUCTION, STEPS, sections
@@ -43,7 +43,7 @@ class Command:
     def run(self) -> int:
         """Write the report, print its table; the exit code. Raises `RacError`."""
         check_size(self.size)
-        coder = need_rac(load_coder(self.model, self.device), self.model)
+        coder = RAC.of(load_coder(self.model, self.device))
         need_trained(coder, self.model, "encode")
         teacher = load_teacher(coder, self.device)
         photographs = self._photographs()

@@ -68,7 +68,7 @@ def _back_to_the_latent(coder: RAC, latent: Tensor) -> Section:
     found = reversals(coder, latent, coder.config.steps)
     table = Table(
         ("way back", "starts from", "evaluations", "largest error in the latent", "residual"),
-        tuple(_reversal_row(one) for one in found),
+        tuple(_reversal_row(one) for one in found if one.converged),
     )
     contents: list[Table | Figure] = [table]
     errors = euler_errors(coder, latent, ERROR_STEPS)
@@ -83,7 +83,7 @@ def _back_to_the_latent(coder: RAC, latent: Tensor) -> Section:
 
 
 def _reversal_row(one: Reversal) -> tuple[str, ...]:
-    residual = "" if one.residual is None else f"{one.residual:.1e}" + ("" if one.converged else ", did not converge")
+    residual = "" if one.residual is None else f"{one.residual:.1e}"
     return one.name, one.start, str(one.evaluations), f"{one.error:.1e}", residual
 
 
@@ -101,5 +101,5 @@ _BACK = (
     "A latent is decoded, and sought again from the result. Reversed Euler is not the inverse of Euler. A fixed-point "
     "iteration inverts each of its steps, and a reversible solver retraces its own, if they may start from the whole "
     "final state. From the image alone, which is all an encoder has, the state's other channels are unknown, and the "
-    "way back is as good as training made it."
+    "way back is as good as training made it. Fixed points are shown where the iteration finds them."
 )

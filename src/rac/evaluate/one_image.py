@@ -70,17 +70,19 @@ def reconstructions(
     """Encodes and decodes an image 1 3 H W, once at each number of steps if the coder takes any.
 
     With a teacher, its own reconstruction comes first and, at the end, what `coder` decodes from the teacher's latent.
-    The reconstruction of most steps keeps its flows. Raises `RacError` for steps below 1 and for images too small to
-    pad.
+    The reconstruction of most steps keeps its flows. Where `coder` was trained to decode only and has a teacher, the
+    teacher's latents are all that it decodes. Raises `RacError` for steps below 1 and for images too small to pad.
     """
     found = [] if teacher is None else [_measured("teacher", image, partial(_coded, teacher, image))]
     numbers = steps if _walked(coder) else (None,)
-    for number in numbers:
+    own = teacher is None or "encode" in coder.trained_ways
+    for number in numbers if own else ():
         keep = number == max(steps, default=None)
         run = partial(_coded, coder, image, number, solver, keep=keep)
         found.append(_measured(_named(name, number), image, run))
     for number in numbers if teacher is not None else ():
-        run = partial(_coded, coder, image, number, solver, encoder=teacher)
+        keep = not own and number == max(steps, default=None)
+        run = partial(_coded, coder, image, number, solver, keep=keep, encoder=teacher)
         made = _measured(f"{_named(name, number)}, from the teacher's latent", image, run)
         found.append(replace(made, from_teacher=True))
     return found
@@ -209,12 +211,14 @@ Results = Mapping[str, Sequence[Reconstruction]]
 
 
 def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Image.Image:
-    """Draws a strip of the original and its reconstructions from their coders' own latents, PSNR and SSIM below."""
-    panels = [Panel(image, "original")]
-    for one in made:
-        if not one.from_teacher:
-            panels.append(Panel(one.image, one.name, f"{one.psnr:.2f} dB · SSIM {_three(one.ssim)}"))
-    return strip(panels, title)
+    """Draws a strip of the original and its reconstructions, PSNR and SSIM below.
+
+    They are those from their coders' own latents; all of them where the coder has none of its own.
+    """
+    own = [one for one in made if not one.from_teacher]
+    shown = made if len(own) == 1 else own
+    panels = [Panel(one.image, one.name, f"{one.psnr:.2f} dB · SSIM {_three(one.ssim)}") for one in shown]
+    return strip([Panel(image, "original"), *panels], title)
 
 
 def per_image(results: Results) -> Table:

@@ -104,11 +104,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         """
         if not isinstance(coder, Coder):
             coder = hub.load(coder)
-        if not isinstance(coder, RAC):
-            raise RacError(
-                f"expected a RAC, such as rac-64, not a {type(coder).__name__}; "
-                "diffusers has classes of its own for other autoencoders"
-            )
+        coder = RAC.of(coder)
         dressed = cls(rac=to_json(coder.config), num_inference_steps=coder.config.steps, **_as_diffusers(coder))
         dressed.coder.load_state_dict(coder.whole.state_dict())
         return dressed.to(next(coder.parameters()).device).eval().requires_grad_(False)

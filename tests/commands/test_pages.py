@@ -31,9 +31,9 @@ QUICK = {
     "cache": "--data.size 32 --crops 8",
     "ablate": "--train.batch 2 --train.warmup 0 --data.size 32",
     "toy": "--iterations 3",
-    "evaluate": "--correction 0 --count 2 --steps 1 2",
+    "evaluate": "--robustness 0 --count 2 --steps 1 2",
     "bench": "--batch 2 --seconds 0 --precision fp32 --data photos --threads 1",
-    "compare": "--correction 0 --count 2 --steps 1 2",
+    "compare": "--robustness 0 --count 2 --steps 1 2",
     "export": "--size 32",
 }
 """What makes a verb quick without changing what it does."""

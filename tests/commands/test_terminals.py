@@ -69,10 +69,11 @@ def test_wide_terminals_have_one_line_a_row() -> None:
 def test_records_name_every_figure() -> None:
     assert table_text(WIDE, 40).splitlines()[:4] == [
         "rac-64, 1 step",
-        "  PSNR dB               21.95",
-        "  latent variance       0.9876",
-        "  explained",
+        "  PSNR dB                    21.95",
+        "  latent variance explained  0.9876",
+        "  parameters                 783,224",
     ]
+    assert table_text(WIDE, 30).splitlines()[2:4] == ["  latent variance  0.9876", "  explained"]
     empty = Table(("name", "teacher", "note"), (("a", "", "b"),))
     assert table_text(empty, 20).splitlines()[-1].split() == ["a", "b"]
 

@@ -21,7 +21,7 @@ from ..report.document import Table
 from .shared import show
 
 SCALES = (0.1, 0.2, 0.3, 1.0)
-"""Of the SD-VAE decoder's parameters: the fields of the paper."""
+"""Fractions of the SD-VAE decoder's parameters that the fields of the paper have."""
 
 
 @dataclass(frozen=True)

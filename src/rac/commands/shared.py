@@ -28,7 +28,7 @@ LARGE = 2048 * 2048
 """Pixels of an image above which coders work in tiles where nothing else is asked."""
 
 WIDTH = 240
-"""Of tables where the output is no terminal: wide enough for all of ours."""
+"""Width of tables where the output is no terminal: wide enough for all of ours."""
 
 C = TypeVar("C", bound=Coder)
 

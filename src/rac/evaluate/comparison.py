@@ -117,8 +117,8 @@ def candidates(
         numbers: Iterable[int | None] = dict.fromkeys(steps) if plain.walked else (None,)
         for source in sources:
             _warn_of_untrained(plain, source)
-            for count in numbers:
-                setting = replace(protocol, latents=source, steps=count)
+            for asked in numbers:
+                setting = replace(protocol, latents=source, steps=asked)
                 setting = replace(setting, metrics=_metrics(replace(plain, protocol=setting)))
                 found.append(replace(plain, protocol=setting))
     return found
@@ -168,12 +168,12 @@ class CodingCost:
     """What one image costs to encode and decode."""
 
     parameters: int
-    """Of the coder; its teacher, where that encodes, not counted."""
+    """Number of the coder's parameters; its teacher, where that encodes, is not counted."""
     macs_per_step: int
-    """Of one evaluation while decoding; a coder without a flow decodes in one."""
+    """MACs of one evaluation while decoding; a coder without a flow decodes in one."""
     decoding_macs: int
     macs: int
-    """Of encoding and decoding together."""
+    """MACs of encoding and decoding together."""
     side: tuple[int, int]
     """Height and width of the image this is about."""
 
@@ -280,11 +280,7 @@ def compare(
     report = progress or _silent
     field = _fielded(coders, chosen, steps, latents, device)
     first = field[0]
-    if not isinstance(images, ImageSet):
-        paths = [images] if isinstance(images, (str, Path)) else images
-        images = ImageSet.read(
-            [Path(path) for path in paths], chosen.preprocessing, chosen.count, partial(report, "reading pictures")
-        )
+    images = _image_set(images, chosen, report)
     suite = suite or MetricSuite.load(chosen.metrics, chosen.extractor, first.device)
     rows = []
     for candidate in field:
@@ -318,6 +314,15 @@ def _fielded(
     if not names and given:
         return given
     return given + candidates(names, protocol, steps=steps, latents=latents, device=device)
+
+
+def _image_set(
+    images: ImageSet | str | Path | Sequence[str | Path], protocol: Protocol, report: ComparisonProgress
+) -> ImageSet:
+    if isinstance(images, ImageSet):
+        return images
+    paths = [Path(path) for path in ([images] if isinstance(images, (str, Path)) else images)]
+    return ImageSet.read(paths, protocol.preprocessing, protocol.count, partial(report, "reading pictures"))
 
 
 def _silent(what: str, done: int, total: int | None = None) -> None:

@@ -64,7 +64,7 @@ class Material:
 
     @property
     def rows(self) -> Sequence[Row]:
-        """Of the comparison, in the order of the candidates."""
+        """The rows of the comparison, in the order of the candidates."""
         return self.comparison.rows
 
     @cached_property

@@ -1,6 +1,6 @@
 """How near an image is to its reference: PSNR, SSIM and MS-SSIM, one value per image.
 
-All compare images in [-1, 1], clamped but not rounded to 8 bits: metrics do not depend on a file format, and lie
+All compare images in [-1, 1], clamped but not rounded to 8 bits: numbers do not depend on a file format, and lie
 within a few hundredths of a dB of those of the written files up to about 40 dB.
 """
 
@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d
 from ..errors import RacError
 
 DATA_RANGE = 2.0
-"""Of images in [-1, 1]."""
+"""Width of the range [-1, 1] of images."""
 
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window (sigma 1.5); smaller images have no SSIM."""

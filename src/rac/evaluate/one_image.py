@@ -74,7 +74,7 @@ def reconstructions(
     teacher's latents are all that it decodes. Raises `RacError` for steps below 1 and for images too small to pad.
     """
     found = [] if teacher is None else [_measured("teacher", image, partial(_coded, teacher, image))]
-    numbers = steps if _walked(coder) else (None,)
+    numbers: Sequence[int | None] = steps if _walked(coder) else (None,)
     own = teacher is None or "encode" in coder.trained_ways
     for number in numbers if own else ():
         keep = number == max(steps, default=None)
@@ -116,6 +116,8 @@ class Reconstructed:
 def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
     """Puts an image 1 3 H W through the teacher and the coder; the numbers are those of `reconstructions`.
 
+    A coder that was trained to decode only decodes the teacher's latent.
+
     Raises `RacError` for steps below 1 and for an image too small to pad.
     """
     versions = []
@@ -123,8 +125,10 @@ def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
         run = partial(_coded, loaded.teacher, image)
         versions.append(_measured(f"teacher, {loaded.teacher_name}", image, run))
     number = steps if _walked(loaded.coder) else None
-    run = partial(_coded, loaded.coder, image, number, keep=True)
-    versions.append(_measured(_named(loaded.name, number), image, run))
+    encoder = None if "encode" in loaded.coder.trained_ways else loaded.teacher
+    run = partial(_coded, loaded.coder, image, number, keep=True, encoder=encoder)
+    name = _named(loaded.name, number) + ("" if encoder is None else ", from the teacher's latent")
+    versions.append(_measured(name, image, run))
     return Reconstructed(tuple(versions), versions[-1].encoding, versions[-1].decoding)
 
 

@@ -48,7 +48,7 @@ class Protocol:
     weights: Literal["ema", "raw"] = "ema"
     """Which of a training's weights the coder has, as whoever made it says; saved coders have the average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the coder's arithmetic; metrics are always computed in float32, distances of sets in float64."""
+    """Precision of the coder's arithmetic; metrics are always computed in float32, distances of sets in float64."""
     rounded: bool = True
     """Round reconstructions to 8 bits first, so that metrics are those of the written files."""
 

@@ -24,17 +24,17 @@ class Result:
     coder: str
     """As it was named."""
     coder_hash: str
-    """Of its weights."""
+    """Hash of its weights."""
     protocol: Protocol
     steps: int | None
-    """Of each way; None for a coder without a flow."""
+    """Number of steps of each way that is walked; None for a coder that takes both at once."""
     reference: ReferenceRecord
     metrics: dict[str, float]
     """The name of a metric of sets says whose features it is made of: only `rFID` is an FID."""
     images_per_second: float
     """Through the coder, there and back, in this run on this machine."""
     per_channel: dict[str, tuple[float, ...]]
-    """Of the latents."""
+    """Metrics of the latents, by channel."""
     per_image: dict[str, tuple[float, ...]]
     """Metrics of each image, in the order of `images`."""
     images: tuple[str, ...]

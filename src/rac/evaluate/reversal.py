@@ -26,7 +26,7 @@ class Reversal:
     error: float
     """Largest absolute difference between the latent found and the one decoded."""
     evaluations: int
-    """Of the way back."""
+    """Field evaluations of the way back."""
     residual: float | None = None
     """For fixed points: the largest residual of a step."""
     converged: bool = True

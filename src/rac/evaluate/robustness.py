@@ -31,7 +31,7 @@ class RobustnessCurve:
     """Mean metrics over the images, for each decoder and sigma."""
 
     teacher: str
-    """Whose latents they are."""
+    """Name of the coder whose latents they are."""
     images: int
     rng_seed: int
     sigmas: tuple[float, ...]
@@ -52,11 +52,12 @@ def robustness_curve(
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> RobustnessCurve:
-    """Decode latent + sigma * noise by every decoder, for the first `images` of the image_set.
+    """Decodes latent + sigma * noise by every decoder, for the first `images` of `image_set`.
 
     The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
-    for all sigmas. Compared with the original images by the image metrics of `suite`. `name` is the teacher's.
-    `progress` is told (images done, of all).
+    for all sigmas. Results are compared with the original images by the image metrics of `suite`. `name` is the
+    teacher's.
+    `progress` is called with (images done, images in all).
     """
     suite = replace(suite, metrics=tuple(metric for metric in suite.metrics if metric in IMAGE_METRICS))
     device = next(teacher.parameters()).device

@@ -107,9 +107,9 @@ class PrecisionRecall(NamedTuple):
     """Two shares, in [0, 1]."""
 
     precision: float
-    """Of the images that lie among the references: quality."""
+    """Share of the images that lie among the references: quality."""
     recall: float
-    """Of the references that lie among the images: variety."""
+    """Share of the references that lie among the images: variety."""
 
 
 def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> PrecisionRecall:

@@ -34,7 +34,7 @@ SET_METRICS: tuple[SetMetric, ...] = get_args(SetMetric)
 LATENT_METRICS: tuple[LatentMetric, ...] = get_args(LatentMetric)
 
 SHORTEST_SIDE: dict[str, int] = {"ssim": SSIM_WINDOW, "ms-ssim": MS_SSIM_SIDE, "lpips-alex": 31, "lpips-vgg16": 16}
-"""Of an image that has the metric."""
+"""The shortest side, in pixels, of images that a metric applies to."""
 
 _BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg16": "vgg16"}
 

@@ -36,14 +36,16 @@ def table_text(table: Table, width: int) -> str:
 
 
 def _records(table: Table, width: int) -> str:
-    heading = min(max((_cells(column) for column in table.columns[1:]), default=0), width // 2)
+    longest = max((_cells(word) for row in table.rows for cell in row[1:] for word in cell.split()), default=0)
+    room = max(width - longest - 2 * len(GAP), LEAST_WIDTH // 2)
+    headings = [_wrapped(column, room) for column in table.columns[1:]]
+    heading = max((_cells(line) for lines in headings for line in lines), default=0)
     records = []
     for row in table.rows:
         lines = _wrapped(row[0], width)
-        for column, cell in zip(table.columns[1:], row[1:], strict=True):
+        for names, cell in zip(headings, row[1:], strict=True):
             if not cell:
                 continue
-            names = _wrapped(column, heading)
             values = _wrapped(cell, width - heading - 2 * len(GAP))
             for index in range(max(len(names), len(values))):
                 name = names[index] if index < len(names) else ""

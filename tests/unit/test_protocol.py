@@ -20,7 +20,7 @@ from rac import RacError
 from rac.coders.klvae import KLVAEConfig
 from rac.evaluate.image_metrics import psnr
 from rac.evaluate.image_sets import ImageSet, Preprocessing
-from rac.evaluate.protocol import PROTOCOLS, Protocol
+from rac.evaluate.protocol import PROTOCOLS, Protocol, protocol_named
 from rac.evaluate.reconstruction import evaluate
 from rac.evaluate.result import Result
 from rac.evaluate.suite import MetricSuite
@@ -350,3 +350,20 @@ def test_pictures_of_other_modes_are_converted(tmp_path: Path) -> None:
         Image.new(mode, (30, 30)).save(buffer, "TIFF")
         (tmp_path / f"{index}.tiff").write_bytes(buffer.getvalue())
     assert len(ImageSet.read([tmp_path], PIXELS.preprocessing)) == 3
+
+
+def test_results_and_protocols_of_earlier_versions_are_read(one_layer_coder, images, tmp_path) -> None:
+    result = evaluate(one_layer_coder, ImageSet.of(images(2, 24, 24), "two"), PIXELS, name="it")
+    result.save(tmp_path / "new.json")
+    data = json.loads((tmp_path / "new.json").read_text())
+    del data["compared_with"]
+    former = {"metrics": "figures", "weight_files": "judges", "preprocessing": "framing"}
+    data["protocol"] = {former.get(key, key): value for key, value in data["protocol"].items()}
+    data = {former.get(key, key): value for key, value in data.items()}
+    assert {"figures", "judges"} <= data.keys()
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    (tmp_path / "protocol.json").write_text(json.dumps(data["protocol"]))
+    assert Result.load(tmp_path / "old.json") == result
+    assert protocol_named(str(tmp_path / "protocol.json")) == PIXELS
+    repeated = replace(PIXELS, reference=result.reference.hash)
+    assert protocol_named(str(tmp_path / "old.json")) == repeated

@@ -216,13 +216,13 @@ def test_what_is_passed_over_is_counted_by_kind_in_one_line(tmp_path: Path) -> N
     write(folder / "a.png")
     write_tar(folder / "x.tar", ("b.png", encoded(2)))
     write_tar(folder / "in" / "Y.TAR", ("c.png", encoded(2)))
-    for name in ("1.jp2", "2.JP2", "z.tar.gz", "z.tgz", "notes.txt", "labels.json", ".hidden.jp2"):
+    for name in ("1.tga", "2.TGA", "z.tar.gz", "z.tgz", "notes.txt", "labels.json", ".hidden.tga"):
         (folder / name).write_bytes(b"")
     (folder / "gone.png").symlink_to(folder / "nothing")
     found, line = passed_over(folder)
     assert found == ["a.png"]
     assert line == (
-        f"{folder}: passed over 2 .jp2 file(s), 2 compressed archive(s), 1 link(s) to nothing, "
+        f"{folder}: passed over 2 .tga file(s), 2 compressed archive(s), 1 link(s) to nothing, "
         "2 tar file(s) beside pictures"
     )
 
@@ -265,14 +265,14 @@ def test_tars_in_capitals_are_read_and_compressed_ones_named(tmp_path: Path) -> 
 
 
 def test_a_folder_of_other_formats_says_so(tmp_path: Path) -> None:
-    (tmp_path / "photo.jp2").write_bytes(b"")
-    with pytest.raises(RacError, match=r"holds no pictures; looked for .*; passed over 1 \.jp2 file\(s\)"):
+    (tmp_path / "photo.tga").write_bytes(b"")
+    with pytest.raises(RacError, match=r"holds no pictures; looked for .*; passed over 1 \.tga file\(s\)"):
         find_pictures([tmp_path])
 
 
 def test_a_file_that_is_named_is_tried_whatever_it_ends_with(tmp_path: Path) -> None:
-    Image.new("RGB", (12, 10)).save(tmp_path / "photo.jp2")
-    assert names(tmp_path / "photo.jp2") == ["photo.jp2"]
+    Image.new("RGB", (12, 10)).save(tmp_path / "photo.tga")
+    assert names(tmp_path / "photo.tga") == ["photo.tga"]
 
 
 # --------------------------------------------------------------------------------------------------------- overlapping

@@ -101,7 +101,7 @@ def test_the_number_that_is_shown_is_computed(answers: Answers, picture: Path) -
     for steps in (3, 3.0):
         answer = answers("steps", str(picture), None, "tiny", steps, None)
         assert answer is not None
-        assert "RAC, 3 steps" in answer
+        assert "tiny, 3 steps" in answer
     answer = answers("noise", str(picture), None, "tiny", 2.5, 0)
     assert answer is not None
     assert "noise of 0 standard deviations" in answer

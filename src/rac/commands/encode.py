@@ -72,40 +72,45 @@ class Command:
                 )
         names = result_names(files)
         make_folder(self.out)
+        inexact: list[str] = []
 
         def work(file: Path) -> None:
             image = read_image(file, self.size, convert=self.convert).to(pick_device(self.device))
             fitting = in_tiles(coder, self.tile, (image.shape[-2], image.shape[-1]))
-            encoded, out = self._encode(fitting, image, file), self.out / f"{names[file]}.safetensors"
+            encoded, out = self._encode(fitting, image, file, inexact), self.out / f"{names[file]}.safetensors"
             encoded.write(out)
             channels, height, width = encoded.latent.shape[1:]
             print(f"{out}: {channels} channels of {width} x {height}")
 
-        return for_each(files, work, batch=self.path.is_dir())
+        code = for_each(files, work, batch=self.path.is_dir())
+        if inexact:
+            more = f" and {len(inexact) - 1} more" if len(inexact) > 1 else ""
+            note(
+                f"{inexact[0]}{more}: the decoder's steps cannot be undone exactly, so encoded without --exact; with a "
+                "larger --steps they may be"
+            )
+        return code
 
     @torch.no_grad()
-    def _encode(self, coder: Coder, image: Tensor, file: Path) -> LatentFile:
+    def _encode(self, coder: Coder, image: Tensor, file: Path, inexact: list[str]) -> LatentFile:
         size, solver = (image.shape[-2], image.shape[-1]), SOLVERS[self.solver]
         walk = coder.walk("encode", self.steps, solver)
         if walk is None:
             return LatentFile(coder.encode(image), coder.spec, size, self.model)
-        latent = self._exactly(coder, image, walk, file) if self.exact else None
+        latent = self._exactly(coder, image, walk, file, inexact) if self.exact else None
         if latent is None:
             latent = coder.encode(image, walk=walk)
         return LatentFile(latent, coder.spec, size, self.model, walk.steps, self.solver)
 
-    def _exactly(self, coder: Coder, image: Tensor, walk: Walk, file: Path) -> Tensor | None:
-        """The latent by fixed points, or None, with a note on stderr, where a step has none to be found."""
+    def _exactly(self, coder: Coder, image: Tensor, walk: Walk, file: Path, inexact: list[str]) -> Tensor | None:
+        """The latent by fixed points, or None, the file named in `inexact`, where a step has none to be found."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             coded = coder.coded(image, Walk(walk.grid, FixedPoint(walk.solver)))
         assert coded.flow is not None
         residual = max(coded.flow.residuals)
         if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-            note(
-                f"{file.name}: the decoder's steps cannot be undone exactly at --steps {walk.steps} (residual "
-                f"{residual:.2g}), so it is encoded without --exact; more steps may be"
-            )
+            inexact.append(file.name)
             return None
         print(f"{file.name}: largest residual {residual:.2g} in {coded.evaluations} evaluations")
         return coded.latent

@@ -131,7 +131,7 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(random_grid, make_rac,
     teacher = torch.nn.Sequential(torch.nn.Upsample(scale_factor=4), torch.nn.Conv2d(4, 3, 1)).double()
     discriminator = DiscriminatorConfig(width=4, layers=1).build().double()
     losses = ImageLosses(lambda one, other: (one - other).abs().amax(dim=(1, 2, 3)), discriminator)
-    coding = Coding(coder.field, coder.states, coder.contract, teacher, suite=losses)
+    coding = Coding(coder.field, coder.states, coder.contract, teacher, losses)
     batch = images(5, 8, 8).double()
     latent = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 

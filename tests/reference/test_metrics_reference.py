@@ -327,6 +327,6 @@ def test_set_figures_of_photographs_against_other_implementations(lite) -> None:
 @pytest.mark.skipif(not DEV.is_file(), reason=f"{DEV} is not at hand")
 def test_development_images_are_those_the_reports_name() -> None:
     protocol = PROTOCOLS["pixels-64"]
-    references = ImageSet.read([DEV], protocol.framing, count=32)
+    references = ImageSet.read([DEV], protocol.preprocessing, count=32)
     assert (len(references), references.sizes, references.name) == (32, {(64, 64)}, "imagenette-dev-224.tar")
     assert len({name.split("/")[0] for name in references.names}) > 5

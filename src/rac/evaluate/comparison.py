@@ -101,8 +101,8 @@ def candidates(
     """
     for number in steps:
         check_steps(number)
-    if not coders or not steps or not latents:
-        raise RacError("a comparison needs at least one coder, one number of steps and one source of latents")
+    if not coders or not latents:
+        raise RacError("a comparison needs at least one coder and one source of latents, own or teacher")
     names = [str(name) for name in coders]
     titles = titles or _titles(names)
     loaded = dict(coders) if isinstance(coders, Mapping) else {name: _load(name, device) for name in names}
@@ -113,6 +113,8 @@ def candidates(
     for name, coder in loaded.items():
         teacher = found_teachers.get(name)
         plain = Candidate(coder=coder, protocol=protocol, teacher=teacher, name=name, title=titles[name])
+        if plain.walked and not steps:
+            raise RacError(f"{name} decodes in steps; give at least one number of them, such as 1 2 4 8")
         sources: Iterable[LatentSource] = dict.fromkeys(latents) if teacher is not None else ("own",)
         numbers: Iterable[int | None] = dict.fromkeys(steps) if plain.walked else (None,)
         for source in sources:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..config import read_json, to_json
 from ..errors import RacError
-from ..fields import FieldConfig, LocalFieldConfig, Projector
-from ..flow import Euler, FixedPoint, Solver, TimeGrid, Trajectory, integrate
+from ..fields import CarriersFieldConfig, FieldConfig, LocalFieldConfig, Projector
+from ..flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, Trajectory, integrate
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
@@ -74,6 +74,13 @@ class RAC(Coder):
                 f"spread {config.spread!r} has no channels of the latent's own, from which a carrier could read it; "
                 "give spread beside, or carrier False"
             )
+        if isinstance(config.field, CarriersFieldConfig):
+            if (config.spread, config.field.latent_channels) != ("beside", config.spec.channels):
+                raise RacError(
+                    f"a carriers field of {config.field.latent_channels} latent channels does not fit spread "
+                    f"{config.spread} and {config.spec.channels} latent channels; give spread beside, and "
+                    f"latent_channels {config.spec.channels}"
+                )
         self.field: nn.Module = config.field.build(config.state_channels, config.spec.factor)
         self.projector: nn.Module | None = (
             Projector(config.state_channels, config.spec.channels, config.spec.factor)
@@ -89,7 +96,7 @@ class RAC(Coder):
         Raises `RacError` for a latent of other channels or with NaN, and for steps below 1.
         """
         self.spec.check(latent)
-        flow = integrate(self.field, self.seed_state(latent), self._grid(steps), solver or Euler())
+        flow = integrate(self.field, self.seed_state(latent), self._grid(steps), self.solver_for(solver))
         return image_of(flow.end)
 
     def trajectory(
@@ -97,7 +104,7 @@ class RAC(Coder):
     ) -> Trajectory:
         """The states on the way from the seed state to the image state, and what they cost. Raises as `decode`."""
         self.spec.check(latent)
-        return integrate(self.field, self.seed_state(latent), self._grid(steps), solver or Euler(), keep="nodes")
+        return integrate(self.field, self.seed_state(latent), self._grid(steps), self.solver_for(solver), keep="nodes")
 
     def seed_state(self, latent: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latent B c h w -> seed state B C h*f w*f, with noise where this coder wants some.
@@ -133,7 +140,7 @@ class RAC(Coder):
     ) -> Trajectory:
         padded, _ = pad_to_multiple(image, self.spec.factor)
         start = image_state(padded, self.config.state_channels)
-        return integrate(self.field, start, self._grid(steps).reversed(), solver or Euler(), keep=keep)
+        return integrate(self.field, start, self._grid(steps).reversed(), self.solver_for(solver), keep=keep)
 
     def contract(self, state: Tensor) -> Tensor:
         """Seed state B C H W -> latent B c h w: by the spread's inverse, or by the projector if it has one."""
@@ -148,6 +155,18 @@ class RAC(Coder):
         """
         latent = self.encode(image, steps, solver)
         return crop(self.decode(latent, steps, decoding_solver(solver)), (image.shape[-2], image.shape[-1]))
+
+    def solver_for(self, solver: Solver | None = None) -> Solver:
+        """The solver that `solver` is for this coder's field; Euler where None is given.
+
+        A field that knows its step size is told it by Euler's rule: `MeanEuler`, alone or undone by a `FixedPoint`.
+        """
+        solver = solver or Euler()
+        if not self.config.field.interval:
+            return solver
+        if isinstance(solver, FixedPoint):
+            return replace(solver, solver=self.solver_for(solver.solver))
+        return MeanEuler() if isinstance(solver, Euler) else solver
 
     def _grid(self, steps: int | TimeGrid | None) -> TimeGrid:
         if isinstance(steps, TimeGrid):

@@ -16,6 +16,9 @@ class DataConfig:
     """Folders of images (searched through), tar shards (also folders of them, and patterns such as
     shards-{000..099}.tar), single images, Hugging Face data sets (hf:PATH_OR_NAME:split:column; hf-stream:... reads
     one in its own order), or, alone, a folder that `rac cache` made. None: scikit-image's photographs."""
+    exclude: tuple[str, ...] = ()
+    """Folders, in paths or inside tar shards, whose pictures are left out: labels such as n02102040, to have some that
+    were never trained on."""
     size: int = 64
     """Side of the square training crops, in pixels."""
     further_sizes: tuple[int, ...] = ()

@@ -130,6 +130,14 @@ class Pictures(Sequence[Picture]):
         place = int(np.searchsorted(self._starts, number, "right")) - 1
         return Picture(self._sources[place], number - int(self._starts[place]))
 
+    def without(self, folders: Sequence[str]) -> Pictures:
+        """Those that lie in none of these folders. Raises `RacError` for a folder that holds none of them."""
+        parents = [set(PurePosixPath(picture.name).parts[:-1]) for picture in self]
+        if missing := [folder for folder in folders if not any(folder in parts for parts in parents)]:
+            raise RacError(f"no picture lies in the excluded folder(s) {', '.join(missing)}; give names of folders")
+        kept = np.array([parts.isdisjoint(folders) for parts in parents])
+        return Pictures(self._sources, self._order[kept])
+
     def fingerprint(self) -> str:
         """A hash of all names and traces, in their order."""
         digest = hashlib.sha256()
@@ -153,19 +161,21 @@ def _order_of_digests(digests: bytearray) -> NDArray[np.int64]:
     return np.lexsort(words.T[::-1])
 
 
-def find_pictures(paths: Sequence[Path]) -> Pictures:
+def find_pictures(paths: Sequence[Path], exclude: Sequence[str] = ()) -> Pictures:
     """All pictures under `paths`, in an order that looks random but depends on their names alone.
 
     Paths are folders of pictures (searched through), folders of tar shards, tar shards, brace patterns of such
     (`shards-{000..099}.tar`), single pictures, and Hugging Face data sets (`hf:PATH_OR_NAME:split:column`). Cutting
     the list anywhere gives fair samples (of every label), and the same ones everywhere. Without paths: scikit-image's
-    photographs. Raises `RacError` if a path is missing, damaged, or holds no picture.
+    photographs. Pictures in folders of a name in `exclude` are left out. Raises `RacError` if a path is missing,
+    damaged, or holds no picture, and for an excluded folder that there is not.
     """
     if not paths:
         folder = photographs()
         return Pictures([folder], np.arange(len(folder.names)))
     with counting("finding pictures") as told:
-        return Pictures(list(_sources([one for path in paths for one in _expanded(path.expanduser())], told)))
+        found = Pictures(list(_sources([one for path in paths for one in _expanded(path.expanduser())], told)))
+    return found.without(exclude) if exclude else found
 
 
 def is_spelled(path: Path, *kinds: str) -> bool:

@@ -187,7 +187,7 @@ class ImageStream(Crops):
 
     def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
         super().__init__(config, rng_seed)
-        files = find_pictures(config.paths)
+        files = find_pictures(config.paths, config.exclude)
         used = self._hold_out(files, min(config.held_out, max(1, len(files) // 4)))
         if used == len(files):
             raise RacError(

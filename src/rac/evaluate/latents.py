@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..coders.rac import RAC, decoding_solver
 from ..errors import RacError
-from ..flow import Euler, Solver, TimeGrid, integrate
+from ..flow import Solver, TimeGrid, integrate
 from ..images import crop
 from ..states import image_of
 
@@ -68,5 +68,5 @@ def state_round_trip(
     It tells how well the way back undoes the way there, and nothing about the coder as a coder.
     """
     back = coder.encode_trajectory(image, steps, solver)
-    there = integrate(coder.field, back.end, TimeGrid.of(back.times).reversed(), decoding_solver(solver) or Euler())
+    there = integrate(coder.field, back.end, TimeGrid.of(back.times).reversed(), coder.solver_for(decoding_solver(solver)))
     return crop(image_of(there.end), (image.shape[-2], image.shape[-1]))

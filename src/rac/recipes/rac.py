@@ -12,7 +12,7 @@ import torch
 from .. import hub, runtime
 from ..coders.protocol import Coder
 from ..coders.rac import RAC, RACConfig
-from ..coders.warm_start import copy_decoder
+from ..coders.warm_start import start_from
 from ..data import DataConfig, open_stream
 from ..errors import RacError
 from ..fields import FieldConfig, TinyFieldConfig
@@ -45,8 +45,8 @@ class RACRecipe:
     start: str | None = None
     """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
     start_from_teacher: bool = False
-    """Start from the weights of the teacher's decoder, as far as the field has layers of that kind: TAESD-family
-    teachers, `local` fields, spread `beside`."""
+    """Start from the weights of the teacher, as far as the field has layers of that kind: TAESD-family teachers, spread
+    `beside`; `carriers` fields take both halves, `local` ones the decoder's."""
     objective: RACObjective = dataclasses.field(default_factory=RACObjective)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -99,7 +99,7 @@ class RACRecipe:
         if self.start is None:
             coder = RAC(config)
             if self.start_from_teacher:
-                copy_decoder(teacher, coder)
+                start_from(teacher, coder)
             return coder
         start = hub.load(self.start)
         if not isinstance(start, RAC):

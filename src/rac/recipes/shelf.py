@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..coders.klvae import KLVAEConfig
 from ..coders.taesd import POOLED_LATENT_STD
 from ..data import DataConfig
-from ..fields import LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
+from ..fields import CarriersFieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from ..objectives.klvae import KLVAEWeights
 from ..objectives.rac import NANO, PAPER, RACObjective, RACWeights
 from ..train import TrainConfig
@@ -225,6 +225,36 @@ def rac_taef2_detail() -> RACRecipe:
     )
 
 
+def rac_256() -> RACRecipe:
+    """The flagship: both ways of TAEF2's latents, begun as TAEF2; give the .pth file as --teacher."""
+    return RACRecipe(
+        teacher="taef2_decoder.pth",
+        start_from_teacher=True,
+        field=CarriersFieldConfig(clamp=3 / POOLED_LATENT_STD, pooled=True),
+        state_channels=4,
+        spread="beside",
+        objective=RACObjective(
+            weights=RACWeights(reconstruction=1.0, latent=0.3, perceptual=3.0, coarse=50.0, detail=500.0),
+            steps=(1, 4),
+            last_steps=2,
+            sharpen=0.5,
+            random_grid=False,
+            step_noise=0.0,
+            latent_noise=0.2,
+            memory="store",
+        ),
+        data=DataConfig(
+            size=128,
+            further_sizes=(128, 128, 192),
+            smallest_crop=112,
+            exclude=("n03394916", "n03417042"),
+            held_out=16,
+            keep_mb=1_024,
+        ),
+        train=replace(_ONE_CORE, iterations=2_000, batch=4, lr=3e-4, warmup=50, ema=0.998, final_lr=0.02),
+    )
+
+
 def klvae_128() -> KLVAERecipe:
     """An f8 teacher on 128-pixel crops, in one stage: L1 + KL + LPIPS, then a discriminator; minutes on a large GPU."""
     return KLVAERecipe(
@@ -320,6 +350,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         rac_taef2,
         rac_taef2_sharp,
         rac_taef2_detail,
+        rac_256,
         klvae_128,
         rac_128,
         rac_128_rollout,

@@ -19,6 +19,7 @@ from ..errors import RacError
 from ..evaluate.pictures import Panel, sheet, strip
 from ..evaluate.protocol import Protocol, evaluate
 from ..evaluate.references import Framing, References
+from ..flow import Euler, MeanEuler
 from ..images import from_pixels
 from ..objectives.judged import ADVERSARIAL
 from ..objectives.klvae import KLVAEWeights, decoder_terms, klvae_terms
@@ -140,7 +141,8 @@ class RACTask:
         module = self.module
         judges = self.jury.judges(iteration)
         seed_noise = module.config.seed_noise
-        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, judges, seed_noise)
+        solver = MeanEuler() if module.config.field.interval else Euler()
+        coding = Coding(module.field, module.states, module.contract, self.teacher.decode, judges, seed_noise, solver)
         return rac_terms(coding, batch.images, latents, self.objective, draws)
 
     def gallery(self, module: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -234,7 +234,7 @@ def rac_256() -> RACRecipe:
         state_channels=4,
         spread="beside",
         objective=RACObjective(
-            weights=RACWeights(reconstruction=1.0, latent=0.3, perceptual=3.0, coarse=50.0, detail=500.0),
+            weights=RACWeights(reconstruction=1.0, latent=1.0, perceptual=1.0, coarse=30.0, detail=100.0),
             steps=(1, 4),
             last_steps=2,
             sharpen=0.5,
@@ -251,7 +251,9 @@ def rac_256() -> RACRecipe:
             held_out=16,
             keep_mb=1_024,
         ),
-        train=replace(_ONE_CORE, iterations=2_000, batch=4, lr=3e-4, warmup=50, ema=0.998, final_lr=0.02),
+        train=replace(
+            _ONE_CORE, iterations=1_900, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=100, ema=0.998, final_lr=0.02
+        ),
     )
 
 

@@ -226,9 +226,9 @@ def rac_taef2_detail() -> RACRecipe:
 
 
 def rac_256() -> RACRecipe:
-    """The flagship: both ways of TAEF2's latents, begun as TAEF2; give the .pth file as --teacher."""
+    """The flagship: both ways of TAEF2's latents, begun as TAEF2."""
     return RACRecipe(
-        teacher="taef2_decoder.pth",
+        teacher="taef2",
         start_from_teacher=True,
         field=CarriersFieldConfig(clamp=3 / POOLED_LATENT_STD, pooled=True),
         state_channels=4,

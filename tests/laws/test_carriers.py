@@ -169,8 +169,8 @@ def test_recomputed_steps_have_the_same_gradients():
 @pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_gradients_flow_through_the_last_steps_alone(memory):
     whole, through_all = trained(stirred(), memory=memory)
-    cut, through_two = trained(stirred(), memory=memory, last_steps=2)
-    _, through_four = trained(stirred(), memory=memory, last_steps=4)
+    cut, through_two = trained(stirred(), memory=memory, last_steps=(2, 0))
+    _, through_four = trained(stirred(), memory=memory, last_steps=(4, 0))
     assert cut["reconstruction"].item() == pytest.approx(whole["reconstruction"].item(), abs=1e-12)
     torch.testing.assert_close(through_four["stem.weight"], through_all["stem.weight"], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(through_two["stem.weight"], through_all["stem.weight"], rtol=1e-3)
@@ -190,7 +190,7 @@ def test_steps_without_gradients_leave_bfloat16_its_gradients():
     spec = StateSpec(8, 5, 4, "beside")
     coding = Coding(field, spec, lambda state: state, None, solver=MeanEuler())
     weights = RACWeights(reconstruction=1.0)
-    objective = RACObjective(weights, (4, 4), 1, step_noise=0.0, random_grid=False, memory="store")
+    objective = RACObjective(weights, (4, 4), (1, 1), step_noise=0.0, random_grid=False, memory="store")
     with torch.autocast("cpu", torch.bfloat16):
         draws = Draws.whole(torch.Generator().manual_seed(0), 1)
         terms = rac_terms(coding, torch.rand(1, 3, 16, 16), torch.randn(1, 5, 2, 2), objective, draws)
@@ -222,10 +222,10 @@ def test_what_does_not_fit_is_refused():
         SMALL.build(4, 16)
     with pytest.raises(RacError, match="one length"):
         replace(SMALL, down_blocks=(1, 1)).build(4, 8)
-    with pytest.raises(RacError, match="last_steps -1"):
-        RACObjective(last_steps=-1)
-    with pytest.raises(RacError, match="last_steps 0"):
-        RACObjective(last_steps=1, step_noise=0.0, memory="reverse")
+    with pytest.raises(RacError, match="must be at least 0"):
+        RACObjective(last_steps=(0, -1))
+    with pytest.raises(RacError, match="last_steps 0 0"):
+        RACObjective(last_steps=(1, 0), step_noise=0.0, memory="reverse")
 
 
 @pytest.mark.parametrize("hidden", [None, 4])

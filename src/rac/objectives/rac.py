@@ -108,9 +108,9 @@ class RACObjective:
     weights: RACWeights = PAPER
     steps: tuple[int, int] = (4, 4)
     """Steps of the unrolled flows: drawn evenly from the first to the last number, anew for each iteration."""
-    last_steps: int = 0
-    """Gradients flow through so many of a flow's last steps; 0: through all. The steps before them are walked as in
-    use, at a third of their cost."""
+    last_steps: tuple[int, int] = (0, 0)
+    """Gradients flow through so many of the last steps when decoding, and when encoding; 0: through all. The steps
+    before them are walked as in use, at a third of their cost."""
     sharpen: float = 0.0
     """The terms that ask for sharpness (`perceptual`, `detail`) count steps^`sharpen` times: one step is to be
     faithful, several are to be sharp as well."""
@@ -136,10 +136,10 @@ class RACObjective:
         low, high = self.steps
         if not 1 <= low <= high:
             raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
-        if not 0 <= self.last_steps:
+        if min(self.last_steps) < 0:
             raise RacError(f"last_steps {self.last_steps} must be at least 0, which stands for all")
-        if self.last_steps and self.memory == "reverse":
-            raise RacError('memory "reverse" walks all steps back; give last_steps 0, or memory "recompute"')
+        if any(self.last_steps) and self.memory == "reverse":
+            raise RacError('memory "reverse" walks all steps back; give last_steps 0 0, or memory "recompute"')
         if self.memory not in get_args(Memory):
             raise RacError(f"memory {self.memory!r} is unknown; expected {', '.join(get_args(Memory))}")
         if self.memory == "reverse" and self.step_noise:
@@ -330,7 +330,8 @@ def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = F
     keep: Literal["end", "nodes"] = "nodes" if path else "end"
     if objective.memory == "reverse":
         return retraced(cast(nn.Module, coding.field), state, grid, keep=keep)
-    first = max(0, rollout.steps - objective.last_steps) if objective.last_steps else 0
+    last = objective.last_steps[backwards] or rollout.steps
+    first = max(0, rollout.steps - last)
     rule = TrainingStep(objective.step_noise, objective.memory, draws, coding.solver, first)
     return integrate(coding.field, state, grid, rule, keep=keep)
 

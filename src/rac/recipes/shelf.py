@@ -236,7 +236,7 @@ def rac_256() -> RACRecipe:
         objective=RACObjective(
             weights=RACWeights(reconstruction=1.0, latent=1.0, perceptual=1.0, coarse=30.0, detail=100.0),
             steps=(1, 4),
-            last_steps=2,
+            last_steps=(2, 1),
             sharpen=0.5,
             random_grid=False,
             step_noise=0.0,
@@ -245,14 +245,13 @@ def rac_256() -> RACRecipe:
         ),
         data=DataConfig(
             size=128,
-            further_sizes=(128, 128, 192),
             smallest_crop=112,
             exclude=("n03394916", "n03417042"),
             held_out=16,
             keep_mb=1_024,
         ),
         train=replace(
-            _ONE_CORE, iterations=1_900, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=100, ema=0.998, final_lr=0.02
+            _ONE_CORE, iterations=2_000, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=100, ema=0.998, final_lr=0.02
         ),
     )
 

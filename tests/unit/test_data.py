@@ -290,3 +290,23 @@ def test_real_tar(data_dir: Path) -> None:
     assert images.max() <= 1
     assert images.std() > 0.3
     assert torch.equal(images[:1], from_pixels(stream.crop(0)))
+
+
+# ---------------------------------------------------------------------------------------------------- left out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pictures_of_excluded_folders_are_neither_trained_on_nor_held_out(
+    config: DataConfig, folder: Path, tmp_path: Path, packed: bool
+) -> None:
+    path = as_tar(folder, tmp_path / "shard.tar") if packed else folder
+    stream = ImageStream(replace(config, paths=(path,), exclude=("label1",)))
+    even = {20 * k for k in range(COUNT // 2)}
+    held_out = set(levels(stream.held_out()))
+    drawn = set(levels(stream.batch(0, 4 * COUNT).images))
+    assert held_out | drawn == even and not held_out & drawn
+
+
+def test_an_excluded_folder_that_there_is_not_is_named(config: DataConfig) -> None:
+    with pytest.raises(RacError, match="n02102040"):
+        ImageStream(replace(config, exclude=("label1", "n02102040")))

@@ -98,6 +98,8 @@ class StreamedImages(Crops):
     def __init__(self, config: DataConfig, rng_seed: int = 0) -> None:
         super().__init__(config, rng_seed)
         self._text = str(config.paths[0])
+        if config.exclude:
+            raise RacError(f"the rows of {self._text} lie in no folders; leave out exclude {' '.join(config.exclude)}")
         spelling = Spelling.read(self._text)
         rows = _load(spelling, self._text, streaming=True)
         features: dict[str, Any] = rows.features or next(iter(rows), {})

@@ -28,7 +28,7 @@ from ..coders.protocol import Coder
 from ..coders.rac import RAC
 from ..errors import RacError
 from ..files import explained
-from ..flow import Euler, TimeGrid, integrate
+from ..flow import TimeGrid, integrate
 from ..flow.grid import check_steps
 from ..latents import LatentSpec, denormalise, normalise
 from ..states import expand, image_of, image_state
@@ -89,7 +89,8 @@ class Encoding(nn.Module):
             return raw_latent if self.latents == "raw" else normalise(raw_latent, coder.spec)
         assert self.steps is not None
         grid = TimeGrid.uniform(self.steps).reversed()
-        latent = coder.contract(integrate(coder.field, image_state(image, coder.config.state_channels), grid).end)
+        start = image_state(image, coder.config.state_channels)
+        latent = coder.contract(integrate(coder.field, start, grid, coder.solver_for()).end)
         return latent if self.latents == "normalised" else denormalise(latent, coder.spec)
 
 
@@ -110,7 +111,7 @@ class Decoding(nn.Module):
             latent = normalise(latent, coder.spec)
         assert self.steps is not None
         seed_state = expand(latent, coder.states)
-        return image_of(integrate(coder.field, seed_state, TimeGrid.uniform(self.steps), Euler()).end)
+        return image_of(integrate(coder.field, seed_state, TimeGrid.uniform(self.steps), coder.solver_for()).end)
 
 
 def _moved(tensor: Tensor, spec: LatentSpec, back: bool = False) -> Tensor:

@@ -251,7 +251,7 @@ def rac_256() -> RACRecipe:
             keep_mb=1_024,
         ),
         train=replace(
-            _ONE_CORE, iterations=2_000, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=100, ema=0.998, final_lr=0.02
+            _ONE_CORE, iterations=1_300, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=100, ema=0.998, final_lr=0.02
         ),
     )
 

@@ -239,5 +239,4 @@ def test_prepared_crops_of_a_streamed_set(saved: Path, small_window: int, tmp_pa
 @pytest.mark.parametrize("spelled", ["hf:{}/alone", "hf-stream:{}/alone"])
 def test_rows_lie_in_no_folders_that_could_be_excluded(saved: Path, spelled: str) -> None:
     with pytest.raises(RacError, match="n02102040"):
-        config_ = config(spelled.format(saved), exclude=("n02102040",))
-        ImageStream(config_) if spelled.startswith("hf:") else StreamedImages(config_)
+        open_stream(config(spelled.format(saved), exclude=("n02102040",)), 0, batch=2, cache=saved / "crops")

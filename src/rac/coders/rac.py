@@ -74,13 +74,13 @@ class RAC(Coder):
                 f"spread {config.spread!r} has no channels of the latent's own, from which a carrier could read it; "
                 "give spread beside, or carrier False"
             )
-        if isinstance(config.field, CarriersFieldConfig):
-            if (config.spread, config.field.latent_channels) != ("beside", config.spec.channels):
-                raise RacError(
-                    f"a carriers field of {config.field.latent_channels} latent channels does not fit spread "
-                    f"{config.spread} and {config.spec.channels} latent channels; give spread beside, and "
-                    f"latent_channels {config.spec.channels}"
-                )
+        wanted = ("beside", config.spec.channels)
+        if isinstance(config.field, CarriersFieldConfig) and (config.spread, config.field.latent_channels) != wanted:
+            raise RacError(
+                f"a carriers field of {config.field.latent_channels} latent channels does not fit spread "
+                f"{config.spread} and {config.spec.channels} latent channels; give spread beside, and "
+                f"latent_channels {config.spec.channels}"
+            )
         self.field: nn.Module = config.field.build(config.state_channels, config.spec.factor)
         self.projector: nn.Module | None = (
             Projector(config.state_channels, config.spec.channels, config.spec.factor)

@@ -68,5 +68,6 @@ def state_round_trip(
     It tells how well the way back undoes the way there, and nothing about the coder as a coder.
     """
     back = coder.encode_trajectory(image, steps, solver)
-    there = integrate(coder.field, back.end, TimeGrid.of(back.times).reversed(), coder.solver_for(decoding_solver(solver)))
+    forwards = coder.solver_for(decoding_solver(solver))
+    there = integrate(coder.field, back.end, TimeGrid.of(back.times).reversed(), forwards)
     return crop(image_of(there.end), (image.shape[-2], image.shape[-1]))

@@ -291,12 +291,12 @@ def mean_velocity_error(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Euler's step, or that of the mean velocity, as training takes it, a solver: noise on the state first, and nothing stored but the state."""
+    """A step of a rule as training takes it: noise on the state first, and nothing stored but the state."""
 
     step_noise: float
     memory: Memory
     draws: Draws
-    solver: Euler | MeanEuler = Euler()
+    solver: Euler | MeanEuler = Euler()  # noqa: RUF009 - frozen and without state
     """The rule itself."""
     without_gradient: int = 0
     """So many steps of an integration, the first ones, are walked without gradients; `carry` counts them."""

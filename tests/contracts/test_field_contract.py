@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rac.config import from_json, to_json
 from rac.errors import RacError
-from rac.fields import FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
+from rac.fields import CarriersFieldConfig, FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 
 FACTOR, CHANNELS = 4, 5
 
@@ -26,6 +26,8 @@ FIELDS: dict[str, FieldConfig] = {
     "local, pooled": LocalFieldConfig(**_LOCAL, pooled=True),
     "local, interval": LocalFieldConfig(**_LOCAL, interval=True),
     "local, time as a channel": LocalFieldConfig(**_LOCAL, time="channel"),
+    "carriers": CarriersFieldConfig(7, 8, blocks=(1, 1, 1), down_blocks=(1, 1, 1), embedding=8, interval=False),
+    "carriers, interval": CarriersFieldConfig(7, 8, blocks=(1, 1, 1), down_blocks=(1, 1, 1), embedding=8, pooled=True),
 }
 
 

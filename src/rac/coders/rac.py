@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
-from ..fields import FieldConfig, LocalFieldConfig, Projector
-from ..flow import Trajectory, Walk, integrate
+from ..fields import CarriersFieldConfig, FieldConfig, LocalFieldConfig, Projector
+from ..flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, Trajectory, Walk, integrate
 from ..latents import LatentSpec, Statistics, read_spec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
 from ..storage import (
@@ -92,6 +92,13 @@ class RAC(Coder):
                 f"spread {config.spread!r} has no channels of the latent's own, from which a carrier could read it; "
                 "give spread beside, or carrier False"
             )
+        wanted = ("beside", config.spec.channels)
+        if isinstance(config.field, CarriersFieldConfig) and (config.spread, config.field.latent_channels) != wanted:
+            raise RacError(
+                f"a carriers field of {config.field.latent_channels} latent channels does not fit spread "
+                f"{config.spread} and {config.spec.channels} latent channels; give spread beside, and "
+                f"latent_channels {config.spec.channels}"
+            )
         self.field: nn.Module = config.field.build(config.state_channels, config.spec.factor)
         self.projector: nn.Module | None = (
             Projector(config.state_channels, config.spec.channels, config.spec.factor)
@@ -105,6 +112,15 @@ class RAC(Coder):
         if not isinstance(coder, RAC):
             raise RacError(f"expected a RAC, such as rac-64, not a {type(coder).__name__}")
         return coder
+
+    def walk(
+        self, way: Way, steps: int | TimeGrid | None = None, solver: Solver | None = None, shift: float = 1.0
+    ) -> Walk | None:
+        """As `Coder.walk`; a field that knows its step size is told it, by `MeanEuler` in the place of `Euler`."""
+        walk = super().walk(way, steps, solver, shift)
+        if walk is None or not self.config.field.interval:
+            return walk
+        return replace(walk, solver=_telling_steps(walk.solver))
 
     def default_steps(self, way: Way) -> int:
         """Returns the number of steps where none are asked for, the same for both ways."""
@@ -213,6 +229,13 @@ class RAC(Coder):
             coder = cls(settings, numbers or statistics)
         fit_tensors(coder, tensors, source)
         return coder.eval().requires_grad_(False)
+
+
+def _telling_steps(solver: Solver) -> Solver:
+    """The same rule, telling the field its step size, where there is one: Euler's, alone or undone by a fixed point."""
+    if isinstance(solver, FixedPoint):
+        return replace(solver, solver=_telling_steps(solver.solver))
+    return MeanEuler() if isinstance(solver, Euler) else solver
 
 
 def read_rac_config(data: Any, source: str) -> tuple[RACConfig, Statistics | None]:

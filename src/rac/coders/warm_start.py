@@ -1,19 +1,31 @@
-"""A RAC's field that begins as its teacher's decoder."""
+"""A RAC's field that begins as its teacher: as its decoder, or as both its halves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RacError
-from ..fields import LocalField
+from ..fields import CarriersField, CarriersFieldConfig, LocalField
 from ..fields.conv import ResidualBlock
 from ..states import PAD, RGB
 from .protocol import Coder
 from .rac import RAC
 from .taesd import TAESD, PooledBlock
+
+
+def start_from(teacher: Coder, coder: RAC) -> None:
+    """Give the field of `coder` its teacher's weights: both halves where it has layers for both, or the decoder's.
+
+    Raises `RacError` as `copy_teacher` and `copy_decoder`.
+    """
+    if isinstance(coder.field, CarriersField):
+        copy_teacher(teacher, coder)
+    else:
+        copy_decoder(teacher, coder)
 
 
 @torch.no_grad()
@@ -35,7 +47,7 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
     stem, *ups, last = convolutions
     theirs = [layer for layer in decoder if isinstance(layer, ResidualBlock)]
     ours = [block for level in field.levels for block in level]
-    widths, blocks = (stem.out_channels,) * (len(ups) + 1), _blocks_between_upsamplings(decoder)
+    widths, blocks = (stem.out_channels,) * (len(ups) + 1), _blocks_between(decoder, _doubles)
     if (config.widths, config.blocks, config.carrier) != (widths, blocks, True):
         raise RacError(
             f"widths {config.widths}, blocks {config.blocks}, carrier {config.carrier} are not the teacher's: "
@@ -58,13 +70,73 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _blocks_between_upsamplings(decoder: nn.Sequential) -> tuple[int, ...]:
+@torch.no_grad()
+def copy_teacher(teacher: Coder, coder: RAC) -> None:
+    """Let `coder` decode in one step as its teacher decodes, and encode as it encodes, to rounding.
+
+    More steps give the same, for nothing that joins the two ways has an effect yet. Where the field has fewer `hidden`
+    channels than the teacher, those that weigh most are kept. Raises `RacError` for a teacher outside the TAESD family,
+    and for a field of other sizes.
+    """
+    if not (isinstance(teacher, TAESD) and isinstance(coder.field, CarriersField)):
+        raise RacError(
+            "a start from both halves of the teacher needs a TAESD-family teacher and a carriers field; got "
+            f"{type(teacher).__name__} and {coder.config.field.kind}"
+        )
+    field: Any = coder.field
+    network, config, scale = teacher.network, field.config, teacher.statistics.scale
+    wanted = carriers_of(teacher)
+    found = (config.latent_channels, config.width, config.blocks, config.down_blocks, config.pooled)
+    if found != (wanted.latent_channels, wanted.width, wanted.blocks, wanted.down_blocks, wanted.pooled):
+        raise RacError(f"the field {config} has not the teacher's sizes; start from {wanted}")
+    entry, *downs, latent_head = (layer for layer in network.encoder if isinstance(layer, nn.Conv2d))
+    stem, *ups, head = (layer for layer in network.decoder if isinstance(layer, nn.Conv2d))
+    for theirs, ours in zip(
+        (entry, *downs, latent_head, stem, *ups, head),
+        (field.entry, *field.downs, field.latent_head, field.stem, *field.ups, field.head),
+        strict=True,
+    ):
+        ours.load_state_dict(theirs.state_dict())
+    # The teacher writes and reads raw latents, the field normalised ones.
+    field.latent_head.weight.mul_(scale)
+    field.latent_head.bias.mul_(scale)
+    field.stem.weight.div_(scale)
+    for half, levels in ((network.encoder, field.down_levels), (network.decoder, field.levels)):
+        blocks = [layer for layer in half if isinstance(layer, ResidualBlock)]
+        for one, block in zip(blocks, (block for level in levels for block in level), strict=True):
+            _copy_block(one, block)
+
+
+def carriers_of(teacher: TAESD) -> CarriersFieldConfig:
+    """The field that `copy_teacher` can fill."""
+    network: Any = teacher.network
+    decoder, encoder = network.decoder, network.encoder
+    return CarriersFieldConfig(
+        latent_channels=teacher.spec.channels,
+        width=encoder[0].out_channels,
+        blocks=_blocks_between(decoder, _doubles),
+        down_blocks=_blocks_between(encoder, _halves),
+        clamp=3 * float(teacher.statistics.scale),
+        pooled=any(isinstance(layer, PooledBlock) for layer in decoder),
+    )
+
+
+def _blocks_between(half: nn.Sequential, changes_stride: Callable[[nn.Module], bool]) -> tuple[int, ...]:
+    """Residual blocks at each stride of a decoder or an encoder."""
     counts = [0]
-    for layer in decoder:
-        if isinstance(layer, nn.Upsample):
+    for layer in half:
+        if changes_stride(layer):
             counts.append(0)
         counts[-1] += isinstance(layer, ResidualBlock)
     return tuple(counts)
+
+
+def _doubles(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Upsample)
+
+
+def _halves(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)
 
 
 def _copy_block(theirs: Any, ours: Any) -> None:

@@ -3,13 +3,16 @@
 A field's configuration is a frozen dataclass with a `kind`; `build` makes the network.
 """
 
+from .carriers import CarriersField, CarriersFieldConfig
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig
+FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig
 
 __all__ = [
+    "CarriersField",
+    "CarriersFieldConfig",
     "ConvField",
     "FieldConfig",
     "LdmFieldConfig",

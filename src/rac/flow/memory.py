@@ -47,7 +47,7 @@ def retraced(field: nn.Module, state: Tensor, grid: TimeGrid, *, keep: Literal["
     if not isinstance(field, nn.Module):
         raise RacError(f"to walk back its states the field must be a module, not a {type(field).__name__}")
     parameters = tuple(one for one in (*field.parameters(), *field.buffers()) if one.requires_grad)
-    states = _Retraced.apply(_Walk(field, grid, keep, _precision_of(state)), state, *parameters)
+    states = _Retraced.apply(_Walk(field, grid, keep, precision_of(state)), state, *parameters)
     kept = (state, *states) if keep == "nodes" else ()
     evaluations = sum(evaluations_of(field, state.new_full((len(state),), node)) for node in grid.nodes)
     return Trajectory(states[-1], kept, grid.nodes, evaluations)
@@ -64,7 +64,8 @@ class _Walk:
     """The autocast in force outside, for the way back as well."""
 
 
-def _precision_of(state: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+def precision_of(state: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast in force, to be entered again, but without its cache of narrowed weights."""
     device = state.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     # Without its cache of narrowed weights: some versions of torch let those made here, without gradients, serve for

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..draws import Draws
 from ..errors import RacError
-from ..flow import Euler, Field, TimeGrid, Trajectory, integrate, straight
+from ..flow import Euler, Field, MeanEuler, TimeGrid, Trajectory, integrate, straight
 from ..flow.mean import Derivative, mean_velocity_target
-from ..flow.memory import recomputed, retraced
+from ..flow.memory import precision_of, recomputed, retraced
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
@@ -24,6 +25,9 @@ DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode
 
 ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip_state")
 """The terms that begin by encoding the image."""
+
+SHARP = ("perceptual", "detail")
+"""The terms that ask for sharpness."""
 
 Memory = Literal["store", "recompute", "reverse"]
 
@@ -104,6 +108,12 @@ class RACObjective:
     weights: RACWeights = PAPER
     steps: tuple[int, int] = (4, 4)
     """Steps of the unrolled flows: drawn evenly from the first to the last number, anew for each iteration."""
+    last_steps: tuple[int, int] = (0, 0)
+    """Gradients flow through so many of the last steps when decoding, and when encoding; 0: through all. The steps
+    before them are walked as in use, at a third of their cost."""
+    sharpen: float = 0.0
+    """The terms that ask for sharpness (`perceptual`, `detail`) count steps^`sharpen` times: one step is to be
+    faithful, several are to be sharp as well."""
     random_grid: bool = True
     """Random time nodes between 0 and 1 (RAC, section 3.2), or equal steps."""
     step_noise: float = 0.05
@@ -126,6 +136,10 @@ class RACObjective:
         low, high = self.steps
         if not 1 <= low <= high:
             raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
+        if min(self.last_steps) < 0:
+            raise RacError(f"last_steps {self.last_steps} must be at least 0, which stands for all")
+        if any(self.last_steps) and self.memory == "reverse":
+            raise RacError('memory "reverse" walks all steps back; give last_steps 0 0, or memory "recompute"')
         if self.memory not in get_args(Memory):
             raise RacError(f"memory {self.memory!r} is unknown; expected {', '.join(get_args(Memory))}")
         if self.memory == "reverse" and self.step_noise:
@@ -152,6 +166,8 @@ class Coding(NamedTuple):
     """Networks that look at the decoded image; without a discriminator there is no `adversarial` term (yet)."""
     seed_noise: float = 0.0
     """Deviation of the noise in the sites of the seed state that the latent leaves free."""
+    solver: Euler | MeanEuler = Euler()
+    """Which of the two the flows are unrolled by, as the field knows its step size or not."""
 
 
 class Rollout(NamedTuple):
@@ -199,6 +215,9 @@ def rac_terms(
             raise RacError("the perceptual term needs LPIPS; give it in Coding's losses, or weight 0")
         if weights.perceptual or weights.adversarial:
             terms |= image_terms(coding.losses, image_of(decoding.end), image)
+        for name in SHARP:
+            if name in terms:
+                terms[name] = rollout.steps**objective.sharpen * terms[name]
 
     if any(getattr(weights, name) for name in ENCODING):
         encoding = _unroll(coding, target, rollout, backwards=True, path=weights.path_encode)
@@ -272,11 +291,15 @@ def mean_velocity_error(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Euler's step as training takes it, a solver: noise on the state first, and nothing stored but the state."""
+    """A step of a rule as training takes it: noise on the state first, and nothing stored but the state."""
 
     step_noise: float
     memory: Memory
     draws: Draws
+    solver: Euler | MeanEuler = Euler()  # noqa: RUF009 - frozen and without state
+    """The rule itself."""
+    without_gradient: int = 0
+    """So many steps of an integration, the first ones, are walked without gradients; `carry` counts them."""
 
     order = 1
     reversible = False
@@ -289,9 +312,14 @@ class TrainingStep:
             if rng_seed is not None:
                 deviation = state.flatten(1).std(dim=1).view(-1, 1, 1, 1)
                 state = state + self.step_noise * deviation * self.draws.normal(state, rng_seed)
-            return Euler().step(field, state, t0, t1).state
+            return self.solver.step(field, state, t0, t1).state
 
-        return Step(advance(state) if self.memory == "store" else recomputed(advance)(state))
+        done: int = carry or 0
+        if done < self.without_gradient:
+            # Narrowed weights that are made here have no gradient, and must not serve the steps that follow.
+            with torch.no_grad(), precision_of(state)():
+                return Step(advance(state), done + 1)
+        return Step(advance(state) if self.memory == "store" else recomputed(advance)(state), done + 1)
 
 
 def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = False, path: float = 0.0) -> Trajectory:
@@ -302,7 +330,10 @@ def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = F
     keep: Literal["end", "nodes"] = "nodes" if path else "end"
     if objective.memory == "reverse":
         return retraced(cast(nn.Module, coding.field), state, grid, keep=keep)
-    return integrate(coding.field, state, grid, TrainingStep(objective.step_noise, objective.memory, draws), keep=keep)
+    last = objective.last_steps[backwards] or rollout.steps
+    first = max(0, rollout.steps - last)
+    rule = TrainingStep(objective.step_noise, objective.memory, draws, coding.solver, first)
+    return integrate(coding.field, state, grid, rule, keep=keep)
 
 
 def _teacher_decode(coding: Coding, objective: RACObjective) -> Callable[[Tensor], Tensor]:

@@ -33,6 +33,8 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "rac-taef2": _preset(rac.rac_taef2),
     "rac-taef2-sharp": _preset(rac.rac_taef2_sharp),
     "rac-taef2-detail": _preset(rac.rac_taef2_detail),
+    "rac-256": _preset(rac.rac_256),
+    "rac-256-sharp": _preset(rac.rac_256_sharp),
     "klvae-128": _preset(klvae.klvae_128),
     "rac-128": _preset(rac.rac_128),
     "rac-128-rollout": _preset(rac.rac_128_rollout),

@@ -15,7 +15,7 @@ from rac.draws import Draws
 from rac.errors import RacError
 from rac.evaluate.cost import MacCounter, parameters
 from rac.fields import CarriersField, CarriersFieldConfig, LocalFieldConfig
-from rac.flow import Euler, FixedPoint, MeanEuler, TimeGrid, integrate
+from rac.flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, integrate
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.states import PAD, StateSpec, expand, image_state
 
@@ -123,12 +123,19 @@ def test_later_steps_see_what_the_earlier_ones_painted():
 
 def test_a_coder_tells_euler_the_step_where_its_field_knows_it():
     coder = begun_as(teacher_of())
-    assert coder.solver_for() == coder.solver_for(Euler()) == MeanEuler()
-    assert coder.solver_for(FixedPoint(Euler())) == FixedPoint(MeanEuler())
+
+    def solver_of(coder: RAC, solver: Solver | None = None) -> Solver:
+        walk = coder.walk("encode", 2, solver)
+        assert walk is not None
+        return walk.solver
+
+    assert solver_of(coder) == solver_of(coder, Euler()) == MeanEuler()
+    assert solver_of(coder, FixedPoint(Euler())) == FixedPoint(MeanEuler())
+    assert coder.walk("encode", 2, FixedPoint(Euler())).inverse().solver == MeanEuler()
     plain = RAC(replace(coder.config, field=replace(coder.config.field, interval=False)))
-    assert plain.solver_for() == Euler()
+    assert solver_of(plain) == Euler()
     local = LocalFieldConfig(widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), down=(), down_blocks=(), patch=1)
-    assert RAC(replace(coder.config, field=local)).solver_for(FixedPoint(Euler())) == FixedPoint(Euler())
+    assert solver_of(RAC(replace(coder.config, field=local)), FixedPoint(Euler())) == FixedPoint(Euler())
 
 
 def test_a_graph_serves_all_times():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..coders.rac import RAC
 from ..errors import ConvergenceWarning
-from ..flow import Euler, FixedPoint, ReversibleHeun, TimeGrid, Trajectory, integrate
+from ..flow import FixedPoint, ReversibleHeun, Solver, TimeGrid, Trajectory, integrate
 from ..states import expand, image_of, image_state
 
 
@@ -40,17 +40,18 @@ def reversals(coder: RAC, latent: Tensor, steps: int) -> list[Reversal]:
     state's other channels are only known to be near their constant, and what they held is lost.
     """
     seed, grid = expand(latent, coder.states), TimeGrid.uniform(steps)
-    euler = integrate(coder.field, seed, grid, Euler())
+    rule = _own_rule(coder)
+    euler = integrate(coder.field, seed, grid, rule)
     heun = integrate(coder.field, seed, grid, ReversibleHeun())
     image = image_state(image_of(euler.end), coder.config.state_channels)
     back = grid.reversed()
     found = []
     for start, state in (("state", euler.end), ("image", image)):
-        walked = integrate(coder.field, state, back, Euler())
+        walked = integrate(coder.field, state, back, rule)
         found.append(_judged("Euler, reversed", start, coder, walked, latent))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            solved = integrate(coder.field, state, back, FixedPoint(Euler()))
+            solved = integrate(coder.field, state, back, FixedPoint(rule))
         failed = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
         found.append(_judged("Euler, fixed point", start, coder, solved, latent, converged=not failed))
     retraced = integrate(coder.field, heun.end, back, ReversibleHeun(), carry=heun.carry)
@@ -61,14 +62,21 @@ def reversals(coder: RAC, latent: Tensor, steps: int) -> list[Reversal]:
 @torch.no_grad()
 def euler_errors(coder: RAC, latent: Tensor, steps: Sequence[int]) -> list[float]:
     """For each number of steps: the root mean square by which reversed Euler misses the seed state it came from."""
-    seed = expand(latent, coder.states)
+    seed, rule = expand(latent, coder.states), _own_rule(coder)
     errors = []
     for number in steps:
         grid = TimeGrid.uniform(number)
-        end = integrate(coder.field, seed, grid).end
-        again = integrate(coder.field, end, grid.reversed()).end
+        end = integrate(coder.field, seed, grid, rule).end
+        again = integrate(coder.field, end, grid.reversed(), rule).end
         errors.append(float((again - seed).square().mean().sqrt()))
     return errors
+
+
+def _own_rule(coder: RAC) -> Solver:
+    """Euler's rule, as this coder takes it: telling the field its step size where it knows one."""
+    walk = coder.walk("decode")
+    assert walk is not None
+    return walk.solver
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:

@@ -179,7 +179,9 @@ class CarriersField(nn.Module):
     def _waves(self, time: Tensor, interval: Tensor) -> Tensor:
         """cos(k pi t) and sin(k pi t), k = 1, 2, ..., of the time, and of the interval where it is known."""
         k = torch.pi * torch.arange(1, self.config.frequencies + 1, device=time.device)
-        angles = [each.float().unsqueeze(1) * k for each in ((time, interval) if self.config.interval else (time,))]
+        told = (time, interval) if self.config.interval else (time,)
+        # In float32 at least: half precision does not tell the fast waves apart.
+        angles = [each.to(torch.promote_types(each.dtype, torch.float32)).unsqueeze(1) * k for each in told]
         return torch.cat([wave for angle in angles for wave in (angle.cos(), angle.sin())], dim=1)
 
 

@@ -284,20 +284,13 @@ def compare(
     first = field[0]
     images = _image_set(images, chosen, report)
     suite = suite or MetricSuite.load(chosen.metrics, chosen.extractor, first.device)
+    settings: dict[str, Any] = {"reference": reference, "batch": batch, "command": command}
     rows = []
     for candidate in field:
-        row = evaluate_candidate(
-            candidate,
-            images,
-            suite,
-            reference=reference,
-            batch=batch,
-            command=command,
-            progress=partial(report, candidate.label),
-        )
-        rows.append(row)
+        told = partial(report, candidate.label)
+        rows.append(evaluate_candidate(candidate, images, suite, progress=told, **settings))
         if done is not None:
-            done(row)
+            done(rows[-1])
     curves = _robustness(field, images, suite, robustness, batch, report) if robustness else ()
     return Comparison(tuple(rows), tuple(curves))
 

@@ -186,70 +186,101 @@ def rac_terms(
     `image` is B 3 H W in [-1, 1] with sides that are multiples of f, `latent` B c h w the teacher's.
     Raises `RacError` if the `pixel` term is wanted without a teacher, or `perceptual` without its network.
     """
-    weights, channels = objective.weights, coding.states.state_channels
-    target = image_state(image, channels)
-
-    def spread(latent: Tensor) -> Tensor:
-        fill = PAD + coding.seed_noise * draws.normal(target) if coding.seed_noise else None
-        return expand(latent, coding.states, fill)
-
+    weights = objective.weights
+    target = image_state(image, coding.states.state_channels)
     decoded_latent = latent
     if objective.latent_noise:
         deviation = objective.latent_noise * draws.uniform(latent).view(-1, 1, 1, 1)
         decoded_latent = latent + deviation * draws.normal(latent)
-    seed_state = spread(decoded_latent)
+    seed_state = _spread(coding, decoded_latent, target, draws)
     rollout = Rollout(objective, draws.integer(*objective.steps), draws)
+    ends = _Ends(image, latent, seed_state, target)
     terms: dict[str, Tensor] = {}
-
     if any(getattr(weights, name) for name in DECODING):
-        decoding = _unroll(coding, seed_state, rollout, path=weights.path_decode)
-        terms["reconstruction"] = _image_error(decoding.end, target, objective)
-        if weights.coarse or weights.pattern or weights.detail:
-            terms |= block_terms(image_of(decoding.end), image, coding.states.factor)
-        if weights.path_decode:
-            terms["path_decode"] = path_error(decoding, seed_state, target)
-        if weights.pad:  # a state of three channels has none
-            pad = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:]) if channels > RGB else image.new_zeros(())
-            terms["pad"] = pad
-        if weights.perceptual and coding.losses.perceptual is None:
-            raise RacError("the perceptual term needs LPIPS; give it in Coding's losses, or weight 0")
-        if weights.perceptual or weights.adversarial:
-            terms |= image_terms(coding.losses, image_of(decoding.end), image)
-        for name in SHARP:
-            if name in terms:
-                terms[name] = rollout.steps**objective.sharpen * terms[name]
-
+        terms |= _decoding_terms(coding, ends, rollout)
     if any(getattr(weights, name) for name in ENCODING):
-        encoding = _unroll(coding, target, rollout, backwards=True, path=weights.path_encode)
-        aim = expand(latent, coding.states)
-        if weights.path_encode:
-            terms["path_encode"] = path_error(encoding, aim, target)
-        terms["state"] = F.mse_loss(encoding.end, aim)
-        encoded = coding.contract(encoding.end)
-        terms["latent"] = F.mse_loss(encoded, latent)
-        if weights.pixel:
-            terms["pixel"] = F.mse_loss(_teacher_decode(coding, objective)(encoded), image)
-        if weights.round_trip:
-            returned = _unroll(coding, spread(encoded), rollout)
-            terms["round_trip"] = _image_error(returned.end, target, objective)
-        if weights.round_trip_state:
-            returned = _unroll(coding, encoding.end, rollout)
-            terms["round_trip_state"] = _image_error(returned.end, target, objective)
+        terms |= _encoding_terms(coding, ends, rollout)
+    if weights.velocity or weights.latent_velocity or weights.mean_velocity:
+        terms |= _velocity_terms(coding, ends, rollout)
+    return {name: terms[name] for name in (*weights.chosen(), DISCRIMINATOR) if name in terms}
 
+
+class _Ends(NamedTuple):
+    """What lies at both ends of the flow."""
+
+    image: Tensor
+    latent: Tensor
+    """The teacher's, without noise."""
+    seed_state: Tensor
+    """That of the latent with its noise."""
+    target: Tensor
+    """The image state."""
+
+
+def _spread(coding: Coding, latent: Tensor, like: Tensor, draws: Draws) -> Tensor:
+    """The seed state of a latent; free sites hold the coding's noise, drawn for states such as `like`."""
+    fill = PAD + coding.seed_noise * draws.normal(like) if coding.seed_noise else None
+    return expand(latent, coding.states, fill)
+
+
+def _decoding_terms(coding: Coding, ends: _Ends, rollout: Rollout) -> dict[str, Tensor]:
+    objective, weights = rollout.objective, rollout.objective.weights
+    image, target = ends.image, ends.target
+    decoding = _unroll(coding, ends.seed_state, rollout, path=weights.path_decode)
+    terms = {"reconstruction": _image_error(decoding.end, target, objective)}
+    if weights.coarse or weights.pattern or weights.detail:
+        terms |= block_terms(image_of(decoding.end), image, coding.states.factor)
+    if weights.path_decode:
+        terms["path_decode"] = path_error(decoding, ends.seed_state, target)
+    if weights.pad:  # a state of three channels has none
+        free = target.shape[1] > RGB
+        terms["pad"] = F.mse_loss(decoding.end[:, RGB:], target[:, RGB:]) if free else image.new_zeros(())
+    if weights.perceptual and coding.losses.perceptual is None:
+        raise RacError("the perceptual term needs LPIPS; give it in Coding's losses, or weight 0")
+    if weights.perceptual or weights.adversarial:
+        terms |= image_terms(coding.losses, image_of(decoding.end), image)
+    sharper = rollout.steps**objective.sharpen
+    return {name: sharper * term if name in SHARP else term for name, term in terms.items()}
+
+
+def _encoding_terms(coding: Coding, ends: _Ends, rollout: Rollout) -> dict[str, Tensor]:
+    objective, weights = rollout.objective, rollout.objective.weights
+    encoding = _unroll(coding, ends.target, rollout, backwards=True, path=weights.path_encode)
+    aim = expand(ends.latent, coding.states)
+    encoded = coding.contract(encoding.end)
+    terms = {"state": F.mse_loss(encoding.end, aim), "latent": F.mse_loss(encoded, ends.latent)}
+    if weights.path_encode:
+        terms["path_encode"] = path_error(encoding, aim, ends.target)
+    if weights.pixel:
+        terms["pixel"] = F.mse_loss(_teacher_decode(coding, objective)(encoded), ends.image)
+    if weights.round_trip:
+        returned = _unroll(coding, _spread(coding, encoded, ends.target, rollout.draws), rollout)
+        terms["round_trip"] = _image_error(returned.end, ends.target, objective)
+    if weights.round_trip_state:
+        returned = _unroll(coding, encoding.end, rollout)
+        terms["round_trip_state"] = _image_error(returned.end, ends.target, objective)
+    return terms
+
+
+def _velocity_terms(coding: Coding, ends: _Ends, rollout: Rollout) -> dict[str, Tensor]:
+    objective, draws = rollout.objective, rollout.draws
+    weights, image = objective.weights, ends.image
+    terms = {}
     if weights.velocity or weights.latent_velocity:
         time = times_of(draws.uniform(image), objective.times)
-        point = straight(seed_state, target, time)
+        point = straight(ends.seed_state, ends.target, time)
         velocity = coding.field(point.state, time)
         terms["velocity"] = F.mse_loss(velocity, point.velocity)
         if weights.latent_velocity:
-            terms["latent_velocity"] = F.mse_loss(
-                contract(velocity, coding.states), contract(point.velocity, coding.states)
-            )
+            found, wanted = (contract(state, coding.states) for state in (velocity, point.velocity))
+            terms["latent_velocity"] = F.mse_loss(found, wanted)
     if weights.mean_velocity:
         time, end = (times_of(draws.uniform(image), objective.times) for _ in range(2))
         end = end.where(draws.uniform(image) >= INSTANTANEOUS, time)
-        terms["mean_velocity"] = mean_velocity_error(coding.field, seed_state, target, time, end, objective.derivative)
-    return {name: terms[name] for name in (*weights.chosen(), DISCRIMINATOR) if name in terms}
+        terms["mean_velocity"] = mean_velocity_error(
+            coding.field, ends.seed_state, ends.target, time, end, objective.derivative
+        )
+    return terms
 
 
 def block_terms(decoded: Tensor, image: Tensor, factor: int) -> dict[str, Tensor]:

@@ -44,6 +44,16 @@ def test_public_names_are_there_though_nothing_is_imported_ahead() -> None:
         rac.no_such_name  # noqa: B018 - the access is what is tested
 
 
+def test_extras_that_messages_name_are_declared_and_no_registry_is_promised() -> None:
+    root = Path(__file__).parents[2]
+    declared = (root / "pyproject.toml").read_text()
+    sources = [path.read_text() for path in (root / "src").rglob("*.py")]
+    named = {name for source in sources for name in re.findall(r"install\('(\w+)'\)", source)}
+    assert {"serve", "export", "photos", "datasets", "metrics", "distributed"} <= named
+    assert all(re.search(rf"^{name} = \[", declared, re.M) for name in named)
+    assert not any("rectified-auto-coder[" in source for source in sources)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(run, verb: str) -> None:  # type: ignore[no-untyped-def]
     ran = run(verb, "--help")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import RacError
+from ..errors import RacError, install
 from ..files import MARKER, home_expanded
 from ..images import PICTURE_SUFFIXES, is_picture
 from ..progress import ProgressFn, counting
@@ -276,7 +276,7 @@ def photographs() -> Folder:
     if spec is None or not spec.submodule_search_locations:
         raise RacError(
             "no images were given, and scikit-image, whose photographs would do, is not installed; "
-            "pip install 'rectified-auto-coder[photos]', or give a folder of images"
+            f"{install('photos')}, or give a folder of images"
         )
     folder = Path(spec.submodule_search_locations[0]) / "data"
     found = Names.of(name for name in _PHOTOGRAPHS if (folder / name).is_file())

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from rac.coders.rac import RAC, RACConfig
 from rac.coders.taesd import TAESD, TAESDConfig
+from rac.coders.tiling import exact, seam, tiled
 from rac.coders.warm_start import carriers_of, copy_teacher
 from rac.draws import Draws
 from rac.errors import RacError
 from rac.evaluate.cost import MacCounter, parameters
 from rac.fields import CarriersField, CarriersFieldConfig, LocalFieldConfig
 from rac.flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, integrate
+from rac.latents import LatentSpec
 from rac.objectives.rac import Coding, RACObjective, RACWeights, rac_terms
 from rac.states import PAD, StateSpec, expand, image_state
 
@@ -146,6 +148,20 @@ def test_a_graph_serves_all_times():
     for t, h in (([0.0, 0.0], [1.0, 0.5]), ([0.5, 0.25], [0.5, -0.25]), ([1.0, 1.0], [-1.0, -0.5])):
         told = (torch.tensor(t, dtype=torch.float64), torch.tensor(h, dtype=torch.float64))
         torch.testing.assert_close(program(state, *told), field(state, *told), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_tiles_are_exact_where_nothing_pools(pooled):
+    coder = RAC(RACConfig(LatentSpec(8, 5), replace(SMALL, pooled=pooled), 4, "beside")).double()
+    coder.field = stirred(replace(SMALL, pooled=pooled))
+    coder.requires_grad_(False)
+    latent = torch.randn(1, 5, 17, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    pieces = tiled(coder, 64)
+    assert exact(pieces) is not pooled
+    assert (seam(coder, latent, 64, steps=2).largest < 1e-9) is not pooled
+    image = torch.rand(1, 3, 136, 40, dtype=torch.float64)
+    difference = (pieces.encode(image, 2) - coder.encode(image, 2)).abs().max()
+    assert bool(difference < 1e-9) is not pooled
 
 
 def trained(field: CarriersField, **settings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -42,11 +42,11 @@ _HOMES = {
     **dict.fromkeys(("read_image", "write_image"), "images"),
     "LatentSpec": "latents",
 }
-"""The module that each of the names above comes from."""
+"""The module that defines each of the public names."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name or a module when it is first used: `rac --help` need not wait for torch (PEP 562)."""
+    """Imports a public name or a module on first use, so that `rac --help` need not wait for torch (PEP 562)."""
     if name in _HOMES:
         globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
         return globals()[name]

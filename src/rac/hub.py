@@ -1,4 +1,4 @@
-"""Names and directories -> coders, and back."""
+"""Loading coders by name or directory, and saving them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
 SHIPPED = Path(__file__).parent / "weights"
 
 PRODUCTS = ("coder",)
-"""What the folder is called, in that of a training run, that holds what was trained."""
+"""Names of the folder inside a training run's folder that holds the trained product."""
 
 LOADERS: dict[str, Callable[[Path], Coder]] = {
     FORMAT: RAC.load,
@@ -29,22 +29,29 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
     "AutoencoderDC": DeepCompressionCoder.load,
     "TAESD": TAESD.load,
 }
-"""What reads a directory, for each `format` or `_class_name` that its config.json may say."""
+"""The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 
 
 def available() -> list[str]:
-    """Names of the coders that ship with the package, for `load`."""
+    """Returns the names of the coders that ship with the package, as `load` takes them."""
     return sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
 
 
 def load(name_or_dir: str | Path) -> Coder:
     """Loads a coder, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
-    `name_or_dir` is one of `available()`, a directory written by `save` or by diffusers (AutoencoderKL,
-    AutoencoderTiny, AutoencoderDC, AutoencoderRAC; whole, in shards or a variant), a pipeline's directory (its `vae` is
-    taken), the folder of a training run, a TAESD-family .pth file or a directory with one such pair, or a name on the
-    Hugging Face hub (HF_HUB_OFFLINE is respected). Raises `WeightsError` for an unknown name (naming the near ones), a
-    directory without weights, and weights that do not fit.
+    `name_or_dir` is one of:
+
+    - a name in `available()`;
+    - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC;
+      with whole or sharded weights, or a variant of them);
+    - the directory of a diffusers pipeline, whose `vae` is loaded;
+    - the folder of a training run;
+    - a TAESD-family .pth file, or a directory with one such pair;
+    - a name on the Hugging Face hub (HF_HUB_OFFLINE is respected).
+
+    Raises `WeightsError` for an unknown name (naming similar ones), a directory without weights, and weights that do
+    not fit.
     """
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if name in available() and not path.exists():
@@ -65,16 +72,16 @@ def load(name_or_dir: str | Path) -> Coder:
 
 
 def product(path: Path) -> Path:
-    """The folder of what was trained, if `path` is that of a training run; `path` itself otherwise."""
+    """Returns the folder of the trained product if `path` is a training run's folder, else `path` itself."""
     if (path / "recipe.json").is_file():
         return next((path / name for name in PRODUCTS if (path / name).is_dir()), path)
     return path
 
 
 def save(coder: Coder, directory: str | Path) -> None:
-    """Write `coder` to `directory` (config.json and safetensors), whole or not at all; `load` gives back the same bits.
+    """Writes `coder` to `directory` (config.json and safetensors), completely or not at all.
 
-    Raises `WeightsError` where the system refuses.
+    `load` reads it back bit for bit. Raises `WeightsError` if the files cannot be written.
     """
     if not isinstance(coder, Coder):
         raise RacError(f"expected a coder, such as rac.load gives, not {type(coder).__name__}")
@@ -99,7 +106,10 @@ def _on_hub(name: str) -> bool:
 
 
 def download(name: str) -> Path:
-    """Fetch a hub repository's coder, or find it in the hub's cache. Raises `WeightsError`."""
+    """Returns the local folder of a coder on the Hugging Face hub, downloading it unless the hub's cache has it.
+
+    Raises `WeightsError` if it cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
     ends = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")

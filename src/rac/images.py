@@ -38,13 +38,13 @@ PICTURE_FORMATS: dict[str, tuple[str, ...]] = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-"""The formats in which pictures are looked for, by Pillow's names, and their suffixes in small letters."""
+"""Picture formats that searches look for, by Pillow's names, with their suffixes in lower case."""
 
 PICTURE_SUFFIXES = tuple(sorted(suffix for suffixes in PICTURE_FORMATS.values() for suffix in suffixes))
-"""Suffixes, in small letters, of the files that count as pictures wherever a folder or an archive is searched."""
+"""Suffixes, in lower case, of the files that count as pictures when a folder or an archive is searched."""
 
 MAX_PIXELS = 2**26
-"""The largest picture read unless the caller allows more: 67 megapixels, 0.8 GB as an image."""
+"""Default limit on the size of a picture: 67 megapixels, 0.8 GB as an image."""
 
 _WRITERS: dict[str, tuple[str, dict[str, object]]] = {
     ".png": ("PNG", {}),
@@ -54,7 +54,7 @@ _WRITERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 _FAR = 16.0
-"""The largest value that `write_image` clamps without a warning. Decoded images reach 2 or 3."""
+"""Largest absolute value that `write_image` clamps without a warning; decoded images reach 2 or 3."""
 
 
 # ------------------------------------------------------------------------------------------- files -> image
@@ -67,7 +67,7 @@ def read_image(
     convert: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Read a picture file, or an open binary one, as an image, 1 3 H W float32 in [-1, 1].
+    """Reads a picture file, or an open binary file, as an image, 1 3 H W float32 in [-1, 1].
 
     The orientation noted by a camera is applied; colour profiles are not. Whatever is not 8-bit RGB is converted:
     grey is repeated in three channels, palettes are looked up, more than 8 bits are scaled to 8, transparent parts
@@ -81,8 +81,8 @@ def read_image(
         max_pixels: The most pixels that the picture, and `size`, may have.
 
     Raises:
-        ImageError: the file is missing, not a picture, damaged, animated, has more than `max_pixels` (told from
-            its header, before anything is decoded) or holds values of unknown range, such as floats.
+        ImageError: The file is missing, not a picture, damaged, animated, has more than `max_pixels` (its header tells,
+            before anything is decoded) or holds values of unknown range, such as floats.
     """
     wanted = None if size is None else check_size(size, max_pixels)
     picture = read_picture(path, convert=convert, max_pixels=max_pixels)
@@ -99,10 +99,17 @@ def read_picture(
     name: str | None = None,
     shrink: int = 1,
 ) -> Image.Image:
-    """Like `read_image`, but gives the upright 8-bit RGB `PIL.Image`.
+    """Reads a picture like `read_image`, but returns it as an upright 8-bit RGB `PIL.Image`.
 
-    `name` stands for the source in messages. With `shrink` 2, 4 or 8 a JPEG is decoded at that fraction of its size
-    (rounded up), much faster; other formats are not. Raises `ImageError`.
+    Args:
+        source: The file, or an open binary file.
+        convert: Convert without a message, as in `read_image`.
+        max_pixels: The most pixels that the picture may have.
+        name: Stands for the source in messages; None: its path.
+        shrink: 2, 4 or 8 decodes a JPEG at that fraction of its size (rounded up), much faster. Other formats keep
+            their size.
+
+    Raises `ImageError` as `read_image`.
     """
     name = _name(source, name)
     picture, was, done = read_rgb(source, max_pixels=max_pixels, name=name, shrink=shrink)
@@ -122,7 +129,7 @@ def read_rgb(
     name: str | None = None,
     shrink: int = 1,
 ) -> Rgb:
-    """Like `read_picture`, but gives what the picture was and what was done to it along with it, and logs nothing."""
+    """Reads a picture like `read_picture`, and returns it with a description of the conversion; logs nothing."""
     name = _name(source, name)
     with _decoding(name), _opened(source, name, max_pixels) as picture:
         _refuse_animation(picture, name)
@@ -135,7 +142,7 @@ def read_rgb(
 
 
 def upright_size(source: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of what `read_picture` would give, from the header alone. Raises `ImageError`."""
+    """Returns the width and height that `read_picture` would give, from the header alone. Raises `ImageError`."""
     with _decoding(name), _opened(source, name, max_pixels) as picture:
         try:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -145,7 +152,7 @@ def upright_size(source: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> t
 
 
 def check_size(size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width that `size`, the side of a square or (height, width), stands for.
+    """Returns `size`, the side of a square or (height, width), as (height, width).
 
     Raises `ImageError` unless they are whole numbers of at least 1, with at most `max_pixels` pixels.
     """
@@ -166,13 +173,13 @@ def check_size(size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> tup
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of this name or path counts as a picture: by its suffix, in any case; hidden ones do not."""
+    """Returns whether a file of this name or path counts as a picture: by its suffix, in any case, and not hidden."""
     pure = PurePath(name)
     return pure.suffix.lower() in PICTURE_SUFFIXES and not pure.name.startswith(".")
 
 
 def image_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The picture files (by suffix) in the folder `path`, sorted, hidden ones left out; a file gives itself.
+    """Returns the picture files (by suffix) in the folder `path`, sorted, without hidden ones; a file returns itself.
 
     Raises `ImageError` if there is nothing at `path`, or no picture in it.
     """
@@ -197,7 +204,7 @@ def _name(source: str | os.PathLike[str] | BinaryIO, name: str | None) -> str:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into an `ImageError`: on damaged files anything asked of it may raise anything."""
+    """Turns whatever Pillow raises in the block into an `ImageError`: damaged files may raise any exception."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -208,7 +215,7 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _opened(source: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """Open a picture and check its header; nothing is decoded yet."""
+    """Opens a picture and checks its header; nothing is decoded yet."""
     try:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warning would be a second line for the same thing.
@@ -246,7 +253,7 @@ def _refuse_animation(picture: Image.Image, name: str) -> None:
 
 
 def _cover(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale until the picture just covers `size` (height, width), keep the centre; one resampling."""
+    """Scales a picture until it just covers `size` (height, width), and keeps the centre; one resampling."""
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     box_width, box_height = min(width / scale, picture.width), min(height / scale, picture.height)
@@ -261,9 +268,9 @@ def _cover(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def from_pixels(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
-    """uint8 pixels, H W 3 or B H W 3 -> image, B 3 H W float32 in [-1, 1] (B = 1 for a single picture).
+    """Converts uint8 pixels, H W 3 or B H W 3, to an image, B 3 H W float32 in [-1, 1] (B = 1 for a single picture).
 
-    Raises `ImageError` for another shape or type; a tensor 3 H W comes into shape by `.movedim(-3, -1)`.
+    Raises `ImageError` for another shape or type; `.movedim(-3, -1)` brings a tensor 3 H W into shape.
     """
     given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
     if str(given.dtype) not in ("uint8", "torch.uint8") or given.ndim not in (3, 4) or given.shape[-1] != 3:
@@ -276,7 +283,7 @@ def from_pixels(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
 
 
 def check_image(image: Tensor) -> None:
-    """Raise `ImageError` unless `image` is a tensor B 3 H W of floats. Its values are not looked at."""
+    """Raises `ImageError` unless `image` is a tensor B 3 H W of floats. Its values are not looked at."""
     if not isinstance(image, Tensor):
         raise ImageError(f"an image is a tensor 1 3 H W in [-1, 1], not a {type(image).__name__}; {_MAKE_ONE}")
     if not image.is_floating_point():
@@ -289,10 +296,10 @@ _MAKE_ONE = "rac.read_image reads one, rac.images.from_pixels makes one of uint8
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """Image, 1 3 H W or 3 H W in [-1, 1] -> uint8 pixels H W 3: clamped, then rounded to the nearest level.
+    """Converts an image, 1 3 H W or 3 H W in [-1, 1], to uint8 pixels H W 3: clamped, rounded to the nearest level.
 
-    `to_pixels(from_pixels(pixels))` gives `pixels` back. Raises `ImageError` for another shape, a type that is no
-    float, and NaN.
+    `to_pixels(from_pixels(pixels))` returns `pixels`. Raises `ImageError` for another shape, a type that is not
+    floating-point, and NaN.
     """
     check_image(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
     single = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
@@ -310,13 +317,13 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def write_image(image: Tensor, path: str | os.PathLike[str]) -> None:
-    """Write an image, 1 3 H W or 3 H W in [-1, 1] (clamped), as 8-bit RGB. The suffix chooses the format.
+    """Writes an image, 1 3 H W or 3 H W in [-1, 1] (clamped), as 8-bit RGB. The suffix chooses the format.
 
     PNG and WebP are lossless, JPEG has quality 95. The file appears complete or not at all. Warns of values far
     outside [-1, 1].
 
     Raises:
-        ImageError: another suffix, another shape, a type that is no float, NaN in the image, values of pixels
+        ImageError: Another suffix, another shape, a type that is not floating-point, NaN in the image, values of pixels
             (from 0 up to 255), no permission, no folder, a full disk.
     """
     pixels = to_pixels(image)
@@ -335,7 +342,7 @@ def _check_range(image: Tensor) -> None:
 
 
 def write_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Like `write_image`, for an RGB `PIL.Image` (strips, galleries). Raises `ImageError`."""
+    """Writes an RGB `PIL.Image` (strips, galleries) like `write_image`. Raises `ImageError`."""
     path = Path(path)
     if path.suffix.lower() not in _WRITERS:
         raise ImageError(f"{path} cannot be written: its suffix must be one of {' '.join(_WRITERS)}")
@@ -352,9 +359,9 @@ def write_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 def pad_to_multiple(image: Tensor, factor: int) -> tuple[Tensor, tuple[int, int]]:
-    """Pad B C H W by reflection at the bottom and right until both sides are multiples of `factor`.
+    """Pads B C H W by reflection at the bottom and right until both sides are multiples of `factor`.
 
-    Returns the padded image and (H, W) for `crop`. Raises `RacError` for a side too short to reflect.
+    Returns the padded image and the original (H, W), for `crop`. Raises `RacError` for a side too short to reflect.
     """
     height, width = image.shape[-2:]
     down, right = -height % factor, -width % factor
@@ -369,5 +376,5 @@ def pad_to_multiple(image: Tensor, factor: int) -> tuple[Tensor, tuple[int, int]
 
 
 def crop(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The upper left (height, width) of an image, B C height width: what `pad_to_multiple` was given."""
+    """Returns the upper left (height, width) of an image, B C height width; undoes `pad_to_multiple`."""
     return image[..., : size[0], : size[1]]

@@ -1,4 +1,4 @@
-"""Station 2: raw latents, as a coder's network makes them, and latents, as everyone else sees them.
+"""Station 2: raw latents, as a coder's network makes them, and latents, as the rest of the library uses them.
 
 A latent is normalised: roughly zero mean and unit variance, B c h w with h = H / factor. The statistics belong to the
 coder, never to a data set. They are buffers of it (`Statistics`), and its `LatentSpec` carries their hash.
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Statistics(nn.Module):
-    """The shift and scale between raw latents and latents.
+    """Shift and scale between raw latents and latents.
 
     latent = (raw - shift) * scale, and raw = latent / scale + shift.
 
     Both have the shape () for all channels alike, (c) for one number per channel, or (c, h, w) for one per channel and
     position; the last is interpolated bilinearly for a latent of another height and width.
 
-    They are buffers that stay float32 where the coder is narrowed to half precision. They are no part of `state_dict`,
+    They are buffers that stay float32 where the coder is narrowed to half precision. They are not part of `state_dict`,
     which holds what is learned (checkpoints, averaged weights, hashes of weights); `Coder.save` writes them.
     """
 
@@ -59,7 +59,7 @@ class Statistics(nn.Module):
 
     @classmethod
     def of(cls, shift: float | Sequence[float] | Tensor, scale: float | Sequence[float] | Tensor) -> Self:
-        """Makes statistics of numbers, one or one per channel, or of tensors of shape (), (c) or (c, h, w).
+        """Returns statistics of the given numbers, one or one per channel, or tensors of shape (), (c) or (c, h, w).
 
         Raises `RacError` for another shape, a value that is not finite, and a scale of 0.
         """
@@ -73,10 +73,10 @@ class Statistics(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Self:
-        """Makes statistics in diffusers' terms: latent = ((raw - shift) * scale - mean) / std.
+        """Returns statistics in diffusers' terms: latent = ((raw - shift) * scale - mean) / std.
 
-        `mean` and `std` have one number per channel and are of the scaled latent; None: 0 and 1. Raises `RacError` for
-        a scale of 0, a std that is not positive, and values that are not finite.
+        `mean` and `std` have one number per channel, in the units of the scaled latent; None: 0 and 1. Raises
+        `RacError` for a scale of 0, a std that is not positive, and values that are not finite.
         """
         if std is not None and not min(std) > 0:
             raise RacError(f"std must be positive in every channel, not {min(std)}")
@@ -86,11 +86,11 @@ class Statistics(nn.Module):
         return cls.of(shift + means / scale, scale / stds)
 
     def normalise(self, raw_latent: Tensor) -> Tensor:
-        """Raw latent -> latent, both B c h w: (raw - shift) * scale."""
+        """Returns the latent of a raw latent, both B c h w: (raw - shift) * scale."""
         return (raw_latent - _fitted(self.shift, raw_latent)) * _fitted(self.scale, raw_latent)
 
     def denormalise(self, latent: Tensor) -> Tensor:
-        """Latent -> raw latent, as the coder's own network takes it, both B c h w; the inverse of `normalise`."""
+        """Returns the raw latent of a latent, both B c h w: latent / scale + shift, the inverse of `normalise`."""
         return latent / _fitted(self.scale, latent) + _fitted(self.shift, latent)
 
     def hash(self) -> str:
@@ -103,11 +103,11 @@ class Statistics(nn.Module):
         return digest.hexdigest()[:16]
 
     def copy(self) -> Statistics:
-        """Returns statistics of the same values, on the CPU."""
+        """Returns a copy of the same values, on the CPU."""
         return Statistics(self.shift, self.scale)
 
     def extra_repr(self) -> str:
-        """Shows the shape, or the two numbers."""
+        """Returns the shape, or the two numbers, for the module's `repr`."""
         shape = tuple(self.shift.shape)
         return f"shape {shape}" if shape else f"shift {self.shift.item():.6g}, scale {self.scale.item():.6g}"
 
@@ -121,7 +121,7 @@ class Statistics(nn.Module):
 
 
 def _fitted(values: Tensor, latent: Tensor) -> Tensor:
-    """Statistics of shape (), (c) or (c, h, w) in a form that meets a latent B c h w."""
+    """Returns statistics of shape (), (c) or (c, h, w) in a shape that broadcasts against a latent B c h w."""
     if values.ndim == 0:
         return values
     values = values.to(latent.dtype)
@@ -133,22 +133,25 @@ def _fitted(values: Tensor, latent: Tensor) -> Tensor:
 
 
 def _first(values: Tensor) -> float:
-    """The first value that is not finite."""
+    """Returns the first value that is not finite."""
     return float(values[~torch.isfinite(values)].flatten()[0])
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What one must know to exchange latents with a coder. Raises `RacError` for a number below 1."""
+    """The shape and statistics of a coder's latents, as two programs need them to exchange latents.
+
+    Raises `RacError` for a number below 1.
+    """
 
     factor: int
     """Downsampling factor f: an image of H x W has a latent of H/f x W/f."""
     channels: int
-    """Latent channels c."""
+    """Number of latent channels c."""
     side: int | None = None
-    """Sites on each side of a latent, for coders of one resolution; None: any height and width."""
+    """Height and width of a latent, for coders of one resolution; None: any height and width."""
     statistics: str | None = None
-    """`Statistics.hash` of the coder's statistics; None: not known. A coder's own spec always has it."""
+    """`Statistics.hash` of the coder's statistics; None if it is not known. A coder's own spec always has it."""
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.channels < 1:
@@ -157,8 +160,10 @@ class LatentSpec:
             raise RacError(f"side {self.side} of a latent must be at least 1, or None for any")
 
     def differences(self, other: LatentSpec) -> list[str]:
-        """Returns in words how this spec differs from `other`, such as "channels 4, not 16"; nothing where latents of
-        one are latents of the other. Statistics that are not known count as equal."""
+        """Returns in words how this spec differs from `other`, such as "channels 4, not 16".
+
+        The list is empty if the two specs are compatible. Unknown statistics count as equal to any.
+        """
         found = [
             f"{name} {getattr(self, name)}, not {getattr(other, name)}"
             for name in ("factor", "channels", "side")
@@ -169,13 +174,13 @@ class LatentSpec:
         return found
 
     def compatible(self, other: LatentSpec) -> bool:
-        """Whether latents of one spec are latents of the other."""
+        """Returns whether latents of this spec can be used as latents of `other`, and the other way round."""
         return not self.differences(other)
 
     def check(self, latent: Tensor) -> None:
-        """Raises `RacError` unless `latent` is a floating-point tensor B c h w of this coder, and finite.
+        """Raises `RacError` unless `latent` is a finite floating-point tensor B c h w that fits this spec.
 
-        Values are looked at on the CPU alone, and not while a function is compiled or transformed.
+        Values are looked at only on the CPU, and not while a function is compiled or transformed.
         """
         if latent.ndim != 4:
             raise RacError(f"a latent has 4 dimensions B c h w, not {latent.ndim} (shape {tuple(latent.shape)})")
@@ -196,9 +201,9 @@ class LatentSpec:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a decision may depend on the values of `tensor`, and costs no wait for a device.
+    """Returns whether code may branch on the values of `tensor`, and read them without waiting for a device.
 
-    It may not while torch compiles or exports, under `torch.func` transforms, and for tensors without values.
+    False while torch compiles or exports, under `torch.func` transforms, and for tensors without values.
     """
     return (
         tensor.device.type == "cpu"
@@ -225,9 +230,9 @@ class _NumberedSpec:
 
 
 def read_spec(data: Any, source: str) -> tuple[LatentSpec, Statistics | None]:
-    """Reads the JSON of a spec: of this version, or of the first, whose numbers give the statistics as well.
+    """Reads the JSON of a spec, of this format version or of the first, whose numbers give the statistics as well.
 
-    Raises `RacError` naming `source` where it does not fit.
+    Raises `RacError` naming `source` if the data does not fit.
     """
     if not isinstance(data, dict) or not {"scale", "shift", "mean", "std", "range"} & data.keys():
         return from_json(LatentSpec, data, source), None

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .errors import RacError
 
 PAD = 0.5
-"""The constant in every channel and site that carries nothing (RAC, equations 1 and 3)."""
+"""Constant value of every channel and site that carries neither image nor latent (RAC, equations 1 and 3)."""
 
 RGB = 3
 
@@ -29,7 +29,7 @@ Spread = Literal["nearest", "centre", "shuffle", "beside"]
 
 @dataclass(frozen=True)
 class StateSpec:
-    """How a latent of c channels at stride f is laid out in a state of C channels.
+    """Layout of a latent of c channels and factor f in a state of C channels.
 
     - `nearest`: the latent, padded to C channels, each value repeated over its f x f block (the paper). Inverse: the
       block's mean.
@@ -66,7 +66,7 @@ class StateSpec:
             )
 
     def slots(self) -> list[int]:
-        """The pixel-unshuffled channels, out of C*f*f, that carry the latent where the spread is not `nearest`."""
+        """Returns the pixel-unshuffled channels, out of C*f*f, that carry the latent in every spread but `nearest`."""
         area = self.factor**2
         if self.spread == "centre":
             middle = self.factor // 2
@@ -78,24 +78,27 @@ class StateSpec:
 
 
 def image_state(image: Tensor, state_channels: int) -> Tensor:
-    """Image B 3 H W -> image state B C H W: the image, then C - 3 channels of `PAD` (RAC, equation 1)."""
+    """Returns the image state B C H W of an image B 3 H W: the image, then C - 3 channels of `PAD`.
+
+    RAC, equation 1.
+    """
     if image.ndim != 4 or image.shape[1] != RGB:
         raise RacError(f"expected an image B 3 H W, not shape {tuple(image.shape)}")
     return _pad_channels(image, state_channels)
 
 
 def image_of(state: Tensor) -> Tensor:
-    """Image state B C H W -> image B 3 H W: the left inverse of `image_state`."""
+    """Returns the image B 3 H W in an image state B C H W; the left inverse of `image_state`."""
     return state[:, :RGB]
 
 
 def expand(latent: Tensor, spec: StateSpec | None = None, fill: Tensor | None = None, **args: Any) -> Tensor:
-    """Latent B c h w -> seed state B C h*f w*f (RAC, equations 3 and 7).
+    """Expands a latent B c h w to a seed state B C h*f w*f (RAC, equations 3 and 7).
 
-    Channels and sites that the latent leaves free hold `PAD`, or what `fill`, a state B C h*f w*f, has there.
-
-    Give a `StateSpec`, or its fields by name: `expand(latent, factor=8, state_channels=4, spread="centre")`
-    (`latent_channels` is read off the latent).
+    - `latent`: the latent.
+    - `spec`: the layout, a `StateSpec`. In its place its fields may be given by name:
+      `expand(latent, factor=8, state_channels=4, spread="centre")` (`latent_channels` is read off the latent).
+    - `fill`: a state B C h*f w*f whose values are taken where the latent leaves channels and sites free; None: `PAD`.
     """
     spec = _one_spec(latent, spec, "latent_channels", args)
     if latent.shape[1] != spec.latent_channels:
@@ -116,7 +119,7 @@ def expand(latent: Tensor, spec: StateSpec | None = None, fill: Tensor | None = 
 
 
 def contract(state: Tensor, spec: StateSpec | None = None, **args: Any) -> Tensor:
-    """Seed state B C H W -> latent B c H/f W/f: the left inverse of `expand`.
+    """Contracts a seed state B C H W to a latent B c H/f W/f; the left inverse of `expand`.
 
     Give a `StateSpec`, or its fields by name: `contract(state, factor=8, latent_channels=4, spread="centre")`
     (`state_channels` is read off the state). Raises `RacError` if H or W is not a multiple of f.
@@ -146,7 +149,7 @@ def _one_spec(tensor: Tensor, spec: StateSpec | None, own: str, args: dict[str, 
 
 
 def _block_mean(state: Tensor, factor: int) -> Tensor:
-    """Mean of each f x f block, exact where the block is constant.
+    """Returns the mean of each f x f block, exact where the block is constant.
 
     A plain mean of f*f equal floats may round; the mean of the differences to the block's first site does not.
     """

@@ -1,4 +1,4 @@
-"""What every foreign autoencoder needs to become a coder: its size, its pixel range and its statistics hidden.
+"""Adapters that make coders of foreign autoencoders, hiding their size, pixel range and statistics.
 
 A subclass says how its network encodes pixels to raw moments and decodes raw latents; `Adapter` does the rest.
 """
@@ -28,11 +28,11 @@ WEIGHTS = f"{DIFFUSERS}.safetensors"
 
 
 class Adapter(Coder):
-    """A coder around a network with an `encoder` and a `decoder` and habits of its own, both ways taken at once."""
+    """A coder around a foreign network with an `encoder` and a `decoder`, both ways taken at once."""
 
     network: Any
     pixel_range: tuple[float, float] = (-1.0, 1.0)
-    """What the network takes and gives for images in [-1, 1]."""
+    """Range of the network's own pixels, for images in [-1, 1]."""
 
     def __init__(self, network: nn.Module, spec: LatentSpec, statistics: Statistics | None = None) -> None:
         super().__init__(spec, statistics)
@@ -41,11 +41,14 @@ class Adapter(Coder):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Builds the coder with random weights from what `config` gave. Raises `WeightsError`."""
+        """Builds the coder with random weights from the JSON of `config`. Raises `WeightsError`."""
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Reads what `save` or diffusers wrote: float32, in evaluation mode, frozen. Raises `WeightsError`."""
+        """Reads a directory written by `save` or by diffusers: float32, in evaluation mode, frozen.
+
+        Raises `WeightsError`.
+        """
         directory = Path(directory)
         config = read_settings(directory)
         tensors, source = read_weights(directory, DIFFUSERS)
@@ -59,15 +62,15 @@ class Adapter(Coder):
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """All that `from_config` needs, as plain JSON; `_class_name` names the kind of coder."""
+        """The arguments of `from_config` as plain JSON; `_class_name` names the kind of coder."""
 
     @abstractmethod
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels in the network's range, sides divisible by the factor -> raw moments."""
+        """Encodes pixels in the network's range, sides divisible by the factor, to raw moments."""
 
     @abstractmethod
     def _decode_pixels(self, raw_latent: Tensor) -> Tensor:
-        """Raw latent -> pixels in the network's range."""
+        """Decodes a raw latent to pixels in the network's range."""
 
     def _moments(self, image: Tensor) -> Tensor:
         half, middle = self.affine()
@@ -80,7 +83,7 @@ class Adapter(Coder):
         return Decoded((pixels - middle) / half, 1)
 
     def affine(self) -> tuple[float, float]:
-        """Returns half-width and middle of the network's range: pixels = image * half + middle."""
+        """Returns the half-width and the middle of the network's range: pixels = image * half + middle."""
         low, high = self.pixel_range
         return (high - low) / 2, (high + low) / 2
 
@@ -101,7 +104,7 @@ class Adapter(Coder):
 
 
 class DiffusersCoder(Adapter):
-    """A coder around one of diffusers' autoencoders, which work in [-1, 1] and keep statistics in their config."""
+    """A coder around an autoencoder of diffusers, which works in [-1, 1] and keeps statistics in its config."""
 
     network_class: ClassVar[str]
 
@@ -132,10 +135,10 @@ class DiffusersCoder(Adapter):
 
 
 def statistics_of(config: Mapping[str, Any]) -> Statistics:
-    """Reads the statistics in a diffusers autoencoder's config. Raises `RacError` where they make no sense.
+    """Returns the statistics in a diffusers autoencoder's config.
 
     Pipelines normalise by (raw - shift) * scale or, where per-channel statistics are given, by
-    (raw - mean) * scale / std.
+    (raw - mean) * scale / std. Raises `RacError` for values that cannot be statistics.
     """
     scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -145,7 +148,7 @@ def statistics_of(config: Mapping[str, Any]) -> Statistics:
 
 
 class TinyCoder(DiffusersCoder):
-    """A coder around diffusers' AutoencoderTiny, the TAESD family in diffusers' clothes ([-1, 1] outside)."""
+    """A coder around diffusers' AutoencoderTiny, diffusers' version of the TAESD family ([-1, 1] outside)."""
 
     network_class = "AutoencoderTiny"
 
@@ -163,7 +166,10 @@ class DeepCompressionCoder(DiffusersCoder):
 
 
 def _modern_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Attention tensors under today's names; files from before diffusers 0.15, such as sd-vae-ft-mse, have others."""
+    """Renames attention tensors to today's names.
+
+    Files from before diffusers 0.15, such as sd-vae-ft-mse, have others.
+    """
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     pattern = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
     return {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in tensors.items()}

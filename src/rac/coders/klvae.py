@@ -31,7 +31,10 @@ class KLVAEConfig:
     norm_groups: int = 4
     """Groups of the group normalisation; must divide every width."""
     middle_attention: bool = False
-    """Self-attention at latent resolution, as in the SD-VAE; off keeps the coder local, so good at any size."""
+    """Self-attention at latent resolution, as in the SD-VAE.
+
+    Without it the coder stays local, and works at any size.
+    """
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
@@ -44,7 +47,7 @@ class KLVAEConfig:
             raise RacError(f"width {uneven[0]} does not divide into norm_groups {self.norm_groups}; change either")
 
     def build(self) -> KLVAE:
-        """A coder with random weights whose statistics are still scale 1, shift 0."""
+        """Returns a coder with random weights whose statistics are still scale 1, shift 0."""
         return KLVAE.from_config(
             {
                 "block_out_channels": self.widths,
@@ -76,14 +79,14 @@ class KLVAE(DiffusersCoder):
         return DiagonalGaussianDistribution(self.moments(image))
 
     def freeze_encoder(self) -> None:
-        """Let training change only what decodes: all that latents are made by keeps its values and gets no gradient."""
+        """Freezes all modules that produce latents, so that training changes only the decoder."""
         for part in (self.network.encoder, self.network.quant_conv):
             if part is not None:
                 part.requires_grad_(False)
 
     @torch.no_grad()
     def fit_statistics(self, images: Iterable[Tensor]) -> None:
-        """Set scale and shift so that the latents of `images` (batches B 3 H W) have mean 0 and variance 1 over all.
+        """Sets scale and shift so that the latents of `images` (batches B 3 H W) have mean 0 and variance 1 over all.
 
         Raises `RacError` if there are no images, or if their latents are all one value.
         """

@@ -1,4 +1,4 @@
-"""What every coder is: image <-> latent, each way at once or by a flow.
+"""The base class of all coders: image <-> latent, each way at once or by a flow.
 
 A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, and `default_steps`
 where it walks a flow. Checks, padding and dtypes live here, once.
@@ -30,43 +30,43 @@ Keep = Literal["end", "nodes"]
 WAYS: frozenset[Way] = frozenset(("encode", "decode"))
 
 LARGEST_VALUE = 16.0
-"""Images whose values reach beyond are refused: they hold pixels of 0 ... 255, not numbers in [-1, 1]."""
+"""Largest absolute value accepted in an image; images beyond it hold pixels of 0 ... 255, not numbers in [-1, 1]."""
 
 
 class Coded(NamedTuple):
-    """What encoding gave."""
+    """Result of encoding: the latent, its cost, and the flow if there was one."""
 
     latent: Tensor
-    """B c h w."""
+    """The latent, B c h w."""
     evaluations: int
-    """How often a network was asked; 1 for a way taken at once."""
+    """Network evaluations that encoding took; 1 for a way taken at once."""
     flow: Trajectory | None = None
     """The flow from the image state to the seed state; None for a way taken at once."""
 
 
 class Decoded(NamedTuple):
-    """What decoding gave."""
+    """Result of decoding: the image, its cost, and the flow if there was one."""
 
     image: Tensor
-    """B 3 h*f w*f, about [-1, 1], not clamped."""
+    """The image, B 3 h*f w*f, about [-1, 1], not clamped."""
     evaluations: int
-    """How often a network was asked; 1 for a way taken at once."""
+    """Network evaluations that decoding took; 1 for a way taken at once."""
     flow: Trajectory | None = None
     """The flow from the seed state to the image state; None for a way taken at once."""
 
 
 class Network(NamedTuple):
-    """One of a coder's networks, and what it is called with."""
+    """One of a coder's networks, with the shapes of its arguments."""
 
     module: nn.Module
     shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
-    """Height and width of an image, multiples of the factor -> the shapes of the arguments, for one image."""
+    """Returns the shapes of the arguments for one image, from its height and width (multiples of the factor)."""
     way: Literal["encode", "decode", "both"]
-    """Which way it is needed for."""
+    """The way that uses the network."""
 
 
 class Coder(nn.Module, ABC):
-    """image <-> latent.
+    """An image autoencoder: image <-> latent.
 
     Images are B 3 H W in [-1, 1], latents B c h w with h = ceil(H/f). Tensors of another floating-point type than the
     coder's are converted to it, and results have it. Nothing is detached: gradients flow through `encode` and `decode`,
@@ -74,15 +74,15 @@ class Coder(nn.Module, ABC):
     """
 
     spec: LatentSpec
-    """What one must know to exchange latents with it."""
+    """Shape of the coder's latents, and the hash of its statistics."""
     statistics: Statistics
-    """The shift and scale between its raw latents and its latents."""
+    """Shift and scale between the coder's raw latents and its latents."""
     teacher: str | None = None
-    """Name or directory of the coder that it was trained to imitate, if any."""
+    """Name or directory of the coder that this one was trained to imitate, if any."""
     trained_ways: frozenset[Way] = WAYS
-    """The ways that it was trained for; the other one runs, and makes nothing of use."""
+    """The ways that the coder was trained for; the other one runs, but its results are of no use."""
     has_posterior: bool = False
-    """Whether `moments` are mean and log-variance, so that latents can be drawn."""
+    """Whether `moments` are mean and log-variance, so that latents can be sampled."""
 
     def __init__(self, spec: LatentSpec, statistics: Statistics | None = None) -> None:
         super().__init__()
@@ -91,9 +91,9 @@ class Coder(nn.Module, ABC):
         self.set_statistics(statistics or Statistics.identity(), spec)
 
     def set_statistics(self, statistics: Statistics, spec: LatentSpec | None = None) -> None:
-        """Takes a copy of `statistics` over, and their hash into `spec` (None: the present one).
+        """Replaces the statistics by a copy of `statistics`, and puts their hash into `spec` (None: the present one).
 
-        Raises `RacError` where they have another number of channels, or another hash than `spec` names.
+        Raises `RacError` if they have another number of channels, or another hash than `spec` names.
         """
         spec = spec or LatentSpec(self.spec.factor, self.spec.channels, self.spec.side)
         shape, found = tuple(statistics.shift.shape), statistics.hash()
@@ -108,12 +108,12 @@ class Coder(nn.Module, ABC):
 
     @property
     def whole(self) -> Coder:
-        """The coder itself, or the one whose networks `with_networks` changed."""
+        """The coder that `with_networks` was called on to make this one; otherwise the coder itself."""
         return self._whole or self
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of its images and latents: that of its parameters."""
+        """The floating-point type of the coder's images and latents: that of its parameters."""
         if self._outer_dtype is not None:
             return self._outer_dtype
         return next((parameter.dtype for parameter in self.parameters()), torch.float32)
@@ -121,7 +121,7 @@ class Coder(nn.Module, ABC):
     # ------------------------------------------------------------------------------------- how a way is walked
 
     def default_steps(self, way: Way) -> int | None:
-        """Returns the number of steps where none are asked for, or None for a way that is taken at once."""
+        """Returns the default number of steps of a way, or None for a way that is taken at once."""
         return None
 
     def walk(
@@ -129,9 +129,11 @@ class Coder(nn.Module, ABC):
     ) -> Walk | None:
         """Returns the time grid and solver of a way, or None where it is taken at once.
 
+        - `way`: "encode" or "decode".
         - `steps`: a number of steps, or a rising grid (encoding walks it backwards); None: the coder's own number.
-        - `solver`: None: Euler's.
-        - `shift`: see `TimeGrid.shifted`; 1: equal steps. A grid stays as it is.
+        - `solver`: any solver of `rac.flow`; None: Euler's.
+        - `shift`: the `alpha` of `TimeGrid.shifted`: above 1 puts more nodes near the seed state; 1: equal steps. A
+          grid stays as it is.
 
         Raises `RacError` for steps below 1, and for a falling grid.
         """
@@ -150,7 +152,7 @@ class Coder(nn.Module, ABC):
         return Walk(grid.reversed() if way == "encode" else grid, solver or Euler())
 
     def _chosen(self, way: Way, steps: int | TimeGrid | None, solver: Solver | None, walk: Walk | None) -> Walk | None:
-        """The walk that the arguments of `encode` or `decode` ask for."""
+        """Returns the walk that the arguments of `encode` or `decode` ask for."""
         own = self.walk(way, steps, solver)
         if own is None and (walk is not None or steps is not None or solver is not None):
             raise RacError(
@@ -173,15 +175,16 @@ class Coder(nn.Module, ABC):
     ) -> Tensor:
         """Encodes an image B 3 H W in [-1, 1] to a latent B c ceil(H/f) ceil(W/f).
 
-        Sides that are no multiple of the factor are padded by reflection at the bottom and the right.
+        Sides that are not multiples of the factor are padded by reflection at the bottom and the right.
 
+        - `image`: the images.
         - `steps`: a number of steps, or a rising `TimeGrid`, for coders that encode by a flow; None: the coder's own.
-        - `solver`: any of `rac.flow`'s; None: Euler's.
-        - `walk`: what `Coder.walk` gave, in place of both.
+        - `solver`: any solver of `rac.flow`; None: Euler's.
+        - `walk`: the result of `Coder.walk`, in place of `steps` and `solver`.
 
-        Raises `RacError` for a tensor that is no image (8-bit pixels, another shape, values far outside [-1, 1], NaN),
-        an image too small to pad or of another size than the coder's only one, steps below 1, and steps where the coder
-        encodes at once.
+        Raises `RacError` for a tensor that is not an image (8-bit pixels, another shape, values far outside [-1, 1],
+        NaN), an image too small to pad or of another size than the coder's only one, steps below 1, and steps where the
+        coder encodes at once.
         """
         return self.coded(image, self._chosen("encode", steps, solver, walk)).latent
 
@@ -195,7 +198,7 @@ class Coder(nn.Module, ABC):
     ) -> Trajectory:
         """Returns the states B C H W on the way from the image state back to the seed state.
 
-        Arguments and errors are those of `encode`. Raises `RacError` for a coder that encodes at once.
+        Arguments and errors are those of `encode`. Raises `RacError` also for a coder that encodes at once.
         """
         flow = self.coded(image, self._chosen("encode", steps, solver, walk), keep="nodes").flow
         if flow is None:
@@ -203,9 +206,13 @@ class Coder(nn.Module, ABC):
         return flow
 
     def coded(self, image: Tensor, walk: Walk | None = None, keep: Keep = "end") -> Coded:
-        """Encodes, and returns what it cost and the flow as well, with its end state or with all of its states.
+        """Encodes an image, and returns the latent together with its cost and the flow.
 
-        `walk` is what `Coder.walk` gave; None: the coder's own. Raises `RacError` as `encode`.
+        - `image`: B 3 H W in [-1, 1].
+        - `walk`: the result of `Coder.walk`; None: the coder's own.
+        - `keep`: "end" keeps only the end state of the flow, "nodes" all of its states.
+
+        Raises `RacError` as `encode`.
         """
         image = self._padded(image)
         walk = self._chosen("encode", None, None, walk)
@@ -215,13 +222,16 @@ class Coder(nn.Module, ABC):
         return Coded(one.latent[:0], 0, _emptied(one.flow))
 
     def moments(self, image: Tensor) -> Tensor:
-        """Returns raw moments B m h w of an image B 3 H W: the raw latent (m = c), or, where `has_posterior`, mean and
-        log-variance of the raw posterior (m = 2c). `finish` makes latents of them. Raises `RacError` as `encode`."""
+        """Returns the raw moments B m h w of an image B 3 H W.
+
+        They are the raw latent (m = c) or, where `has_posterior`, mean and log-variance of the raw posterior (m = 2c).
+        `finish` makes latents of them. Raises `RacError` as `encode`.
+        """
         image = self._padded(image)
         return self._moments(image) if len(image) else self._moments(image.new_zeros(1, *image.shape[1:]))[:0]
 
     def finish(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Makes latents B c h w of raw moments: of the mean, or of a draw mean + std * `noise` (B c h w).
+        """Returns latents B c h w from raw moments: of the mean, or of the sample mean + std * `noise` (B c h w).
 
         `finish(moments(image))` equals `encode(image)`. Raises `RacError` for moments of another number of channels,
         and for noise where there is no posterior.
@@ -240,7 +250,7 @@ class Coder(nn.Module, ABC):
         return self.statistics.normalise(mean + std * noise)
 
     def _padded(self, image: Tensor) -> Tensor:
-        """The image in the coder's dtype, its sides padded to multiples of the factor. Raises `RacError`."""
+        """Returns the image in the coder's dtype, its sides padded to multiples of the factor. Raises `RacError`."""
         check_image(image)
         padded, _ = pad_to_multiple(image.to(self.dtype), self.spec.factor)
         side = None if self.spec.side is None else self.spec.side * self.spec.factor
@@ -261,12 +271,15 @@ class Coder(nn.Module, ABC):
     ) -> Tensor:
         """Decodes a latent B c h w to an image B 3 h*f w*f, about [-1, 1], not clamped.
 
-        - `steps`, `solver`, `walk`: as for `encode`.
-        - `noise`: what a coder that decodes from noise begins with, of the shape that `noise_shape` gives, or with 1 in
+        - `latent`: the latents.
+        - `steps`: a number of steps, or a rising `TimeGrid`, for coders that decode by a flow; None: the coder's own.
+        - `solver`: any solver of `rac.flow`; None: Euler's.
+        - `walk`: the result of `Coder.walk`, in place of `steps` and `solver`.
+        - `noise`: the start of coders that decode from noise, of the shape that `noise_shape` gives, or with 1 in
           place of B; None: always the same.
 
-        Raises `RacError` as `LatentSpec.check`, for steps below 1, for steps where the coder decodes at once, and for
-        noise of another shape or where there is none to give.
+        Raises `RacError` for a latent that is not a finite floating-point tensor of this coder's shape, for steps below
+        1, for steps where the coder decodes at once, and for noise of another shape or where the coder takes none.
         """
         return self.decoded(latent, self._chosen("decode", steps, solver, walk), noise).image
 
@@ -281,7 +294,7 @@ class Coder(nn.Module, ABC):
     ) -> Trajectory:
         """Returns the states B C h*f w*f on the way from the latent to the image.
 
-        Arguments and errors are those of `decode`. Raises `RacError` for a coder that decodes at once.
+        Arguments and errors are those of `decode`. Raises `RacError` also for a coder that decodes at once.
         """
         flow = self.decoded(latent, self._chosen("decode", steps, solver, walk), noise, keep="nodes").flow
         if flow is None:
@@ -291,9 +304,14 @@ class Coder(nn.Module, ABC):
     def decoded(
         self, latent: Tensor, walk: Walk | None = None, noise: Tensor | None = None, keep: Keep = "end"
     ) -> Decoded:
-        """Decodes, and returns what it cost and the flow as well, with its end state or with all of its states.
+        """Decodes a latent, and returns the image together with its cost and the flow.
 
-        `walk` is what `Coder.walk` gave; None: the coder's own. Raises `RacError` as `decode`.
+        - `latent`: B c h w.
+        - `walk`: the result of `Coder.walk`; None: the coder's own.
+        - `noise`: the start of coders that decode from noise; None: always the same.
+        - `keep`: "end" keeps only the end state of the flow, "nodes" all of its states.
+
+        Raises `RacError` as `decode`.
         """
         self.spec.check(latent)
         latent = latent.to(self.dtype)
@@ -305,7 +323,7 @@ class Coder(nn.Module, ABC):
         return Decoded(decoded.image[:0], 0, _emptied(decoded.flow))
 
     def noise_shape(self, latent: Tensor) -> tuple[int, ...] | None:
-        """Returns the shape of the noise that `latent` is decoded from, or None for a coder that needs none."""
+        """Returns the shape of the noise that `latent` is decoded from; None for coders that decode without noise."""
         return None
 
     def _noise(self, latent: Tensor, noise: Tensor | None) -> Tensor | None:
@@ -323,11 +341,11 @@ class Coder(nn.Module, ABC):
     # ------------------------------------------------------------------------------------- both
 
     def reconstruct(self, image: Tensor, steps: int | TimeGrid | None = None, solver: Solver | None = None) -> Tensor:
-        """Encodes, decodes, and crops to the image's own size: B 3 H W, not clamped.
+        """Encodes and decodes an image, and crops the result to the image's own size: B 3 H W, not clamped.
 
-        `steps` and `solver` go to each way that is walked. With `FixedPoint(solver)` the image is encoded by that and
-        decoded by the solver that it undoes. Raises `RacError` as `encode`, and for steps where both ways are taken at
-        once.
+        `steps` and `solver` apply to each way that is walked. With `FixedPoint(solver)` the image is encoded by that
+        and decoded by the solver that it undoes. Raises `RacError` as `encode`, and for steps where both ways are taken
+        at once.
         """
         back = self.walk("encode", steps, solver)
         there = self.walk("decode", steps, solver) if back is None else back.inverse()
@@ -337,38 +355,41 @@ class Coder(nn.Module, ABC):
         return crop(self.decoded(latent, there).image, (image.shape[-2], image.shape[-1]))
 
     def state_round_trip(self, flow_back: Trajectory, walk_back: Walk) -> Tensor:
-        """Walks from the end of an encoding flow forward again, without contraction to a latent: the image.
+        """Retraces an encoding flow forward to the image B 3 H W, without a latent in between.
 
-        `flow_back` is the flow that `coded` gave, along `walk_back`; it costs as many evaluations again. The image
-        B 3 H W has the padded size. Raises `RacError` unless both ways are walked.
+        `flow_back` is the flow that `coded` gave, along `walk_back`; retracing it costs as many evaluations again. The
+        image has the padded size. Raises `RacError` unless both ways are walked.
         """
         raise RacError(f"a {type(self).__name__} has no states to go back and forth between; give a RAC")
 
     # ------------------------------------------------------------------------------------- the core of a family
 
     def _encode(self, image: Tensor, walk: Walk | None, keep: Keep) -> Coded:
-        """Image of the coder's dtype, its sides multiples of the factor -> latent. Nothing is checked."""
+        """Encodes an image of the coder's dtype, its sides multiples of the factor. Nothing is checked."""
         return Coded(self.finish(self._moments(image)), 1)
 
     def _moments(self, image: Tensor) -> Tensor:
-        """The same image -> raw moments. Nothing is checked."""
+        """Returns the raw moments of an image of the coder's dtype, its sides multiples of the factor.
+
+        Nothing is checked.
+        """
         return self.statistics.denormalise(self._encode(image, self.walk("encode"), "end").latent)
 
     @abstractmethod
     def _decode(self, latent: Tensor, walk: Walk | None, noise: Tensor | None, keep: Keep) -> Decoded:
-        """Latent of the coder's dtype -> image. Nothing is checked; `noise` is there where `noise_shape` is."""
+        """Decodes a latent of the coder's dtype; `noise` is given if `noise_shape` asks for it. Nothing is checked."""
 
     # ------------------------------------------------------------------------------------- networks
 
     @abstractmethod
     def networks(self) -> dict[str, Network]:
-        """Returns its networks by name, each a submodule, with the shapes that they are called with."""
+        """Returns the coder's networks by name, each a submodule, with the shapes of its arguments."""
 
     def with_networks(self, change: Callable[[Network], nn.Module], dtype: torch.dtype | None = None) -> Self:
-        """Returns a coder of the same class that calls `change(network)` in the place of each network.
+        """Returns a coder of the same class that uses `change(network)` in the place of each network.
 
-        All else, weights included, is shared with this one, whose files `save` writes. `dtype` is that of images and
-        latents, where it is not the parameters'.
+        Everything else, weights included, is shared with this coder, whose files `save` writes. `dtype` is the type of
+        images and latents, if it differs from the parameters'.
         """
         changed = {id(network.module): change(network) for network in self.networks().values()}
         twin: Any = _rewired(self, changed)
@@ -378,21 +399,21 @@ class Coder(nn.Module, ABC):
     # ------------------------------------------------------------------------------------- files
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json and safetensors (floats as `dtype`, if given) to `directory`, whole or not at all.
+        """Writes config.json and safetensors (floats as `dtype`, if given) to `directory`, completely or not at all.
 
-        Raises `RacError` where the system refuses.
+        Raises `RacError` if the files cannot be written.
         """
         self.whole._save(Path(directory), dtype)
 
     @abstractmethod
     def _save(self, directory: Path, dtype: torch.dtype | None) -> None:
-        """What `save` does for a coder whose networks are its own."""
+        """Writes the files of `save` for a coder whose networks are its own."""
 
 
 def check_image(image: Tensor) -> None:
     """Raises `RacError` unless `image` is a floating-point tensor B 3 H W of finite values about [-1, 1].
 
-    Values are looked at on the CPU alone, and not while a function is compiled or transformed.
+    Values are looked at only on the CPU, and not while a function is compiled or transformed.
     """
     if image.ndim != 4 or image.shape[1] != 3:
         raise RacError(f"an image has shape B 3 H W, not {tuple(image.shape)}; rac.read_image gives one")
@@ -413,14 +434,17 @@ def check_image(image: Tensor) -> None:
 
 
 def _emptied(flow: Trajectory | None) -> Trajectory | None:
-    """The flow of an empty batch."""
+    """Returns the flow of an empty batch."""
     if flow is None:
         return None
     return Trajectory(flow.end[:0], tuple(state[:0] for state in flow.states), flow.times, 0)
 
 
 def _rewired(module: nn.Module, changed: Mapping[int, nn.Module]) -> nn.Module:
-    """`module` with the submodules of these ids replaced; only the modules on the way to them are copied, flatly."""
+    """Returns `module` with the submodules of these ids replaced.
+
+    Only the modules on the way to them are copied, shallowly.
+    """
     if id(module) in changed:
         return changed[id(module)]
     children = {name: child and _rewired(child, changed) for name, child in module._modules.items()}

@@ -32,53 +32,58 @@ from .adapter import statistics_of
 from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
 FORMAT = "rac"
-"""What `format` says in the config.json of a RAC."""
+"""Value of `format` in the config.json of a RAC."""
 
 VERSION = 2
-"""Version 1 had the latents' statistics as numbers in config.json; since version 2 they are tensors."""
+"""Version of the file format.
+
+Version 1 had the latents' statistics as numbers in config.json; since 2 they are tensors.
+"""
 
 STATISTICS = "statistics."
-"""What the names of the statistics begin with in model.safetensors."""
+"""Prefix of the statistics' names in model.safetensors."""
 
 DROP_IN = "AutoencoderRAC"
-"""What `_class_name` says in that of a RAC in diffusers' clothes (`rac.integrations.diffusers`)."""
+"""Value of `_class_name` in the config.json of a RAC saved by diffusers (`rac.integrations.diffusers`)."""
 
 
 @dataclass(frozen=True)
 class RACConfig:
-    """All that makes a RAC, its weights apart."""
+    """Configuration of a RAC: everything but its weights."""
 
     spec: LatentSpec
-    """That of the teacher whose latents it codes."""
+    """Shape and statistics of its latents, which are those of its teacher."""
     field: FieldConfig
-    """The velocity network; its factor must be that of `spec`."""
+    """Configuration of the velocity network; its factor must be that of `spec`."""
     state_channels: int = 4
-    """C of the states B C H W, the image's three among them."""
+    """Channels C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
-    """How a latent is laid out in the seed state; see `rac.states.StateSpec`."""
+    """How a latent is laid out in the seed state, as `rac.states.StateSpec` lists the ways."""
     contraction: Literal["inverse", "projector"] = "inverse"
     """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
     teacher: str | None = None
     """Name or directory of the teacher it was trained on; not needed to use the coder."""
     steps: int = 4
-    """Steps where none are asked for."""
+    """Default number of steps."""
     seed_noise: float = 0.0
-    """Deviation of Gaussian noise about `PAD` in what the latent leaves free of the seed state. Decoding is then a flow
-    from (latent, noise) to one of the images that the latent may mean; encoding reads the latent's sites alone."""
+    """Standard deviation of Gaussian noise about `PAD` in the sites of the seed state that the latent leaves free.
+
+    Decoding is then a flow from (latent, noise) to one of the images that the latent may mean; encoding reads the
+    latent's sites alone.
+    """
     ways: tuple[Way, ...] = ("encode", "decode")
     """The ways it was trained for."""
 
     def states(self) -> StateSpec:
-        """The layout of its states. Raises `RacError` where the latent does not fit."""
+        """Returns the layout of its states. Raises `RacError` if the latent does not fit."""
         return StateSpec(self.spec.factor, self.spec.channels, self.state_channels, self.spread)
 
 
 class RAC(Coder):
-    """image <-> latent by one velocity field.
+    """RAC, a coder that encodes and decodes by one velocity field.
 
     It decodes by an explicit solver, and encodes by walking the grid backwards: reversed Euler misses the exact inverse
-    of the decoder by O(1/steps); `solver=FixedPoint(Euler())` finds it, up to the contraction, and warns where it
-    cannot.
+    of the decoder by O(1/steps); `solver=FixedPoint(Euler())` finds it, up to the contraction, and warns if it cannot.
     """
 
     def __init__(self, config: RACConfig, statistics: Statistics | None = None) -> None:
@@ -108,7 +113,7 @@ class RAC(Coder):
 
     @classmethod
     def of(cls, coder: Coder) -> RAC:
-        """Returns `coder` itself, for what is about a RAC's own parts. Raises `RacError` for another family's."""
+        """Returns `coder` itself, typed as a RAC. Raises `RacError` for a coder of another family."""
         if not isinstance(coder, RAC):
             raise RacError(f"expected a RAC, such as rac-64, not a {type(coder).__name__}")
         return coder
@@ -123,7 +128,7 @@ class RAC(Coder):
         return replace(walk, solver=_telling_steps(walk.solver))
 
     def default_steps(self, way: Way) -> int:
-        """Returns the number of steps where none are asked for, the same for both ways."""
+        """Returns the default number of steps, the same for both ways."""
         return self.config.steps
 
     # ------------------------------------------------------------------------------------- latent -> image
@@ -134,7 +139,7 @@ class RAC(Coder):
         return Decoded(image_of(flow.end), flow.evaluations, flow)
 
     def seed_state(self, latent: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latent B c h w -> seed state B C h*f w*f, in which this coder's noise fills what the latent leaves free.
+        """Returns the seed state B C h*f w*f of a latent B c h w, its free sites filled with this coder's noise.
 
         `noise` has the shape of the state; None: always the same, for all images alike.
         """
@@ -157,11 +162,11 @@ class RAC(Coder):
         return Coded(self.contract(flow.end), flow.evaluations, flow)
 
     def contract(self, state: Tensor) -> Tensor:
-        """Seed state B C H W -> latent B c h w: by the spread's inverse, or by the projector if it has one."""
+        """Contracts a seed state B C H W to a latent B c h w, by the spread's inverse or the learned projector."""
         return contract(state, self.states) if self.projector is None else self.projector(state).to(state.dtype)
 
     def state_round_trip(self, flow_back: Trajectory, walk_back: Walk) -> Tensor:
-        """Walks from the end of an encoding flow forward again, without contraction to a latent: the image B 3 H W."""
+        """Retraces an encoding flow forward to the image B 3 H W, without a latent in between."""
         walk = walk_back.inverse()
         return image_of(integrate(self.field, flow_back.end, walk.grid, walk.solver).end)
 
@@ -185,9 +190,10 @@ class RAC(Coder):
 
     @classmethod
     def load(cls, directory: str | Path) -> RAC:
-        """Reads what `save` wrote, of either format version: float32, in evaluation mode, parameters frozen.
+        """Reads a directory written by `save`: float32, in evaluation mode, parameters frozen.
 
-        Raises `WeightsError` for a directory that is not a RAC's, and for weights missing, cut, or of another shape.
+        Both format versions are read. Raises `WeightsError` for a directory that does not hold a RAC, and for weights
+        missing, cut, or of another shape.
         """
         directory = Path(directory)
         data, said_by = read_settings(directory), str(directory / CONFIG)
@@ -208,7 +214,7 @@ class RAC(Coder):
 
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> RAC:
-        """Reads what `AutoencoderRAC.save_pretrained` wrote. Raises `WeightsError` as `load`."""
+        """Reads a directory written by `AutoencoderRAC.save_pretrained`. Raises `WeightsError` as `load`."""
         directory = Path(directory)
         data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
         tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
@@ -223,7 +229,7 @@ class RAC(Coder):
     def _built(
         cls, config: Any, tensors: Mapping[str, Tensor], statistics: Statistics | None, said_by: str, source: str
     ) -> RAC:
-        """A frozen RAC of the JSON of its configuration and its weights; errors name the files of both."""
+        """Returns a frozen RAC from the JSON of its configuration and its weights; errors name the files of both."""
         with as_weights_error():
             settings, numbers = read_rac_config(config, said_by)
             coder = cls(settings, numbers or statistics)
@@ -239,7 +245,7 @@ def _telling_steps(solver: Solver) -> Solver:
 
 
 def read_rac_config(data: Any, source: str) -> tuple[RACConfig, Statistics | None]:
-    """Reads the JSON of a `RACConfig`, of either format version; the statistics are those of the first, if it is that.
+    """Reads the JSON of a `RACConfig`, of either format version, and the statistics that only the first one contains.
 
     Raises `RacError` naming `source` and what does not fit.
     """

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 FACTOR = 8
 POOLED_LATENT_STD = 0.85
-"""TAEF2's raw latents are about N(0, 0.85^2); the others' are about unit variance as they are."""
+"""Standard deviation of TAEF2's raw latents, about N(0, 0.85^2); the others' are about unit variance as they are."""
 
 
 @dataclass(frozen=True)
 class TAESDConfig:
-    """Which member of the family."""
+    """Configuration of a member of the TAESD family."""
 
     latent_channels: int = 4
-    """4 (TAESD, TAESDXL), 16 (TAESD3, TAEF1) or 32 (TAEF2)."""
+    """Latent channels: 4 (TAESD, TAESDXL), 16 (TAESD3, TAEF1) or 32 (TAEF2)."""
     pooled: bool = False
-    """TAEF2's pooled blocks at latent resolution."""
+    """Pooled blocks at latent resolution, as in TAEF2."""
     width: int = 64
 
 
@@ -54,7 +54,7 @@ class TAESD(Adapter):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build from what `config` gave. Raises `RacError` naming what does not fit."""
+        """Builds a coder with random weights from the JSON of `config`. Raises `RacError` naming what does not fit."""
         fields = {key: value for key, value in config.items() if key != "_class_name"}
         return cls(from_json(TAESDConfig, fields, "the TAESD config"))
 
@@ -65,7 +65,7 @@ class TAESD(Adapter):
 
     @classmethod
     def from_files(cls, encoder: Path, decoder: Path) -> Self:
-        """Read a published pair of .pth state dicts; the member is told from their shapes. Raises `WeightsError`."""
+        """Reads a published pair of .pth state dicts; their shapes tell which member it is. Raises `WeightsError`."""
         tensors = _read_pth(encoder)
         coder = cls(_infer_config(tensors, encoder))
         fit_tensors(coder.network.encoder, tensors, str(encoder))
@@ -106,7 +106,7 @@ class TAESD(Adapter):
 
 
 class TAESDNetwork(nn.Module):
-    """The family's `encoder` (pixels in [0, 1] -> raw latent) and `decoder` (raw latent -> pixels)."""
+    """Network of the TAESD family: `encoder` (pixels in [0, 1] -> raw latent) and `decoder` (raw latent -> pixels)."""
 
     def __init__(self, config: TAESDConfig) -> None:
         super().__init__()
@@ -142,27 +142,27 @@ class TAESDNetwork(nn.Module):
 
 
 class PooledBlock(ResidualBlock):
-    """A residual block that first adds normalised context to what it is given."""
+    """A residual block that first adds normalised context to its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.pool = context(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """B width h w -> the same shape."""
+        """Maps B width h w to the same shape."""
         return super().forward(x + self.pool(x))
 
 
 class SoftClamp(nn.Module):
-    """Keeps raw latents within (-3, 3)."""
+    """A layer that keeps raw latents within (-3, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
+        """Maps a tensor of any shape to the same shape."""
         return torch.tanh(x / 3) * 3
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
-    """Read a .pth state dict without running code from it. Raises `WeightsError`."""
+    """Reads a .pth state dict without running code from it. Raises `WeightsError`."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

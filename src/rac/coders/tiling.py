@@ -1,6 +1,6 @@
-"""Large images and large batches in bounded memory: any coder, whose networks work in tiles or image by image.
+"""Coding of large images and large batches in bounded memory: a coder's networks work in tiles or image by image.
 
-It is the networks that are tiled, and not the way from latent to image: where a field is asked many times, the margin
+The networks are tiled, and not the way from latent to image: where a field is evaluated many times, the margin
 is what one evaluation looks at, whatever the number of steps and the solver, implicit ones included. What stays whole
 are the states, a few of them at a time.
 """
@@ -20,7 +20,7 @@ from ..flow import Solver, TimeGrid
 from .protocol import Coder, Network
 
 TILE = 1024
-"""Pixels on a tile's side where none are asked for."""
+"""Default side of a tile in pixels."""
 
 C = TypeVar("C", bound=Coder)
 
@@ -28,10 +28,11 @@ C = TypeVar("C", bound=Coder)
 def tiled(coder: C, tile: int = TILE, overlap: int | None = None) -> C:
     """Returns `coder` with networks that work in tiles of at most `tile` x `tile` pixels.
 
-    Where the networks are local (reach is not None) the result is the whole image's, up to rounding. Others, which
+    Where the networks are local (reach is not None) the result equals the whole image's, up to rounding. Others, which
     normalise or attend over the whole image or know their place in it, see each tile alone: their tiles are blended
-    linearly over `overlap` pixels (a quarter of `tile` where none are given), and `seam` says what that changes.
-    `exact(coder)` tells which. The class stays, weights are shared, and `save` writes the files of `coder`.
+    linearly over `overlap` pixels (by default a quarter of `tile`), and `seam` measures what that changes.
+    `exact(coder)` tells the two cases apart. The class stays, weights are shared, and `save` writes the files of
+    `coder`.
 
     Raises `RacError` unless both are multiples of the factor, and the overlap at most half of the tile.
     """
@@ -58,12 +59,12 @@ def sliced(coder: C) -> C:
 
 
 def exact(coder: Coder) -> bool:
-    """Whether a coder that `tiled` gave makes what the whole image makes, up to rounding."""
+    """Returns whether a coder made by `tiled` gives the results of the whole image, up to rounding."""
     return all(part.exact for part in coder.modules() if isinstance(part, Pieces))
 
 
 class Seam(NamedTuple):
-    """How far a decode in tiles is from the whole one, in units of the image's [-1, 1]."""
+    """Difference between decoding in tiles and decoding whole, in units of the image's [-1, 1]."""
 
     largest: float
     mean: float
@@ -78,20 +79,27 @@ def seam(
     steps: int | TimeGrid | None = None,
     solver: Solver | None = None,
 ) -> Seam:
-    """Decodes `latent` whole and in tiles: the largest and the mean absolute difference. Raises as `tiled`."""
+    """Decodes `latent` whole and in tiles, and returns the largest and the mean absolute difference.
+
+    - `coder`, `latent`: the coder, and latents B c h w.
+    - `tile`, `overlap`: side and overlap of the tiles in pixels, as for `tiled`.
+    - `steps`, `solver`: as for `Coder.decode`.
+
+    Raises `RacError` as `tiled`.
+    """
     pieces = tiled(coder, tile, overlap).decode(latent, steps, solver)
     difference = (pieces - coder.decode(latent, steps, solver)).abs()
     return Seam(float(difference.max()), float(difference.mean()))
 
 
 def _call(network: Network, module: nn.Module, x: Tensor) -> Tensor:
-    """The network's function of its first argument; further ones, such as the time, are 1/2."""
+    """Returns the network's function of its first argument; further ones, such as the time, are 1/2."""
     _, *others = network.shapes(1, 1)
     return module(x, *(x.new_full((len(x), *shape[1:]), 0.5) for shape in others))
 
 
 def _blocks(network: Network, factor: int) -> tuple[int, int]:
-    """Pixels on the side of a block of f x f image pixels, in what the network takes and in what it gives."""
+    """Returns the pixels on the side of a block of f x f image pixels, in the network's input and in its output."""
     side = 16  # blocks, for networks that shrink what they are given
     abstract = copy.deepcopy(network.module).to("meta", torch.float32).eval()
     given = [torch.empty(shape, device="meta") for shape in network.shapes(side * factor, side * factor)]

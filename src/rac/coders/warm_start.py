@@ -1,4 +1,4 @@
-"""A RAC's field that begins as its teacher: as its decoder, or as both its halves."""
+"""Initialisation of a RAC's field from its teacher: from its decoder, or from both its halves."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def start_from(teacher: Coder, coder: RAC) -> None:
 
 @torch.no_grad()
 def copy_decoder(teacher: Coder, coder: RAC) -> None:
-    """Let one step of `coder` from t = 0 do what its teacher's decoder does.
+    """Copies the teacher's decoder into the field of `coder`, so that one step from t = 0 decodes as the teacher does.
 
-    Exactly so, to rounding, where the field has the decoder's widths, blocks, clamp and pooling; with fewer `hidden`
-    channels it keeps those that weigh most. The way down starts without effect. Raises `RacError` for a teacher outside
-    the TAESD family, and for a field or spread without the layers for it.
+    The copy is exact, to rounding, where the field has the decoder's widths, blocks, clamp and pooling; with fewer
+    `hidden` channels it keeps those that weigh most. The way down starts without effect. Raises `RacError` for a
+    teacher outside the TAESD family, and for a field or spread without the layers for it.
     """
     if not (isinstance(teacher, TAESD) and isinstance(coder.field, LocalField) and coder.config.spread == "beside"):
         raise RacError(
@@ -156,6 +156,6 @@ def _copy_block(theirs: Any, ours: Any) -> None:
 
 
 def _heaviest(makes: nn.Conv2d, reads: nn.Conv2d, count: int) -> Tensor:
-    """The `count` channels between two convolutions whose weights are largest, in their order."""
+    """Returns the `count` channels between two convolutions whose weights are largest, in their order."""
     weight = makes.weight.flatten(1).norm(dim=1) * reads.weight.transpose(0, 1).flatten(1).norm(dim=1)
     return weight.topk(count).indices.sort().values

@@ -1,9 +1,9 @@
 """Crops, their latents and their labels, prepared once: a frozen coder need not encode the same image again and again.
 
-A folder of prepared crops holds crops.json (what they were made from), held-out.safetensors, and shards,
-00000.safetensors and on, each with a stretch of crops and, in its header, what crops.json says. A shard is a function
-of that and of its number, whoever makes it and whenever; so work that was broken off goes on, and several processes
-can share it. Latents are kept finished, or as raw moments of the posterior, from which they are finished when read.
+A folder of prepared crops holds crops.json (their origin), held-out.safetensors, and shards, 00000.safetensors and on,
+each with a stretch of crops and, in its header, a copy of crops.json. A shard is a function of that and of its number,
+whoever makes it and whenever; so work that was broken off goes on, and several processes can share it. Latents are kept
+finished, or as raw moments of the posterior, from which they are finished when read.
 """
 
 from __future__ import annotations
@@ -39,61 +39,64 @@ from .prefetch import ahead
 from .stream import IMAGES, Batch, Crop, Crops, ImageStream, InTurn, Stream, StreamedImages, Want, permutation
 
 PLAN = "crops.json"
-"""The file that makes a folder one of prepared crops."""
+"""Name of the file that marks a folder of prepared crops and says what they were made from."""
 
 _HEADER = {"format": "rac crops", "version": 2}
 _HELD_OUT = "held-out.safetensors"
 _ENCODED_AT_ONCE = 32
 _DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 _ABANDONED = 60.0
-"""Seconds after which a temporary file has no writer any more."""
+"""Seconds after which a temporary file is taken to have no writer any more."""
 
 
 class LatentCoder(Protocol):
-    """What the cache asks of a coder, which is an `nn.Module` too."""
+    """The interface of a coder that the cache uses; the coder is an `nn.Module` too."""
 
     @property
     def spec(self) -> LatentSpec:
-        """What one must know to use its latents."""
+        """Shape and statistics of the coder's latents."""
         ...
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image B 3 H W in [-1, 1] -> latent B c h w."""
+        """Encodes an image B 3 H W in [-1, 1] to a latent B c h w."""
         ...
 
     def moments(self, image: Tensor) -> Tensor:
-        """Image B 3 H W in [-1, 1] -> raw moments B m h w: the raw latent, or the posterior's mean and log-variance."""
+        """Returns the raw moments B m h w of an image B 3 H W in [-1, 1].
+
+        They are the raw latent, or the posterior's mean and log-variance.
+        """
         ...
 
     def finish(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Raw moments B m h w -> latent B c h w: of the mean, or of the mean and `noise` B c h w deviations."""
+        """Returns latents B c h w from raw moments B m h w: of the mean, or of mean + std * `noise` (B c h w)."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Its weights."""
+        """Returns the coder's weights."""
         ...
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Which latents batches shall carry: a coder's, and how they are taken from its posterior."""
+    """The latents that batches carry: the coder they come from, and how they are taken from its posterior."""
 
     coder: LatentCoder
     name: str | None = None
-    """What the coder is called; for messages and the record of what was prepared."""
+    """Name of the coder, for messages and the record of the preparation."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where the coder is."""
+    """The device that the coder is on."""
     posterior: Literal["mean", "sample"] = "mean"
-    """The mean of the posterior, always the same, or a new sample at each draw."""
+    """Take the mean of the posterior, always the same, or a new sample at each draw."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells these latents from another coder's, as JSON."""
+        """Returns the JSON that distinguishes these latents from another coder's."""
         return {"name": self.name, "spec": to_json(self.coder.spec), "weights": weights_hash(self.coder.state_dict())}
 
     def prepared(self, pixels: NDArray[np.uint8], layout: Layout) -> Tensor:
-        """Pixels B H W 3 -> what is kept of them: raw moments B m h w, or latents B c h w, on the CPU.
+        """Returns the tensor to store for pixels B H W 3: raw moments B m h w, or latents B c h w, on the CPU.
 
-        Raises `RacError` where the type that they are kept in cannot hold them.
+        Raises `RacError` if the number type that they are stored in cannot hold them.
         """
         with reproducible():
             images = from_pixels(pixels).to(self.device)
@@ -104,7 +107,10 @@ class Latents:
         return kept
 
     def finished(self, moments: Tensor, rng_seed: int, draws: Sequence[int]) -> Tensor:
-        """Raw moments B m h w -> latents B c h w. The sample of a draw depends on `rng_seed` and its number alone."""
+        """Returns latents B c h w from raw moments B m h w.
+
+        A sample depends only on `rng_seed` and the number of its draw.
+        """
         noise = None
         if self.posterior == "sample":
             shape = (self.coder.spec.channels, *moments.shape[-2:])
@@ -116,19 +122,20 @@ class Latents:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of each crop, and in how large files."""
+    """What is stored of each crop, and the size of the files."""
 
     centre_crops: bool = False
-    """The centres of all pictures, once each, instead of random crops."""
+    """Store the centres of all pictures, once each, instead of random crops."""
     pixels: bool = True
-    """Keep pixels; without, images are cut again from the pictures while training, where a training asks for any."""
+    """Store pixels. Without them, a training that needs images cuts them again from the pictures."""
     moments: bool = False
-    """Keep the raw moments of the posterior instead of finished latents, so that it can be sampled when they are read:
-    twice the room for a coder that has a variance."""
+    """Store the raw moments of the posterior instead of finished latents, so that it can be sampled when they are read:
+    twice the room for a coder that has a variance.
+    """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of latents or moments."""
+    """Number type of the stored latents or moments."""
     shard_size: int = 1024
-    """Crops in a file."""
+    """Number of crops in a file."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1 or self.shard_size % _ENCODED_AT_ONCE:
@@ -144,11 +151,11 @@ def open_stream(
     cache: Path | None = None,
     latents: Latents | None = None,
 ) -> Stream:
-    """Opens the stream a `DataConfig` asks for: always new crops, or prepared ones.
+    """Opens the stream of images that a `DataConfig` describes: always new crops, or prepared ones.
 
     Args:
-        config: where pictures are, and how crops are drawn. Of several sizes every batch has the next one. Where its
-            paths are a folder that `rac cache` made, that is read.
+        config: where pictures are, and how crops are drawn. Of several sizes every batch has the next one. A path that
+            is a folder made by `rac cache` is read as prepared crops.
         rng_seed: chooses crops, their order and samples of the posterior.
         wants: what every batch must hold. Latents must then be prepared; pixels are read for images alone.
         batch: images of a batch, with several sizes.
@@ -184,7 +191,7 @@ def open_stream(
 def _cached(
     config: DataConfig, rng_seed: int, wants: frozenset[Want], cache: Path | None, latents: Latents | None
 ) -> CachedStream:
-    """The crops in the folder `cache`, made first where they are not there."""
+    """Returns the crops in the folder `cache`, preparing them first if they are not there."""
     if cache is None:
         raise RacError(f"cached_crops is {config.cached_crops}, but no folder was named to keep them in; give cache")
     if "latents" in wants and latents is None:
@@ -205,7 +212,7 @@ def fresh_stream(config: DataConfig, rng_seed: int = 0, wants: Collection[Want] 
 
 
 def held_out_images(config: DataConfig) -> Tensor:
-    """Returns what `Stream.held_out` of this configuration gives."""
+    """Returns the held-out images of the stream that this configuration describes, N 3 S S in [-1, 1]."""
     prepared = _prepared(config.paths)
     if prepared:
         return CachedStream(prepared, wants=(), held_out=config.held_out).held_out()
@@ -213,7 +220,7 @@ def held_out_images(config: DataConfig) -> Tensor:
 
 
 class CachedStream:
-    """Prepared crops, each once an epoch, with what was prepared of them.
+    """A stream of prepared crops, each once an epoch, with the latents and labels stored with them.
 
     They stay on the disk until they are asked for. Batches hold what `wants` names (None: images, latents if there are
     any, and labels if every crop has one); without images no pixel is read. Raw moments are finished by the coder of
@@ -234,7 +241,7 @@ class CachedStream:
         self.plan = _read_plan(folder)
         self.layout = Layout(**self.plan["layout"])
         self.classes: tuple[str, ...] = tuple(self.plan["classes"])
-        """Names of the classes that labels stand for; none if no picture belonged to any."""
+        """Names of the classes that labels stand for; empty if no picture belonged to any."""
         self.wants = self._held() if wants is None else frozenset(wants)
         self._rng_seed, self._latents, self._first_held_out = rng_seed, latents, held_out
         self._check_wants()
@@ -254,7 +261,7 @@ class CachedStream:
         self._source = self._reopen() if "images" in self.wants and not self.layout.pixels else None
 
     def __len__(self) -> int:
-        """Prepared crops."""
+        """Returns the number of prepared crops."""
         return self.plan["count"]
 
     @property
@@ -264,11 +271,11 @@ class CachedStream:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What tells the pictures that the crops were cut from from others."""
+        """Fingerprint of the pictures that the crops were cut from."""
         return Fingerprint(self.plan["pictures"]["count"], str(self.plan["pictures"]["hash"]))
 
     def batch(self, first: int, count: int) -> Batch:
-        """Draws `first` to `first + count - 1`."""
+        """Returns draws `first` to `first + count - 1`."""
         draws = range(first, first + count)
         places = (divmod(draw, len(self)) for draw in draws)
         chosen = [int(permutation(len(self), self._rng_seed, epoch)[place]) for epoch, place in places]
@@ -282,7 +289,7 @@ class CachedStream:
         return Batch(images, latents, self._labels[chosen] if "labels" in self.wants else None)
 
     def held_out(self) -> Tensor:
-        """The held-out images of the stream that the crops came from, N 3 S S in [-1, 1]."""
+        """Returns the held-out images of the stream that the crops came from, N 3 S S in [-1, 1]."""
         return from_pixels(self._held_out.numpy())
 
     @cached_property
@@ -290,7 +297,7 @@ class CachedStream:
         return _Rows.of(self.folder / _HELD_OUT, self.plan, "pixels").all()[: self._first_held_out]
 
     def _held(self) -> frozenset[Want]:
-        """All that batches can hold."""
+        """Everything that batches can hold."""
         found: dict[Want, bool] = {
             "images": True,
             "latents": self.plan["teacher"] is not None,
@@ -344,7 +351,7 @@ def _is_streamed(config: DataConfig) -> bool:
 
 
 def _check_use(stream: CachedStream, config: DataConfig, latents: Latents | None) -> None:
-    """Raises `RacError` unless the crops are what `config` and `latents` ask for, as far as they ask."""
+    """Raises `RacError` unless the crops are those that `config` and `latents` ask for."""
     folder, plan = stream.folder, stream.plan
     prepared = from_json(DataConfig, plan["data"], str(folder / PLAN))
     for setting in fields(DataConfig):
@@ -368,7 +375,7 @@ def _check_use(stream: CachedStream, config: DataConfig, latents: Latents | None
 def plan_of(
     config: DataConfig, rng_seed: int, latents: Latents | None = None, layout: Layout | None = None
 ) -> dict[str, Any]:
-    """Returns what `config.cached_crops` crops are made from, as JSON, as far as it is known without the pictures.
+    """Returns the origin of `config.cached_crops` crops as JSON, as far as it is known without the pictures.
 
     Raises `RacError` for several sizes, for one that does not fit the coder, and where there is nothing to prepare.
     """
@@ -402,11 +409,18 @@ def prepare(
     part: tuple[int, int] = (0, 1),
     workers: int = 1,
 ) -> list[Path]:
-    """Makes the shards that `folder` lacks, or every n-th of them, from the k-th on, where `part` is (k, n).
+    """Makes the shards that `folder` lacks, and returns those still to be made by other parts.
 
-    Each appears whole or not at all, so a process that is killed loses the shard in hand; `workers` threads read
-    ahead. Returns the shards that are still to be made, by other parts. Raises `RacError` where the folder holds
-    crops made otherwise, or something else, or a damaged shard.
+    Each shard appears whole or not at all, so a process that is killed loses the shard in hand.
+
+    - `folder`: where the shards are kept.
+    - `asked`: the origin of the crops, as `plan_of` gives it.
+    - `stream`: the crops.
+    - `latents`: the coder whose latents to prepare; None: no latents.
+    - `part`: (k, n) makes every n-th shard, from the k-th on.
+    - `workers`: threads that read ahead.
+
+    Raises `RacError` where the folder holds crops made otherwise, or something else, or a damaged shard.
     """
     plan = {**asked, **_collection(stream)}
     _enter(folder, plan)
@@ -467,7 +481,7 @@ def _write(path: Path, parts: dict[str, list[Tensor]], plan: dict[str, Any]) -> 
 
 
 def _enter(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder, or check that it was begun from the same."""
+    """Makes the folder, or checks that it was begun from the same plan."""
     if (folder / PLAN).exists():
         _check(folder, plan)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -478,7 +492,7 @@ def _enter(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _collection(found: Crops | Pictures) -> dict[str, Any]:
-    """What tells the pictures that crops are cut from from others, and their classes, as JSON."""
+    """Returns the fingerprint and the classes of the pictures that crops are cut from, as JSON."""
     if isinstance(found, ImageStream):
         found = found.pictures
     if isinstance(found, Crops):  # read in its own order, so most of it is not known
@@ -494,7 +508,7 @@ def _collection(found: Crops | Pictures) -> dict[str, Any]:
 
 
 def _prepared(paths: Sequence[Path]) -> Path | None:
-    """The folder of prepared crops that `paths` is, if it is one."""
+    """Returns the folder of prepared crops that `paths` is; None if it is none."""
     found = [path for path in map(home_expanded, paths) if (path / PLAN).is_file()]
     if found and len(paths) > 1:
         raise RacError(f"{found[0]} holds prepared crops, which go alone; leave out the other paths")
@@ -502,7 +516,7 @@ def _prepared(paths: Sequence[Path]) -> Path | None:
 
 
 def _is_whole(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether everything is there; raises `RacError` if what is there was made otherwise."""
+    """Returns whether every shard is there. Raises `RacError` if a shard was made otherwise."""
     if not (folder / PLAN).exists():
         return False
     _check(folder, asked)
@@ -548,13 +562,13 @@ class _Rows:
 
     path: Path
     start: int
-    """First byte."""
+    """First byte of the tensor in the file."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
     def of(cls, path: Path, plan: dict[str, Any], name: str) -> _Rows:
-        """Tensor `name` of a file that is whole and made from `plan`. Raises `RacError`."""
+        """Returns tensor `name` of a file that is whole and made from `plan`. Raises `RacError` for another file."""
         header, length = _header(path, plan)
         try:
             found = header[name]
@@ -563,7 +577,7 @@ class _Rows:
             raise RacError(f"{path} lacks {name}; delete it to prepare it again") from None
 
     def read(self, first: int, count: int) -> Tensor:
-        """Rows `first` to `first + count - 1`; any thread may ask."""
+        """Reads rows `first` to `first + count - 1`; safe in any thread."""
         row = math.prod(self.shape[1:])
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start + first * row * self.dtype.itemsize)
@@ -573,12 +587,12 @@ class _Rows:
         return torch.frombuffer(data, dtype=self.dtype).view(count, *self.shape[1:])
 
     def all(self) -> Tensor:
-        """All rows."""
+        """Reads all rows."""
         return self.read(0, self.shape[0])
 
 
 def _header(path: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The header of a shard that is whole and made from `plan`, and its length. Raises `RacError`."""
+    """Returns the header of a shard that is whole and made from `plan`, and its length. Raises `RacError`."""
     if not path.exists():
         raise RacError(f"{path} is not there yet: the crops were not all prepared; give the same rac cache again")
     try:

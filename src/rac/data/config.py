@@ -1,4 +1,4 @@
-"""What to train on."""
+"""Settings of the training images: where they are, and how crops are drawn."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ class DataConfig:
     smallest_crop: int | None = None
     """Least side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
-    """Greatest side of that region. None: the picture's short side. Sides are drawn log-uniformly between the two."""
+    """Greatest side of the region that is cropped.
+
+    None: the picture's short side. Sides are drawn log-uniformly between `smallest_crop` and this.
+    """
     flip: bool = True
     """Mirror every other crop, at random."""
     held_out: int = 8
-    """Images for the gallery and its PSNR. Their pictures are never trained on."""
+    """Number of images for the gallery and its PSNR. Their pictures are never trained on."""
     cached_crops: int = 0
     """Prepare this many crops (and their latents, given a teacher) once, and train on those. 0: always new ones."""
     draft: bool = False
@@ -60,5 +63,5 @@ class DataConfig:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sides of all crops, in turn."""
+        """The sides of all crops, in the order in which they take turns."""
         return (self.size, *self.further_sizes)

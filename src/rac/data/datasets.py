@@ -1,6 +1,6 @@
 """Hugging Face data sets: opening them, and rows in any order from one on this machine.
 
-Spelled as hf:PATH_OR_NAME, with :SPLIT and :COLUMN after it where those are not "train" and the only column of images.
+Written as hf:PATH_OR_NAME, with :SPLIT and :COLUMN after it where those are not "train" and the only column of images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .pictures import Names
 
 
 class HFPath(NamedTuple):
-    """What hf:NAME:SPLIT:COLUMN says."""
+    """Parts of a path hf:NAME:SPLIT:COLUMN."""
 
     name: str
     split: str
@@ -25,7 +25,7 @@ class HFPath(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> HFPath:
-        """Read it; a split may be a slice such as train[:1000]. Raises `RacError`."""
+        """Parses such a path; a split may be a slice such as train[:1000]. Raises `RacError`."""
         found = re.fullmatch(r"hf(?:-stream)?:([^:]+)(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?(?::([^:]+))?", text)
         if not found:
             raise RacError(f"{text} is not hf:PATH_OR_NAME, hf:PATH_OR_NAME:SPLIT or hf:PATH_OR_NAME:SPLIT:COLUMN")
@@ -46,35 +46,35 @@ class Rows:
         self._text = text
         self.names = Names.of(f"{index:09d}" for index in range(len(rows)))
         self.identity = (rows._fingerprint, column)
-        """Tells the rows from those of another data set, split or slice."""
+        """Distinguishes the rows from those of another data set, split or slice."""
 
     @classmethod
     def open(cls, text: str) -> Rows:
-        """Opens what `text` spells. Raises `RacError`."""
+        """Opens the data set that `text` names, hf:NAME:SPLIT:COLUMN. Raises `RacError`."""
         hf_path = HFPath.read(text)
         rows = load_rows(hf_path, text, streaming=False)
         column = image_column(hf_path, rows.features, text)
         return cls(rows, column, text)
 
     def describe(self, index: int) -> str:
-        """The row's number, and the data set that it is in."""
+        """Returns the number of row `index` and the name of the data set."""
         return f"row {index} of {self._text}"
 
     def size_hint(self, index: int) -> int:
-        """One number for all rows, which changes when any of them does."""
+        """Returns a number, the same for all rows, that changes when any of them does."""
         return self._size_hint
 
     def class_of(self, index: int) -> str | None:
-        """The name of the row's class, or what its column called label holds; None without such a column."""
+        """Returns the name of the row's class, or the value of its column "label"; None without such a column."""
         return None if self._labels is None else self._labels.name_of(self._values[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes. Raises `OSError`, and `ImageError` for a row without a picture."""
+        """Returns the encoded bytes of row `index`. Raises `OSError`, and `ImageError` for a row without a picture."""
         return encoded(self._rows[index][self._column], self.describe(index))
 
     @property
     def text(self) -> str:
-        """What was spelled."""
+        """The path that the data set was opened by."""
         return self._text
 
     @cached_property
@@ -89,15 +89,15 @@ class Rows:
 
 
 class LabelColumn(NamedTuple):
-    """The column of a data set that says which class a row belongs to."""
+    """The column of a data set that holds the classes of its rows."""
 
     column: str
     names: tuple[str, ...] | None
-    """Names of the classes by number, where the data set has them."""
+    """Names of the classes by number, if the data set has them."""
 
     @classmethod
     def of(cls, features: Any, text: str) -> LabelColumn | None:
-        """Finds the only column of classes, or the one called label; None if there is none. Raises `RacError`."""
+        """Returns the only column of classes, or the one called "label"; None if there is none. Raises `RacError`."""
         from datasets import ClassLabel
 
         found = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
@@ -111,7 +111,7 @@ class LabelColumn(NamedTuple):
         return cls(found[0], tuple(kind.names) if isinstance(kind, ClassLabel) else None)
 
     def name_of(self, value: Any) -> str | None:
-        """The name of the class that a row's `value` stands for; None for -1 and for nothing, as of test sets."""
+        """Returns the name of the class that a row's `value` stands for; None for -1 or no value, as in test sets."""
         if value is None or value == "" or (isinstance(value, int) and value < 0):
             return None
         return str(value) if self.names is None else self.names[value]
@@ -129,7 +129,7 @@ def check_apart(opened: Sequence[Rows]) -> None:
 
 
 def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
-    """The split that is spelled; its images may be of any column. Raises `RacError`."""
+    """Loads the split of a data set, with images in any column. Raises `RacError`."""
     try:
         import datasets
     except ImportError:
@@ -148,7 +148,7 @@ def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
 
 
 def _chosen(saved: Any, hf_path: HFPath, text: str) -> Any:
-    """The rows of a saved data set, or of several splits saved together, that `hf_path` asks for."""
+    """Returns the rows that `hf_path` names in a saved data set, or in several splits saved together."""
     import datasets
 
     if not isinstance(saved, datasets.DatasetDict):
@@ -172,13 +172,13 @@ def _end(span: Any, saved: Any) -> int:
 
 
 def unreadable(text: str, error: Exception) -> RacError:
-    """The error to raise where the data set `text` fails with `error`."""
+    """Returns the error to raise if the data set `text` fails with `error`."""
     reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return RacError(f"{text} cannot be read ({reason}); check the path or name, the split, and the connection")
 
 
 def image_column(hf_path: HFPath, features: Any, text: str) -> str:
-    """The name of the column that holds the images. Raises `RacError` where that is not clear."""
+    """Returns the name of the column that holds the images. Raises `RacError` if that is not clear."""
     from datasets import Image
 
     if hf_path.column is not None:
@@ -193,7 +193,7 @@ def image_column(hf_path: HFPath, features: Any, text: str) -> str:
 
 
 def encoded_images(rows: Any, column: str) -> Any:
-    """The same rows, images left as they were encoded."""
+    """Returns the same rows with images left as they were encoded."""
     from datasets import Image
 
     decoded = rows.features is not None and isinstance(rows.features[column], Image)
@@ -201,7 +201,7 @@ def encoded_images(rows: Any, column: str) -> Any:
 
 
 def encoded(value: Any, label: str) -> bytes:
-    """The encoded bytes of one value of an image column. Raises `ImageError` naming `label` where it has none."""
+    """Returns the encoded bytes of one value of an image column. Raises `ImageError` naming `label` if it has none."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, dict) and value.get("bytes") is not None:

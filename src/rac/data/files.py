@@ -42,7 +42,7 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
     patterns of such (`shards-{000..099}.tar`), single pictures, and Hugging Face data sets
     (`hf:PATH_OR_NAME:split:column`). Where paths overlap a file still counts once. Cutting the list anywhere gives fair
     samples of every class, and the same ones everywhere. Without paths: scikit-image's photographs. A warning says what
-    a search passed over: folders that rac wrote, folders that cannot be read, tar files beside pictures, pictures of
+    a search skipped: folders that rac wrote, folders that cannot be read, tar files beside pictures, pictures of
     other formats. Raises `RacError` if a path is missing, damaged, or holds no picture.
     """
     if not paths:
@@ -54,7 +54,7 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
 
 
 def collection_name(paths: Sequence[Path]) -> str:
-    """What reports call the pictures under `paths`: the names of files and folders, also where that is "."."""
+    """Returns a name for the pictures under `paths` in reports: the names of files and folders, even for "."."""
     names = [str(path) if has_scheme(path, "hf", "hf-stream") else _name(path) for path in paths]
     return ", ".join(names) or "scikit-image photographs"
 
@@ -66,7 +66,7 @@ def _name(path: Path) -> str:
 
 
 def has_scheme(path: Path, *kinds: str) -> bool:
-    """Whether `path` is no path but begins with one of `kinds` and a colon."""
+    """Returns whether `path` begins with one of `kinds` and a colon, and so is not a path of the file system."""
     return str(path).startswith(tuple(f"{kind}:" for kind in kinds))
 
 
@@ -77,14 +77,14 @@ class Folder:
         self.path = path
         self.names = names
         self.keys = np.array([_key(os.stat(path / name)) for name in names], np.uint64) if keys is None else keys
-        """N 3: device, number on the device and size of each file; the first two tell files apart."""
+        """Device, number on the device and size of each file, N 3; the first two identify a file."""
         self.keys = self.keys.reshape(-1, 3)
 
     @classmethod
     def search(cls, path: Path, passed: Counter[str], tars: list[Path] | None = None) -> Folder:
         """Finds all pictures in the folder `path` and below, and appends the tar files there to `tars`.
 
-        `passed` counts what is passed over. Raises `RacError` if the folder itself cannot be read.
+        `passed` counts what is skipped. Raises `RacError` if the folder itself cannot be read.
         """
         letters, keys = bytearray(), array("Q")
         for name, found in _walk(path, passed):
@@ -98,23 +98,23 @@ class Folder:
         return cls(path, Names(bytes(letters)), np.frombuffer(keys, np.uint64).copy())
 
     def describe(self, index: int) -> str:
-        """The picture's path from the folder."""
+        """Returns the picture's path from the folder."""
         return self.names[index]
 
     def size_hint(self, index: int) -> int:
-        """The file's size in bytes, when the folder was searched."""
+        """Returns the file's size in bytes, as of when the folder was searched."""
         return int(self.keys[index, 2])
 
     def class_of(self, index: int) -> str | None:
-        """The name of the folder directly above the picture; None for pictures directly in `path`."""
+        """Returns the name of the folder directly above the picture; None for pictures directly in `path`."""
         return folder_class(self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes. Raises `OSError`."""
+        """Returns the encoded bytes of picture `index`. Raises `OSError`."""
         return (self.path / self.names[index]).read_bytes()
 
     def where(self, keep: NDArray[np.bool_]) -> Folder:
-        """Some of its pictures."""
+        """Returns a folder of the pictures that `keep` selects."""
         return Folder(self.path, Names.of(self.names[int(k)] for k in np.flatnonzero(keep)), self.keys[keep])
 
 
@@ -123,7 +123,7 @@ def _key(found: os.stat_result) -> tuple[int, int, int]:
 
 
 def _walk(root: Path, passed: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file in `root` and below, by its path from there; each folder once, linked ones after all others."""
+    """Yields every file in `root` and below, by its path from there; each folder once, linked ones after all others."""
     entered: set[tuple[int, int]] = set()
     waiting, linked = deque([""]), deque[str]()
     while waiting or linked:
@@ -158,7 +158,7 @@ def _walk(root: Path, passed: Counter[str]) -> Iterator[tuple[str, os.stat_resul
 
 
 def _kind(name: str) -> str | None:
-    """What a warning calls a file that is no picture here but may hold some; None for others."""
+    """Returns the word in warnings for a file that may hold a picture but is skipped here; None for other files."""
     pure = PurePosixPath(name)
     suffix = pure.suffix.lower()
     if pure.name.startswith("."):
@@ -211,12 +211,12 @@ def _sources_in(path: Path, progress: Callable[[int], None], passed: Counter[str
 
 
 def _is_readable(name: str) -> bool:
-    """Whether Pillow knows the format that a name ends with, so that a file that is named by itself can be tried."""
+    """Returns whether Pillow knows the format of a name's suffix, so that a file named by itself can be tried."""
     return PurePosixPath(name).suffix.lower() in Image.registered_extensions()
 
 
 def _each_once(sources: Sequence[Source]) -> list[Source]:
-    """The same sources without the files that an earlier one holds too, or the same one under another name."""
+    """Returns the sources without the files that an earlier one holds too, or the same one under another name."""
     check_apart([source for source in sources if isinstance(source, Rows)])
     kept: list[Source] = []
     seen: set[object] = set()
@@ -252,7 +252,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def _expanded(path: Path) -> list[Path]:
-    """`path`, or what its braces stand for: {000..099} numbers of one width, {a,b,c} words."""
+    """Returns `path`, or the paths that its braces stand for: {000..099} numbers of one width, {a,b,c} words."""
     pieces = _BRACES.split(str(path))
     if len(pieces) == 1 or path.exists():
         return [path]
@@ -271,7 +271,7 @@ def _choices(inside: str, path: Path) -> list[str]:
 
 
 def photographs() -> Folder:
-    """scikit-image's photographs. Raises `RacError` where it is not installed."""
+    """Returns scikit-image's photographs. Raises `RacError` if it is not installed."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise RacError(

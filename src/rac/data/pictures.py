@@ -1,4 +1,4 @@
-"""Pictures that can be read when they are needed, and what tells one collection of them from another.
+"""Pictures that can be read when they are needed, and fingerprints that identify a collection of them.
 
 A collection is a few dozen bytes a picture: names, and where to read. Any picture can be read without the others.
 """
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from ..errors import RacError
 
 SAMPLED = 32
-"""Pictures, spread over the collection, whose contents count in its fingerprint."""
+"""Number of pictures, spread over the collection, whose contents count in its fingerprint."""
 LISTED = 10_000
-"""Pictures up to which a fingerprint lists them, so that it can be said which of them changed."""
+"""Largest number of pictures that a fingerprint lists, so that it can name those that changed."""
 
 
 class Names(Sequence[str]):
-    """Many names in little more memory than their letters take."""
+    """A sequence of many names in little more memory than their letters take."""
 
     def __init__(self, letters: bytes) -> None:
         self.letters = letters
@@ -36,7 +36,10 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Holds `names`; those that are not Unicode (a file system allows that) come back as they were."""
+        """Returns a sequence of `names`.
+
+        Names that are not Unicode (a file system allows that) come back as they were.
+        """
         letters = bytearray()
         for name in names:
             letters += name.encode("utf-8", "surrogateescape") + b"\0"
@@ -55,7 +58,7 @@ class Names(Sequence[str]):
         return self.encoded(range(len(self))[index]).decode("utf-8", "surrogateescape")
 
     def encoded(self, index: int) -> bytes:
-        """Name number `index`, at least 0, in UTF-8."""
+        """Returns name number `index`, at least 0, in UTF-8."""
         return self.letters[int(self._ends[index - 1]) + 1 if index else 0 : int(self._ends[index])]
 
 
@@ -68,25 +71,28 @@ class Source(Protocol):
         ...
 
     def describe(self, index: int) -> str:
-        """What a message calls picture `index`."""
+        """Returns the name of picture `index` in messages."""
         ...
 
     def size_hint(self, index: int) -> int:
-        """A number that changes when picture `index` is replaced, known without reading it: its size, if it has one."""
+        """Returns a cheap fingerprint of picture `index` (its size in bytes if known), to notice that it was replaced.
+
+        It is known without reading the picture.
+        """
         ...
 
     def class_of(self, index: int) -> str | None:
-        """The class of picture `index`: its folder's name, or what a data set says; None if it has none."""
+        """Returns the class of picture `index`: its folder's name, or the data set's label; None if it has none."""
         ...
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of picture `index`; any thread may ask. Raises `OSError`."""
+        """Returns the encoded bytes of picture `index`; safe in any thread. Raises `OSError`."""
         ...
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture somewhere, to be read when it is needed."""
+    """A picture in a source, to be read when it is needed."""
 
     source: Source
     index: int
@@ -98,32 +104,32 @@ class Picture:
 
     @property
     def description(self) -> str:
-        """Name for messages: says which shard it is in."""
+        """Name for messages, with the shard it is in."""
         return self.source.describe(self.index)
 
     @property
     def class_name(self) -> str | None:
-        """The class that it belongs to; None if it belongs to none."""
+        """The class that the picture belongs to; None if it belongs to none."""
         return self.source.class_of(self.index)
 
     def read(self) -> bytes:
-        """The encoded bytes; any thread may ask. Raises `OSError`."""
+        """Returns the encoded bytes; safe in any thread. Raises `OSError`."""
         return self.source.read(self.index)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells a collection of pictures from another, wherever they lie."""
+    """Identity of a collection of pictures, wherever they lie."""
 
     count: int | None
-    """Pictures; None for a data set that is read in its own order, whose length is not known."""
+    """Number of pictures; None for a data set that is read in its own order, whose length is not known."""
     hash: str
     """16 hex digits of SHA-256 over all names and sizes, and over the contents of `SAMPLED` pictures."""
     pictures: tuple[tuple[str, int], ...] | None = None
     """Names and sizes, sorted, of up to `LISTED` pictures; None for more."""
 
     def changes(self, before: Fingerprint) -> str:
-        """Says in a few words what changed since `before`."""
+        """Returns a few words on what changed since `before`."""
         if self.pictures is None or before.pictures is None:
             return f"{_count(self.count)} with fingerprint {self.hash}, was {_count(before.count)} with {before.hash}"
         now, then = Counter(self.pictures), Counter(before.pictures)
@@ -165,7 +171,7 @@ class Pictures(Sequence[Picture]):
         return class_order({name for name in (picture.class_name for picture in self) if name is not None})
 
     def of_classes(self, chosen: Sequence[str], without: Sequence[str]) -> Pictures:
-        """The pictures of the classes `chosen` (all if none is), those of the classes `without` left out.
+        """Returns the pictures of the classes `chosen` (all if none is), except those of the classes `without`.
 
         Raises `RacError` for a class that none of the pictures belongs to, naming the near ones.
         """
@@ -179,7 +185,7 @@ class Pictures(Sequence[Picture]):
         return Pictures(self._sources, self._order[mask])
 
     def fingerprint(self) -> Fingerprint:
-        """What tells these pictures from others: their names, sizes and, of `SAMPLED` of them, contents."""
+        """Returns the fingerprint of these pictures: of their names, sizes and, for `SAMPLED` of them, contents."""
         digest = hashlib.sha256()
         listed: list[tuple[str, int]] | None = [] if len(self) <= LISTED else None
         for picture in self:
@@ -194,7 +200,7 @@ class Pictures(Sequence[Picture]):
 
 
 class ClassChoice(NamedTuple):
-    """Which classes to take: those `chosen`, or all if there are none, and of these all but `without`."""
+    """A choice of classes: those in `chosen`, or all if it is empty, except those in `without`."""
 
     chosen: Sequence[str]
     without: Sequence[str]
@@ -205,7 +211,10 @@ class ClassChoice(NamedTuple):
         return bool(self.chosen or self.without)
 
     def __call__(self, name: str | None) -> bool:
-        """Whether to take a picture of the class `name`. One without a class is taken unless classes are chosen."""
+        """Returns whether to take a picture of the class `name`.
+
+        One without a class is taken unless classes are chosen.
+        """
         return (not self.chosen or name in self.chosen) and name not in self.without
 
     def check(self, classes: Sequence[str]) -> None:
@@ -231,7 +240,7 @@ def _class_key(name: str) -> tuple[bool, int, str]:
 
 
 def folder_class(name: str) -> str | None:
-    """The folder directly above a picture called `name`, a path with slashes; None if it is in none."""
+    """Returns the folder directly above a picture called `name`, a path with slashes; None if it is in none."""
     return PurePosixPath(name).parent.name or None
 
 
@@ -244,6 +253,6 @@ def _digests(sources: Sequence[Source]) -> bytearray:
 
 
 def _order_of_digests(digests: bytearray) -> NDArray[np.int64]:
-    """Places of 32-byte strings in their order, equal ones in the order they came."""
+    """Returns the sorted order of 32-byte strings, equal ones in the order they came."""
     words = np.frombuffer(digests, ">u8").reshape(-1, 4)
     return np.lexsort(words.T[::-1])

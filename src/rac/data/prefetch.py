@@ -18,10 +18,10 @@ T = TypeVar("T")
 def ahead(
     work: Callable[[int], T], items: Iterable[int], workers: int, patience: float = 600.0
 ) -> Generator[T, None, None]:
-    """What `work` makes of each item, in order, made ahead by `workers` threads (0: none); a few wait at a time.
+    """Yields the result of `work` for each item, in order, made ahead by `workers` threads (0: none).
 
-    Threads, not processes: decoding and resampling run outside Python's lock. Raises whatever `work` raises, and
-    `RacError` if a thread ends or none of them delivers for `patience` seconds.
+    A few results wait at a time. Threads, not processes: decoding and resampling run outside Python's lock. Raises
+    whatever `work` raises, and `RacError` if a thread ends or none of them delivers for `patience` seconds.
     """
     if workers == 0:
         yield from map(work, items)
@@ -65,7 +65,7 @@ def ahead(
 
 
 _GOODBYE = 2.0
-"""Seconds that reading threads have to finish what they are at."""
+"""Seconds that reading threads have to finish their current work."""
 
 
 def _awaited(future: Future[T], patience: float) -> T:

@@ -1,4 +1,4 @@
-"""The record of the pictures that a run trains on, so that a resume on others is noticed."""
+"""The record of the pictures that a run trains on, so that a resume on other pictures is noticed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..files import write_bytes
 from .pictures import Fingerprint
 
 RECORD = "pictures.json"
-"""The file in a run's folder that holds the fingerprint of its pictures."""
+"""Name of the file in a run's folder that holds the fingerprint of its pictures."""
 
 
 def check_pictures(fingerprint: Fingerprint, directory: Path) -> None:
-    """Writes which pictures the run in `directory` trains on, or checks that they are still the ones it began with.
+    """Records which pictures the run in `directory` trains on, or checks that they are the ones it began with.
 
-    Other pictures would be drawn in another order, and some that were held out would be trained on. Raises `RacError`
-    naming what changed. A run that was begun without such a record gets one.
+    Other pictures would be drawn in another order, and some that were held out would be trained on. A run that was
+    begun without such a record gets one. Raises `RacError` naming what changed.
     """
     path = directory / RECORD
     if not path.exists():

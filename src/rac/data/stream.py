@@ -41,18 +41,21 @@ Want = Literal["images", "latents", "labels"]
 """Something that a batch can hold."""
 
 IMAGES: frozenset[Want] = frozenset({"images"})
-"""What batches hold where nothing else is asked for."""
+"""Default contents of batches: images alone."""
 
 
 class Batch(NamedTuple):
-    """Images to train on, their latents and their labels: those that the stream was opened for, in the same order."""
+    """Images to train on, their latents and their labels, in the same order.
+
+    What the stream was not opened for is None.
+    """
 
     images: Tensor | None = None
-    """B 3 H W in [-1, 1]."""
+    """Images, B 3 H W in [-1, 1]."""
     latents: Tensor | None = None
-    """B c h w, normalised."""
+    """Latents, B c h w, normalised."""
     labels: Tensor | None = None
-    """B, int64: places in the stream's `classes`."""
+    """Labels, B, int64: places in the stream's `classes`."""
 
     @property
     def size(self) -> int:
@@ -60,18 +63,18 @@ class Batch(NamedTuple):
         return next(len(tensor) for tensor in self if tensor is not None)
 
     def need(self, what: Want) -> Tensor:
-        """Returns its images, latents or labels. Raises `RacError` if the stream was not opened for them."""
+        """Returns the batch's images, latents or labels. Raises `RacError` if the stream was not opened for them."""
         found = getattr(self, what)
         if found is None:
             raise RacError(f"the batch holds no {what}; open the stream with wants={{'{what}'}} among others")
         return found
 
     def rows(self, rows: slice) -> Batch:
-        """Returns some of the rows of all that it holds."""
+        """Returns the given rows of images, latents and labels."""
         return Batch(*(None if tensor is None else tensor[rows] for tensor in self))
 
     def to(self, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Batch:
-        """Returns the same on `device`, the images laid out as asked."""
+        """Returns the batch on `device`, with images in the memory format `layout`."""
         images, latents, labels = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
         # Moved first, laid out there: the processor would be slower at it.
         return Batch(None if images is None else images.contiguous(memory_format=layout), latents, labels)
@@ -87,20 +90,23 @@ class Stream(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that labels stand for, see `class_order`; none if no picture belongs to any."""
+        """Names of the classes that labels stand for, in `class_order`; empty if no picture belongs to any."""
         ...
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What tells the pictures that it draws from, held-out ones included, from others."""
+        """Fingerprint of the stream's pictures, held-out ones included."""
         ...
 
     def batch(self, first: int, count: int) -> Batch:
-        """Draws `first` to `first + count - 1`; the same arguments always give the same batch, in any thread."""
+        """Returns draws `first` to `first + count - 1`.
+
+        The same arguments always give the same batch, in any thread.
+        """
         ...
 
     def held_out(self) -> Tensor:
-        """Images that are never trained on, N 3 S S in [-1, 1]; always the same."""
+        """Returns images that are never trained on, N 3 S S in [-1, 1]; always the same."""
         ...
 
 
@@ -114,11 +120,11 @@ class PictureLike(Protocol):
 
     @property
     def class_name(self) -> str | None:
-        """The class that it belongs to; None if it belongs to none."""
+        """The class that the picture belongs to; None if it belongs to none."""
         ...
 
     def read(self) -> bytes:
-        """The encoded bytes. Raises `OSError`."""
+        """Returns the encoded bytes. Raises `OSError`."""
         ...
 
 
@@ -126,21 +132,21 @@ class Crop(NamedTuple):
     """A square piece of a picture."""
 
     pixels: NDArray[np.uint8]
-    """size size 3."""
+    """Pixels, size size 3."""
     class_name: str | None
     """The class of the picture that it was cut from, which is another than the one drawn if that one is damaged."""
 
 
 class Crops(ABC):
-    """What streams of freshly cut crops share: reading, passing damaged pictures over, held-out images, labels."""
+    """Base class of streams of freshly cut crops: reading, skipping damaged pictures, held-out images, labels."""
 
     def __init__(self, config: DataConfig, rng_seed: int, wants: Collection[Want]) -> None:
         self.config = config
         self.rng_seed = rng_seed
         self.wants = frozenset(wants)
-        """What batches hold: images, labels or both; freshly cut crops have no latents."""
+        """Contents of batches: images, labels or both; freshly cut crops have no latents."""
         self.skipped: dict[str, str] = {}
-        """The damaged pictures met so far, and what was wrong with each."""
+        """Damaged pictures met so far, and what was wrong with each."""
         self.held_out_pixels: NDArray[np.uint8]
         """The held-out images as pixels, N size size 3."""
         self._kept: dict[Picture, Image.Image] = {}
@@ -149,19 +155,19 @@ class Crops(ABC):
     @property
     @abstractmethod
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that labels stand for; none if no picture belongs to any."""
+        """Names of the classes that labels stand for; empty if no picture belongs to any."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> Fingerprint:
-        """What tells the pictures that it draws from, held-out ones included, from others."""
+        """Fingerprint of the stream's pictures, held-out ones included."""
 
     @abstractmethod
     def crop(self, draw: int) -> Crop:
-        """Crop number `draw`. Raises `RacError` if nothing can be read."""
+        """Returns crop number `draw`. Raises `RacError` if nothing can be read."""
 
     def batch(self, first: int, count: int) -> Batch:
-        """Draws `first` to `first + count - 1` as a `Batch` of what the stream was opened for."""
+        """Returns draws `first` to `first + count - 1`, with the contents that the stream was opened for."""
         crops = [self.crop(draw) for draw in range(first, first + count)]
         images = from_pixels(np.stack([crop.pixels for crop in crops])) if "images" in self.wants else None
         labels = None
@@ -170,7 +176,7 @@ class Crops(ABC):
         return Batch(images, None, labels)
 
     def label(self, class_name: str | None) -> int:
-        """The place of a class in `classes`; -1 for None."""
+        """Returns the place of a class in `classes`; -1 for None."""
         return -1 if class_name is None else self._labels[class_name]
 
     @cached_property
@@ -178,14 +184,14 @@ class Crops(ABC):
         return {name: label for label, name in enumerate(self.classes)}
 
     def held_out(self) -> Tensor:
-        """The held-out images, N 3 size size in [-1, 1]: the centre of each held-out picture.
+        """Returns the held-out images, N 3 size size in [-1, 1]: the centre of each held-out picture.
 
         Where there are fewer held-out pictures than `config.held_out`, further images are crops of the same ones.
         """
         return from_pixels(self.held_out_pixels)
 
     def _hold_out(self, pictures: Iterable[PictureLike], wanted: int) -> int:
-        """Keep crops of the first `wanted` that can be read; returns how many were looked at."""
+        """Keeps crops of the first `wanted` pictures that can be read; returns how many were looked at."""
         found: list[Image.Image] = []
         used = 0
         for picture in pictures:
@@ -204,7 +210,7 @@ class Crops(ABC):
         return used
 
     def _cut_first(self, pictures: Iterable[PictureLike], choose: Callable[[Size], Region]) -> Crop:
-        """A crop of the first picture that can be read."""
+        """Returns a crop of the first picture that can be read."""
         looked = 0
         for picture in pictures:
             looked += 1
@@ -237,7 +243,7 @@ class Crops(ABC):
         return opened
 
     def _try(self, picture: PictureLike, work: Callable[[PictureLike], T]) -> T | None:
-        """What `work` gives, or None, with a warning the first time, for a damaged picture."""
+        """Returns the result of `work`, or None, with a warning the first time, for a damaged picture."""
         try:
             return work(picture)
         except (ImageError, OSError) as error:
@@ -271,7 +277,7 @@ class ImageStream(Crops):
                 "none is left to train on; add images"
             )
         self.files = files[used:]
-        """The pictures to train on, damaged ones that were not met yet included."""
+        """The pictures to train on, including damaged ones that were not met yet."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -280,15 +286,15 @@ class ImageStream(Crops):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What tells these pictures, held-out ones included, from others."""
+        """Fingerprint of the stream's pictures, held-out ones included."""
         return self.pictures.fingerprint()
 
     def __len__(self) -> int:
-        """Pictures to train on, damaged ones that were not met yet included."""
+        """Returns the number of pictures to train on, including damaged ones that were not met yet."""
         return len(self.files)
 
     def crop(self, draw: int) -> Crop:
-        """Crop number `draw`."""
+        """Returns crop number `draw`."""
         epoch, place = divmod(draw, len(self))
         order = permutation(len(self), self.rng_seed, epoch)
         pictures = (self.files[int(order[(place + offset) % len(self)])] for offset in range(len(self)))
@@ -296,7 +302,7 @@ class ImageStream(Crops):
         return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
 
     def centre(self, number: int) -> Crop:
-        """The centre of picture `number` (of the next one, where it is damaged)."""
+        """Returns the centre of picture `number`, or of the next one if it is damaged."""
         pictures = (self.files[(number + offset) % len(self)] for offset in range(len(self)))
         return self._cut_first(pictures, centre_region)
 
@@ -318,11 +324,11 @@ def check_labelled(pictures: Pictures, config: DataConfig) -> None:
 
 
 WINDOW = 512
-"""Pictures of a streamed data set that are in memory together, still encoded, to be drawn from in random order."""
+"""Number of pictures of a streamed data set that are in memory together, still encoded, to be drawn in random order."""
 
 
 _WINDOWS_KEPT = 3
-"""Threads and processes ask for neighbouring batches at about the same time."""
+"""Number of windows kept, as threads and processes ask for neighbouring batches at about the same time."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +365,7 @@ class StreamedImages(Crops):
         columns = [self._column, *([self._classified.column] if self._classified else [])]
         self._rows = encoded_images(rows.select_columns(columns), self._column)
         self._total: int | None = None
-        """Rows of the data set that are taken, once all were read."""
+        """Number of rows of the data set that are taken, once all were read."""
         self._skip = self._hold_out(self._read(0), config.held_out)
         self._lock = Lock()
         self._windows: dict[int, list[_Row]] = {}
@@ -368,17 +374,17 @@ class StreamedImages(Crops):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, as the data set lists them; none where their names are not known before all is read."""
+        """Names of the classes, as the data set lists them; empty if they are not known before all is read."""
         names = self._classified.names if self._classified else None
         return class_order(name for name in names or () if self._choice(name))
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Tells data sets apart by the rows that are held out, since the others are read in their turn only."""
+        """Fingerprint of the rows that are held out, since the others are read only in their turn."""
         return Fingerprint(None, hashlib.sha256(self.held_out_pixels.tobytes()).hexdigest()[:16])
 
     def crop(self, draw: int) -> Crop:
-        """Crop number `draw`. Waits for the data set's next window, where that is needed."""
+        """Returns crop number `draw`. Waits for the data set's next window, where that is needed."""
         number, place = divmod(draw, WINDOW)
         window = self._window(number)
         order = permutation(len(window), self.rng_seed, number)
@@ -387,7 +393,10 @@ class StreamedImages(Crops):
         return self._cut_first(pictures, lambda size: random_region(size, self.config, values))
 
     def label(self, class_name: str | None) -> int:
-        """The place of a class in `classes`. Raises `RacError` for a row without one, where labels are asked for."""
+        """Returns the place of a class in `classes`.
+
+        Raises `RacError` for a row without one, where labels are asked for.
+        """
         if class_name is None and "labels" in self.wants:
             raise RacError(f"labels are asked for, but a row of {self._text} has none; choose classes to leave it out")
         return super().label(class_name)
@@ -401,7 +410,7 @@ class StreamedImages(Crops):
         self._choice.check(class_order(self._classified.names))
 
     def _window(self, number: int) -> list[_Row]:
-        """Rows `WINDOW` x `number` and on of all epochs, laid end to end."""
+        """Returns rows `WINDOW` x `number` and on of all epochs, laid end to end."""
         with self._lock:
             if number not in self._windows and number < self._next:
                 self._seek(0)
@@ -417,12 +426,12 @@ class StreamedImages(Crops):
             return self._windows[number]
 
     def _seek(self, number: int) -> None:
-        """Make window `number` the next one to be read; 0, unless the data set was read to its end before."""
+        """Makes window `number` the next one to be read; 0, unless the data set was read to its end before."""
         start = number * WINDOW % (self._total - self._skip) if self._total else 0
         self._reading, self._next = self._read(self._skip + start), number
 
     def _take(self, count: int) -> list[_Row]:
-        """The next rows, from the beginning again after the last."""
+        """Returns the next rows, from the beginning again after the last."""
         found = list(islice(self._reading, count))
         while len(found) < count:
             self._reading = self._read(self._skip)
@@ -433,7 +442,7 @@ class StreamedImages(Crops):
         return found
 
     def _read(self, first: int) -> Iterator[_Row]:
-        """Rows `first` and on, to the last, of those that are taken."""
+        """Yields rows `first` and on, to the last, of those that are taken."""
         rows, index, taken = iter(self._rows), -1, 0
         while True:
             try:
@@ -464,7 +473,7 @@ class InTurn:
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """The damaged pictures that any of them met."""
+        """The damaged pictures that any of the streams met."""
         return {name: why for stream in self.streams for name, why in stream.skipped.items()}
 
     @property
@@ -478,17 +487,17 @@ class InTurn:
         return self.streams[0].fingerprint
 
     def batch(self, first: int, count: int) -> Batch:
-        """Draws `first` to `first + count - 1`, which must be of one turn."""
+        """Returns draws `first` to `first + count - 1`, which must be of one turn."""
         return self.streams[first // self.size % len(self.streams)].batch(first, count)
 
     def held_out(self) -> Tensor:
-        """The held-out images of the first stream."""
+        """Returns the held-out images of the first stream."""
         return self.streams[0].held_out()
 
 
 @lru_cache(maxsize=4)
 def permutation(count: int, rng_seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which epoch number `epoch` goes through `count` things."""
+    """Returns the order in which epoch number `epoch` goes through `count` things."""
     return torch.randperm(count, generator=generator(rng_seed, "epoch", epoch)).numpy()
 
 
@@ -502,12 +511,12 @@ class Region(NamedTuple):
 
 
 def draw_values(rng: torch.Generator) -> list[float]:
-    """The four numbers that choose a crop, each in [0, 1)."""
+    """Returns the four numbers that choose a crop, each in [0, 1)."""
     return torch.rand(4, generator=rng, dtype=torch.float64).tolist()
 
 
 def random_region(size: Size, config: DataConfig, values: Sequence[float]) -> Region:
-    """A square at a place and a scale that four `values` of [0, 1) choose.
+    """Returns a square at a place and a scale that four `values` of [0, 1) choose.
 
     Its side is log-uniform between `smallest_crop` and `largest_crop`; the whole short side of a smaller picture.
     """
@@ -522,23 +531,23 @@ def random_region(size: Size, config: DataConfig, values: Sequence[float]) -> Re
 
 
 def centre_region(size: Size) -> Region:
-    """The largest square in the centre."""
+    """Returns the largest square in the centre."""
     side = min(size)
     return Region((size[0] - side) // 2, (size[1] - side) // 2, side)
 
 
 def random_crop(picture: Image.Image, config: DataConfig, rng: torch.Generator) -> NDArray[np.uint8]:
-    """A random square region at a random scale, resampled with antialiasing to size size 3 pixels."""
+    """Cuts a random square region at a random scale, resampled with antialiasing to size size 3 pixels."""
     return cut(picture, random_region(picture.size, config, draw_values(rng)), config.size)
 
 
 def centre_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The largest square in the centre, resampled with antialiasing to size size 3 pixels."""
+    """Cuts the largest square in the centre, resampled with antialiasing to size size 3 pixels."""
     return cut(picture, centre_region(picture.size), size)
 
 
 def cut(picture: Image.Image, region: Region, size: int, shrink: int = 1) -> NDArray[np.uint8]:
-    """`region`, resampled with antialiasing to size size 3 pixels, of a picture that was decoded at 1 / `shrink`."""
+    """Cuts `region` out of a picture decoded at 1 / `shrink`, resampled with antialiasing to size size 3 pixels."""
     left, top, side, mirror = region
     box = (left / shrink, top / shrink, (left + side) / shrink, (top + side) / shrink)
     pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
@@ -555,9 +564,16 @@ def batches(
     rows: slice | None = None,
     patience: float = 600.0,
 ) -> Generator[Batch, None, None]:
-    """The batches of iterations `first` to `last - 1`, in order, made ahead by `workers` threads (0: none).
+    """Yields the batches of iterations `first` to `last - 1`, in order, made ahead by threads.
 
-    Of each batch of `size`, only `rows` are read where they are given: one process's share. Raises as `ahead`.
+    - `stream`: gives the batches.
+    - `size`: images in a batch.
+    - `first`, `last`: the first iteration, and the one after the last.
+    - `workers`: threads that make batches ahead; 0: none.
+    - `rows`: the only rows to read of each batch, one process's share; None: all.
+    - `patience`: seconds to wait for a batch.
+
+    Raises whatever reading raises, and `RacError` if a thread ends or none of them delivers for `patience` seconds.
     """
     start, stop, _ = (rows or slice(size)).indices(size)
     return ahead(

@@ -1,4 +1,4 @@
-"""Tar shards: where each picture of one begins, found once and kept."""
+"""Tar shards: an index of where each picture begins, found once and kept."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ..images import is_picture
 from .pictures import Names, folder_class
 
 WORTH_KEEPING = 1_000
-"""Pictures from which on an index is kept: fewer are found again at once."""
+"""Least number of pictures for which an index is kept: fewer are found again at once."""
 
 _FORMAT = 2
 
 TAR_SUFFIX = ".tar"
-"""Suffix, in small letters, of the files that count as tar files where a folder is searched."""
+"""Suffix, in lower case, of the files that count as tar files where a folder is searched."""
 
 _Index = dict[str, NDArray[Any]]
-"""names: letters of `Names`, uint8; offsets and sizes of the pictures in the file, in bytes, int64."""
+"""Arrays of an index: `letters` of `Names` (uint8), offsets and sizes of the pictures in the file in bytes (int64)."""
 
 
 def is_tar(name: str) -> bool:
-    """Whether a file of this name counts as a tar file: by its suffix, in any case; hidden ones do not."""
+    """Returns whether a file of this name counts as a tar file: by its suffix, in any case, and not hidden."""
     pure = PurePosixPath(name)
     return pure.suffix.lower() == TAR_SUFFIX and not pure.name.startswith(".")
 
 
 class Tar:
-    """An uncompressed tar file of pictures, in webdataset's layout or any other; other members are passed over."""
+    """An uncompressed tar file of pictures, in webdataset's layout or any other; other members are skipped."""
 
     def __init__(self, path: Path, index: _Index) -> None:
         self.path = path
@@ -49,11 +49,11 @@ class Tar:
         self._offsets = index["offsets"]
         self._sizes = index["sizes"]
         self.identity = (path.stat().st_dev, path.stat().st_ino)
-        """Tells the file from others, whatever it is called."""
+        """Distinguishes the file from others, whatever it is called."""
 
     @classmethod
     def open(cls, path: Path, progress: Callable[[int], None] = lambda done: None) -> Tar:
-        """Find the pictures of `path`, or read the index of an earlier time; `progress` hears their number so far.
+        """Finds the pictures of `path`, or reads an index kept earlier; `progress` is called with their number so far.
 
         The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac), where there is such a folder, and made anew when
         the file was changed or replaced. Raises `RacError` for a file that is no tar file, compressed, cut short, or
@@ -75,19 +75,19 @@ class Tar:
         return cls(path, found)
 
     def describe(self, index: int) -> str:
-        """The member's name, and the file that it is in."""
+        """Returns the member's name, and the file that it is in."""
         return f"{self.names[index]} in {self.path}"
 
     def size_hint(self, index: int) -> int:
-        """The member's size in bytes."""
+        """Returns the member's size in bytes."""
         return int(self._sizes[index])
 
     def class_of(self, index: int) -> str | None:
-        """The name of the folder directly above the member in the tar file; None for members in none."""
+        """Returns the name of the folder directly above the member in the tar file; None for members in none."""
         return folder_class(self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes. Raises `OSError`."""
+        """Returns the encoded bytes of picture `index`. Raises `OSError`."""
         with open(self.path, "rb") as file:
             file.seek(int(self._offsets[index]))
             return file.read(int(self._sizes[index]))
@@ -134,7 +134,7 @@ def _pictures(tar: tarfile.TarFile) -> Iterator[_Member]:
 
 @contextmanager
 def _header() -> Iterator[None]:
-    """Turn whatever tarfile raises on a damaged header, MemoryError among it, into its own error."""
+    """Turns whatever tarfile raises on a damaged header, MemoryError among it, into its own error."""
     try:
         yield
     except (tarfile.TarError, OSError):
@@ -144,21 +144,25 @@ def _header() -> Iterator[None]:
 
 
 def _key(name: str) -> str:
-    """Webdataset's: what members of one sample share, all before the first dot of the last part."""
+    """Returns webdataset's key of a member, shared by one sample: all before the first dot of the last part."""
     pure = PurePosixPath(name)
     return (pure.parent / pure.name.split(".")[0]).as_posix()
 
 
 def _plain(sample: list[_Member]) -> Iterable[_Member]:
-    """The pictures of a sample: of 7.jpg and 7.depth.png the first, since the second says more than its kind."""
+    """Returns the pictures of a sample: of 7.jpg and 7.depth.png the first.
+
+    The suffix of the second says more than its kind.
+    """
     plain = [member for member in sample if PurePosixPath(member.name).name.count(".") == 1]
     return plain or sample
 
 
 def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """tarfile stops without a word at a header it cannot read; what follows the last member must be zeros or nothing.
+    """Raises an error if anything but zeros follows the last member.
 
-    A file cut exactly between two members cannot be told from one whose writer left the end mark out.
+    tarfile stops without a word at a header it cannot read. A file cut exactly between two members cannot be told from
+    one whose writer left the end mark out.
     """
     with open(path, "rb") as file:
         file.seek(tar.offset)

@@ -1,4 +1,4 @@
-"""Convolutional fields: a VAE decoder's shape, told the time.
+"""Convolutional fields: networks shaped like a VAE decoder, with the time as a further input.
 
 Both fields fold the state by f (pixel unshuffle), append the time as a channel, and upsample back to the state's size
 (RAC, section 3.2). Their last convolution starts at zero, so that the flow starts as the identity.
@@ -19,10 +19,10 @@ POSITION_SCALE = 0.01
 
 
 class ConvField(nn.Module):
-    """A network behind the common input: (state B C H W, time B[, interval B]) -> velocity B C H W.
+    """A convolutional velocity field: (state B C H W, time B[, interval B]) -> velocity B C H W.
 
-    H and W must be multiples of the factor. `interval` (signed, for mean velocities) is only known to fields built with
-    `interval=True`; where it is not given it is 0, which asks for the velocity itself.
+    H and W must be multiples of the factor. `interval` (signed, for mean velocities) is only accepted by fields built
+    with `interval=True`; by default it is 0, for which the mean velocity is the velocity itself.
     """
 
     def __init__(self, network: nn.Module, factor: int, position: bool = False, interval: bool = False) -> None:
@@ -33,8 +33,11 @@ class ConvField(nn.Module):
         self.interval = interval
 
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
-        """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for, and for sides
-        that are no multiple of the factor."""
+        """Returns the velocity at `state` and `time`.
+
+        Raises `RacError` for an interval the field was not built for, and for sides that are not multiples of the
+        factor.
+        """
         check_input(state, self.factor, interval, self.interval)
         folded = F.pixel_unshuffle(state, self.factor)
         channels = [folded, constant_channel(time, folded)]
@@ -46,7 +49,7 @@ class ConvField(nn.Module):
 
 
 def check_input(state: Tensor, factor: int, interval: Tensor | None, knows_interval: bool) -> None:
-    """Raise `RacError` for an interval the field was not built for, and for sides that are no multiple of `factor`."""
+    """Raises `RacError` for an interval the field was not built for, and for sides not divisible by `factor`."""
     if interval is not None and not knows_interval:
         raise RacError("this field knows no interval; build it with interval=True to ask for mean velocities")
     if state.shape[-2] % factor or state.shape[-1] % factor:
@@ -54,17 +57,17 @@ def check_input(state: Tensor, factor: int, interval: Tensor | None, knows_inter
 
 
 def extra_channels(position: bool, interval: bool) -> int:
-    """Channels that `ConvField` appends to the folded state."""
+    """Returns the number of channels that `ConvField` appends to the folded state."""
     return 1 + int(interval) + 2 * int(position)
 
 
 def constant_channel(value: Tensor, like: Tensor) -> Tensor:
-    """A number for each image, B, as one more channel of `like`, B 1 H W."""
+    """Returns a channel B 1 H W, sized as `like`, that holds one number for each image, `value` B."""
     return value.to(like.dtype).view(-1, 1, 1, 1).expand(like.shape[0], 1, *like.shape[2:])
 
 
 def _position(like: Tensor) -> Tensor:
-    """cos(pi x), cos(pi y) over [-1, 1], scaled by 0.01: where in the whole image a block lies."""
+    """Returns two channels, cos(pi x) and cos(pi y) over [-1, 1], scaled by 0.01: the position in the whole image."""
     height, width = like.shape[2:]
     y, x = _from_end_to_end(height, like).view(1, 1, height, 1), _from_end_to_end(width, like).view(1, 1, 1, width)
     across, down = torch.cos(torch.pi * x), torch.cos(torch.pi * y)
@@ -73,7 +76,7 @@ def _position(like: Tensor) -> Tensor:
 
 
 def _from_end_to_end(length: int, like: Tensor) -> Tensor:
-    """`length` even steps from -1 to 1; unlike linspace, exporters keep the length free."""
+    """Returns `length` even steps from -1 to 1; unlike linspace, exporters keep the length free."""
     steps = torch.arange(length, device=like.device, dtype=like.dtype)
     return 2 * steps / torch.sym_max(length - 1, 1) - 1
 
@@ -87,26 +90,27 @@ class TinyFieldConfig:
 
     kind: Literal["tiny"] = "tiny"
     widths: tuple[int, ...] = (64, 64, 64, 64)
-    """Channels at strides f, f/2, ..., the last of which is the output's resolution (`patch` below 1)."""
+    """Channels at strides f, f/2, ..., the last of which is the output's resolution (`patch` pixels)."""
     blocks: tuple[int, ...] = (3, 3, 3, 1)
-    """Residual blocks at each of these strides."""
+    """Number of residual blocks at each of the strides of `widths`."""
     patch: int = 1
     """Stride of the last level: the output convolution gives C*patch^2 channels, laid out by pixel shuffle."""
     position: bool = False
-    """Two channels of relative position."""
+    """Append two channels of relative position."""
     interval: bool = False
-    """One channel for the signed interval, for mean velocities."""
+    """Append one channel for the signed interval, for mean velocities."""
     taesd_range: bool = False
-    """TAESD's own habits, which the original nano RAC inherits: 3 tanh(x / 3) on the input, 2 y - 1 on the output,
-    and no zero initialisation."""
+    """Conventions of TAESD, which the original nano RAC inherits: 3 tanh(x / 3) on the input, 2 y - 1 on the output,
+    and no zero initialisation.
+    """
 
     @property
     def factor(self) -> int:
-        """The factor that it undoes: patch * 2^(len(widths) - 1)."""
+        """Upsampling factor from the coarsest level to the image: patch * 2^(len(widths) - 1)."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
     def build(self, state_channels: int, factor: int) -> ConvField:
-        """The field. Raises `RacError` unless `factor` is its own."""
+        """Returns the field. Raises `RacError` unless `factor` is the configuration's own."""
         if len(self.widths) != len(self.blocks):
             raise RacError(f"widths {self.widths} and blocks {self.blocks} must be of one length")
         if factor != self.factor:
@@ -143,7 +147,10 @@ class _TinyNetwork(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Three 3 x 3 convolutions with ReLU between, a residual, a ReLU. Keeps B width H W; `hidden` channels inside."""
+    """Residual block: three 3 x 3 convolutions with ReLU between, the input added, a ReLU.
+
+    Keeps the shape B width H W; `hidden` channels inside.
+    """
 
     def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
@@ -157,12 +164,15 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """Maps B width H W to the same shape."""
         return F.relu(self.conv(x) + x)
 
 
 def context(width: int) -> nn.Sequential:
-    """TAEF2's context: four times as many features, normalised over the whole image. Keeps B width H W."""
+    """Returns TAEF2's context layers: four times as many features, normalised over the whole image.
+
+    Keeps B width H W.
+    """
     return nn.Sequential(
         nn.Conv2d(width, 4 * width, 1, bias=False),
         nn.GroupNorm(4, 4 * width),
@@ -188,13 +198,13 @@ class LdmFieldConfig:
     attention: bool = True
     """Self-attention in the middle."""
     position: bool = True
-    """Two channels of relative position."""
+    """Append two channels of relative position."""
     interval: bool = False
-    """One channel for the signed interval, for mean velocities."""
+    """Append one channel for the signed interval, for mean velocities."""
 
     @classmethod
     def scaled(cls, ratio: float) -> LdmFieldConfig:
-        """The decoder at about `ratio` of the SD-VAE decoder's parameters (49.49 M), all widths in the same proportion.
+        """Returns the decoder at about `ratio` of the SD-VAE decoder's parameters (49.49 M), all widths in proportion.
 
         Parameters grow with the square of the width, so widths are 128 (1, 2, 4, 4) sqrt(ratio), each to the nearest
         multiple of 8, which then is the number of groups. Raises `RacError` unless 0 < ratio <= 1.
@@ -208,11 +218,14 @@ class LdmFieldConfig:
 
     @property
     def factor(self) -> int:
-        """The factor that it undoes: 2^(len(widths) - 1)."""
+        """Upsampling factor from the coarsest level to the image: 2^(len(widths) - 1)."""
         return 2 ** (len(self.widths) - 1)
 
     def build(self, state_channels: int, factor: int) -> ConvField:
-        """The field. Raises `RacError` unless `factor` is its own and the groups divide the widths."""
+        """Returns the field.
+
+        Raises `RacError` unless `factor` is the configuration's own and the groups divide the widths.
+        """
         from diffusers.models.autoencoders.vae import Decoder
 
         if factor != self.factor:
@@ -233,7 +246,7 @@ class LdmFieldConfig:
 
 
 def zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """`layer`, its weights and biases set to zero."""
+    """Sets the weights and biases of `layer` to zero, and returns it."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""A local U-Net: sees the state at full resolution, carries the latent at the coarse one.
+"""A local U-Net: reads the state at full resolution, and processes the latent at the coarse one.
 
 `ConvField`'s networks fold the whole state into one coarse block, and what does not fit its width is lost. Here a way
 down reads the state from stride `patch` on, and its features are added on the way up; the time scales and shifts the
@@ -19,54 +19,64 @@ from ..states import PAD, RGB
 from .conv import ResidualBlock, check_input, constant_channel, context, zero
 
 NEAR_THE_IMAGE = 0.05
-"""Nearer to t = 1 than this the latent is not read off the carrier: dividing by 1 - t would blow up errors."""
+"""Least divisor 1 - t of the carrier's latent; nearer to t = 1 the division would blow up errors."""
 
 FREQUENCIES = 16
-"""Cosines and sines that describe a time to the modulation."""
+"""Number of cosines, and of sines, that embed a time for the modulation."""
 
 
 @dataclass(frozen=True)
 class LocalFieldConfig:
-    """The local U-Net. Widths run from stride f down to stride `patch`, as in `TinyFieldConfig`."""
+    """Configuration of the local U-Net.
+
+    Widths run from stride f down to stride `patch`, as in `TinyFieldConfig`.
+    """
 
     kind: Literal["local"] = "local"
     widths: tuple[int, ...] = (64, 64, 64)
     """Channels on the way up, at strides f, f/2, ..., `patch`."""
     blocks: tuple[int, ...] = (3, 3, 3)
-    """Residual blocks at each of these strides."""
+    """Number of residual blocks at each of the strides of `widths`."""
     down: tuple[int, ...] = (32, 64)
     """Channels on the way down, at strides `patch`, 2 `patch`, ..., f/2. Empty: no way down; the fine path of the state
-    is a single convolution at stride `patch`."""
+    is a single convolution at stride `patch`.
+    """
     down_blocks: tuple[int, ...] = (0, 1)
-    """Residual blocks at each of these strides."""
+    """Number of residual blocks at each of the strides of `down`."""
     patch: int = 2
     """Stride of the finest level: the output convolution gives C*patch^2 channels, laid out by pixel shuffle."""
     hidden: int | None = None
     """Channels inside the blocks of the finest level, where most of the work is done; None: as many as outside."""
     carrier: bool = True
-    """For spread `beside`. The coarse level reads and writes only the channels beyond the image's. On the straight line
-    those are (1 - t) latent + t PAD, so the latent is read off them, and they move as that latent asks; the network
-    corrects this, most of all at t = 1, where they tell nothing."""
+    """Let the coarse level read and write only the channels x beyond the image's (for the spread `beside`).
+
+    On the straight path x = (1 - t) latent + t PAD, with velocity PAD - latent. So the coarse level reads
+    (x - t PAD) / max(1 - t, 0.05), an estimate of the latent, and PAD minus this estimate is added to the network's
+    velocity of these channels.
+    """
     clamp: float = 0.0
-    """Bound of the soft clamp on what the coarse level reads, as in TAESD's decoders; 0: none."""
+    """Bound of the soft clamp on the coarse level's input, as in TAESD's decoders; 0: none."""
     pooled: bool = False
-    """Context from the whole image in the coarsest blocks, as in TAEF2's decoder; the field is then not local."""
+    """Add context from the whole image in the coarsest blocks, as in TAEF2's decoder; the field is then not local."""
     time: Literal["modulation", "channel"] = "modulation"
-    """How the time comes in: a learned scale and shift of the features of every block, or one more channel."""
+    """How the time enters: by a learned scale and shift of the features of every block, or as one more channel."""
     embedding: int = 64
     """Width of the time's embedding."""
     interval: bool = False
-    """Knows the signed interval too, for mean velocities."""
+    """Accept the signed interval as a third input, for mean velocities."""
     zero_output: bool = True
-    """The last convolutions start at zero, so that the flow starts as the identity (but for the carrier)."""
+    """Start the last convolutions at zero, so that the flow starts as the identity (but for the carrier)."""
 
     @property
     def factor(self) -> int:
-        """The factor that it undoes: patch * 2^(len(widths) - 1)."""
+        """Upsampling factor from the coarsest level to the image: patch * 2^(len(widths) - 1)."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
     def build(self, state_channels: int, factor: int) -> LocalField:
-        """The field. Raises `RacError` unless `factor` is its own and the lists fit each other."""
+        """Returns the field.
+
+        Raises `RacError` unless `factor` is the configuration's own and the lists fit each other.
+        """
         if len(self.widths) != len(self.blocks) or len(self.down) != len(self.down_blocks):
             raise RacError(
                 f"widths {self.widths} and blocks {self.blocks}, down {self.down} and down_blocks {self.down_blocks} "
@@ -85,7 +95,10 @@ class LocalFieldConfig:
 
 
 class LocalField(nn.Module):
-    """(state B C H W, time B[, interval B]) -> velocity B C H W; H and W multiples of the factor."""
+    """The local U-Net, a field (state B C H W, time B[, interval B]) -> velocity B C H W.
+
+    H and W must be multiples of the factor.
+    """
 
     def __init__(self, config: LocalFieldConfig, state_channels: int) -> None:
         super().__init__()
@@ -125,8 +138,11 @@ class LocalField(nn.Module):
             zero(self.head)
 
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
-        """Velocity at `state` and `time`. Raises `RacError` for an interval the field was not built for, and for sides
-        that are no multiple of the factor."""
+        """Returns the velocity at `state` and `time`.
+
+        Raises `RacError` for an interval the field was not built for, and for sides that are not multiples of the
+        factor.
+        """
         check_input(state, self.factor, interval, self.config.interval)
         times = [time]
         if self.config.interval:
@@ -164,7 +180,7 @@ class LocalField(nn.Module):
         return torch.cat([velocity[:, :RGB], velocity[:, RGB:] + correction + PAD - carried], dim=1)
 
     def _carried(self, state: Tensor, time: Tensor) -> Tensor:
-        """What the coarse level reads: the latent in its sites, as far as this time lets it be known; or the state."""
+        """Returns the input of the coarse level: the whole state, or the latent estimated from the carrier channels."""
         if not self.config.carrier:
             return state
         t = time.to(state.dtype).view(-1, 1, 1, 1)
@@ -175,14 +191,14 @@ class Level(nn.ModuleList):
     """The blocks of one stride, one after the other."""
 
     def forward(self, x: Tensor, embedded: Tensor | None) -> Tensor:
-        """B width H W, and the time's embedding B e -> B width H W."""
+        """Maps B width H W, with the time's embedding B e, to B width H W."""
         for block in self:
             x = block(x, embedded)
         return x
 
 
 class ModulatedBlock(ResidualBlock):
-    """A residual block whose features are first scaled and shifted by what a time says of them; at first not at all."""
+    """A residual block whose features are scaled and shifted depending on the time; initially not at all."""
 
     def __init__(self, width: int, embedding: int, hidden: int | None = None, pooled: bool = False) -> None:
         super().__init__(width, hidden)
@@ -193,7 +209,7 @@ class ModulatedBlock(ResidualBlock):
             nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
-        """B width H W, and the time's embedding B e -> B width H W."""
+        """Maps B width H W, with the time's embedding B e, to B width H W."""
         if self.pool is not None:
             x = x + self.pool(x)
         if self.modulation is None or embedded is None:
@@ -207,7 +223,7 @@ def _embedding(times: int, width: int) -> nn.Module:
 
 
 def _waves(times: list[Tensor]) -> Tensor:
-    """cos(k pi t), sin(k pi t) for k = 0, 1, ...: B x 2 FREQUENCIES for each of the times."""
+    """Returns cos(k pi t), sin(k pi t) for k = 0, 1, ...: B x 2 FREQUENCIES for each of the times."""
     k = torch.pi * torch.arange(FREQUENCIES, device=times[0].device)
     # In float32 at least: half precision does not tell the fast waves apart.
     angles = [time.to(torch.promote_types(time.dtype, torch.float32)).unsqueeze(1) * k for time in times]

@@ -8,9 +8,10 @@ from ..errors import RacError
 
 
 class Projector(nn.Sequential):
-    """log2(f) stride-2 convolutions from a state B C H W to a latent B c H/f W/f (RAC, section 3.3).
+    """A learned contraction: log2(f) stride-2 convolutions from a state B C H W to a latent B c H/f W/f.
 
-    About 100 k parameters at f = 8 (88,364 for C = c = 4). Raises `RacError` unless f is a power of two above 1.
+    RAC, section 3.3. About 100 k parameters at f = 8 (88,364 for C = c = 4). Raises `RacError` unless f is a power of
+    two above 1.
     """
 
     def __init__(self, state_channels: int, latent_channels: int, factor: int, width: int = 40) -> None:

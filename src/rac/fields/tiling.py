@@ -1,4 +1,4 @@
-"""Networks on pieces of what they are given, so that large images fit: tile by tile, or one image at a time.
+"""Networks applied piece by piece, so that large images fit in memory: tile by tile, or one image at a time.
 
 Lengths are in blocks: f x f pixels of an image or a state, one site of a latent. A tile always begins at a block's
 edge, and where the image ends the tile ends too, so the zeros that convolutions pad with lie where they do without
@@ -21,21 +21,21 @@ from ..errors import RacError
 M = TypeVar("M", bound=nn.Module)
 
 Function = Callable[..., Tensor]
-"""What works on a tensor B C H W, perhaps told more, such as the time."""
+"""A function of a tensor B C H W, and perhaps of further arguments, such as the time."""
 
 
 # ----------------------------------------------------------------------------------------------- how far it looks
 
 RADII = (8, 32, 128)
-"""Blocks tried on each side; a network that looks beyond the last one is not called local."""
+"""Distances in blocks at which `reach` looks for an effect; networks that look beyond the last are not local."""
 
 
 def reach(module: M, function: Callable[[M, Tensor], Tensor], channels: int, block: int) -> int | None:
-    """How many blocks beyond a block its output depends on, or None where that has no bound or hangs on the place.
+    """Returns how many blocks beyond a block its output depends on; None if unbounded or dependent on the place.
 
     `function(module, x)` calls the module on x, 1 `channels` H W, whose sides are multiples of `block`. A copy of the
-    module is asked, in float64 and with even weights, so that nothing hides behind a weight of zero: a NaN in one
-    block spreads to all that depends on it. The answer is then held against a piece cut out of a longer input, which
+    module is called, in float64 and with even weights, so that nothing hides behind a weight of zero: a NaN in one
+    block spreads to all that depends on it. The answer is then tested on a piece cut out of a longer input, which
     a network that knows its place (relative position) or strides beyond a block does not pass.
     """
     if any(isinstance(part, _OVER_ALL) for part in module.modules()):
@@ -66,7 +66,7 @@ def _with_even_weights(module: M) -> M:
 
 
 def _strip(channels: int, block: int, length: int, down: bool) -> Tensor:
-    """One block wide, `length` blocks long: enough to look along one side."""
+    """Returns a random input one block wide and `length` blocks long: enough to look along one side."""
     sides = (length * block, block) if down else (block, length * block)
     return torch.rand(1, channels, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -106,12 +106,15 @@ def _holds(function: Callable[[Tensor], Tensor], channels: int, block: int, bloc
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image is cut. Raises `RacError` for tiles of no block, and where blended tiles would overlap by halves."""
+    """How an image is cut into tiles.
+
+    Raises `RacError` for tiles of no block, and for blends over more than half a tile.
+    """
 
     tile: int
-    """Blocks on each side of a tile, at most: the tiles of a row are as even as they can be."""
+    """Largest number of blocks on each side of a tile; the tiles of a row are as even as they can be."""
     margin: int
-    """Blocks that are worked on beyond the tile, on each side that is not the image's."""
+    """Number of blocks around the tile that are computed with it, except where the image ends."""
     exact: bool
     """Cut the margins off, which is exact where they cover the network's reach; otherwise blend them linearly."""
 
@@ -128,7 +131,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class _Part:
-    """One tile's place on one side of the image: its own part, and the wider part that is worked on."""
+    """Place of one tile along one side of the image: its own part, and the wider part that is computed."""
 
     low: int
     first: int
@@ -136,7 +139,7 @@ class _Part:
     high: int
 
     def weights(self, per_block: int, like: Tensor) -> Tensor:
-        """For each pixel worked on: 1 inside, falling linearly to 0 over the overlap with a neighbour."""
+        """Returns a weight for each computed pixel: 1 inside, falling linearly to 0 over overlaps with neighbours."""
         weights = like.new_ones((self.high - self.low) * per_block)
         for margin, ahead in ((self.first - self.low, True), (self.high - self.last, False)):
             length = 2 * margin * per_block
@@ -147,10 +150,10 @@ class _Part:
 
 
 def in_tiles(function: Function, tiling: Tiling, block_in: int, block_out: int) -> Function:
-    """The same function of an image, worked off in tiles and put together.
+    """Returns a function that applies `function` to an image tile by tile, and puts the results together.
 
-    `block_in` and `block_out` are the pixels of a block's side in what it takes and in what it gives. Further
-    arguments, such as the time, go to each tile as they are. At each moment, what is whole is the input and the output.
+    `block_in` and `block_out` are the pixels of a block's side in its input and in its output. Further
+    arguments, such as the time, go to each tile as they are. Only the input and the output are ever held whole.
     """
 
     def tiled(whole: Tensor, *others: Tensor) -> Tensor:
@@ -171,7 +174,7 @@ def in_tiles(function: Function, tiling: Tiling, block_in: int, block_out: int) 
 
 
 def _put(out: Tensor, made: Tensor, down: _Part, across: _Part, block: int, exact: bool) -> None:
-    """Write a tile's own part, or add all of it by its weights."""
+    """Writes a tile's own part into `out`, or adds all of the tile by its weights."""
     if exact:
         rows, columns = (slice(part.first * block, part.last * block) for part in (down, across))
         own = [slice((part.first - part.low) * block, (part.last - part.low) * block) for part in (down, across)]
@@ -192,7 +195,10 @@ def _parts(length: int, tiling: Tiling) -> Iterator[_Part]:
 
 
 def in_slices(function: Function) -> Function:
-    """The same function of batches, worked off one image at a time. All its arguments have the batch first."""
+    """Returns a function that applies `function` to a batch one image at a time.
+
+    All its arguments have the batch first.
+    """
 
     def sliced(*batch: Tensor) -> Tensor:
         return torch.cat([function(*one) for one in zip(*(each.split(1) for each in batch), strict=True)])
@@ -201,16 +207,16 @@ def in_slices(function: Function) -> Function:
 
 
 class Pieces(nn.Module):
-    """A network worked off in pieces: `way` makes of it a function that is, such as `in_slices`."""
+    """A network applied in pieces; `way` turns its function into one that works so, such as `in_slices`."""
 
     def __init__(self, network: nn.Module, way: Callable[[Any], Function], exact: bool = True) -> None:
         super().__init__()
         self.network = network
         self.way = way
         self.exact = exact
-        """Whether the pieces make what the whole makes, up to rounding."""
+        """Whether the pieces give the result of the whole, up to rounding."""
         self.train(network.training)
 
     def forward(self, *args: Tensor) -> Tensor:
-        """What the network itself gives, exactly or nearly, as `way` says."""
+        """Returns the network's own result, exactly or nearly, depending on `way`."""
         return self.way(self.network)(*args)

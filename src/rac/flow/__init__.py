@@ -1,6 +1,7 @@
 """Station 4: seed state <-> image state, along a velocity field.
 
-t = 0 is the seed state, t = 1 the image state. Direction is a property of the grid: `grid.reversed()` encodes.
+t = 0 is the seed state, t = 1 the image state. Direction is a property of the grid: integrating along
+`grid.reversed()` encodes.
 """
 
 from .grid import TimeGrid

@@ -1,4 +1,4 @@
-"""Time nodes. A grid of K + 1 nodes is K steps; a grid that falls integrates backwards."""
+"""Time grids. A grid of K + 1 nodes is K steps; a falling grid integrates backwards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from . import times
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """Strictly rising or strictly falling nodes in [0, 1], as plain numbers.
+    """Strictly rising or strictly falling time nodes in [0, 1], as plain numbers.
 
     Raises `RacError` for fewer than two nodes, nodes outside [0, 1], and nodes that do not rise or fall strictly.
     """
 
     nodes: tuple[float, ...]
-    """The first is where an integration begins: rising nodes decode, falling ones encode."""
+    """Times from the first to the last of an integration: rising nodes decode, falling ones encode."""
 
     def __post_init__(self) -> None:
         if len(self.nodes) < 2:
@@ -33,23 +33,35 @@ class TimeGrid:
 
     @classmethod
     def of(cls, nodes: Sequence[float] | torch.Tensor) -> TimeGrid:
-        """A grid of the given nodes: numbers, or a tensor of K + 1. Raises `RacError` as the class."""
+        """Returns a grid of the given nodes: numbers, or a tensor of K + 1.
+
+        Raises `RacError` for fewer than two nodes, nodes outside [0, 1], and nodes that do not rise or fall strictly.
+        """
         return cls(tuple(float(node) for node in nodes))
 
     @classmethod
     def uniform(cls, steps: int) -> TimeGrid:
-        """`steps` equal steps from 0 to 1. Raises `RacError` unless it is a whole number of at least 1."""
+        """Returns a grid of `steps` equal steps from 0 to 1.
+
+        Raises `RacError` unless it is a whole number of at least 1.
+        """
         steps = check_steps(steps)
         return cls(tuple(k / steps for k in range(steps + 1)))
 
     @classmethod
     def shifted(cls, steps: int, alpha: float) -> TimeGrid:
-        """Uniform nodes moved by `times.shift`: alpha > 1 puts more of them near the source. Raises as `uniform`."""
+        """Returns uniform nodes moved by `times.shift`: alpha > 1 puts more of them near the source.
+
+        Raises as `uniform`.
+        """
         return cls.of(times.shift(torch.tensor(cls.uniform(steps).nodes, dtype=torch.float64), alpha))
 
     @classmethod
     def random(cls, steps: int, generator: torch.Generator) -> TimeGrid:
-        """0, then `steps` - 1 sorted uniform draws of `generator` (on the CPU), then 1 (RAC, section 3.2)."""
+        """Returns a grid of 0, `steps` - 1 sorted uniform draws, and 1 (RAC, section 3.2).
+
+        `generator`, on the CPU, draws them.
+        """
         steps = check_steps(steps)
         while True:
             inner = torch.rand(steps - 1, generator=generator, dtype=torch.float64).sort().values.tolist()
@@ -61,16 +73,16 @@ class TimeGrid:
 
     @property
     def steps(self) -> int:
-        """Number of steps, which is the number of Euler's evaluations."""
+        """Number of steps, which is the number of evaluations that Euler's rule takes."""
         return len(self.nodes) - 1
 
     def reversed(self) -> TimeGrid:
-        """The same nodes, walked the other way."""
+        """Returns the same nodes in the opposite direction."""
         return TimeGrid(self.nodes[::-1])
 
 
 def check_steps(steps: int) -> int:
-    """Return `steps` as an int, or raise `RacError` unless it is a whole number of at least 1."""
+    """Returns `steps` as an int. Raises `RacError` unless it is a whole number of at least 1."""
     try:
         number = 0 if isinstance(steps, bool) else index(steps)  # takes numpy's integers, too
     except TypeError:

@@ -1,4 +1,4 @@
-"""Fields made of fields: a condition bound to a network, and guidance of one field by a weaker one.
+"""Fields made of other fields: a condition bound to a network, and guidance of one field by a weaker one.
 
 Conditions are bound and guidance is chosen before an integration begins, so solvers, inversion and training see a
 field of (state, time) like any other.
@@ -16,15 +16,15 @@ from .solvers import Field
 
 
 class CompositeField(nn.Module):
-    """A field that asks other fields, and says how many networks one call of it costs."""
+    """A field that calls other fields, and counts the network evaluations that one call of it costs."""
 
     @abstractmethod
     def evaluations_at(self, time: Tensor) -> int:
-        """How many network evaluations a call at `time` (B) costs each image."""
+        """Returns how many network evaluations a call at `time` (B) costs each image."""
 
 
 def evaluations_of(field: Field, time: Tensor) -> int:
-    """How many network evaluations one call of `field` at `time` (B) costs each image: 1 for a plain field."""
+    """Returns how many network evaluations one call of `field` at `time` (B) costs each image: 1 for a plain field."""
     return field.evaluations_at(time) if isinstance(field, CompositeField) else 1
 
 
@@ -46,25 +46,25 @@ class Conditioned(CompositeField):
         self.register_buffer("condition", condition, persistent=False)
 
     def forward(self, state: Tensor, time: Tensor, *interval: Tensor) -> Tensor:
-        """State B C H W and time B -> velocity B C H W under the condition."""
+        """Returns the velocity B C H W at `state` B C H W and `time` B, under the condition."""
         return self.field(state, time, *interval, condition=self.condition)
 
     def evaluations_at(self, time: Tensor) -> int:
-        """Those of the field it wraps."""
+        """Returns the network evaluations that a call of the wrapped field costs."""
         return evaluations_of(self.field, time)
 
 
 class Guided(CompositeField):
     """A field pushed away from a weaker one: weaker + scale * (field - weaker).
 
-    With the weaker field the same network without its label this is classifier-free guidance (arXiv 2207.12598,
-    equation 6, with scale = 1 + w); with a smaller or earlier network given the same label, autoguidance (arXiv
+    If the weaker field is the same network without its label, this is classifier-free guidance (arXiv 2207.12598,
+    equation 6, with scale = 1 + w); if it is a smaller or earlier network given the same label, autoguidance (arXiv
     2406.02507, equation 3). Since the two weights add up to 1, guiding velocities and guiding drifts is the same.
 
     Args:
         field: the field that is followed.
         weaker: the field it is pushed away from.
-        scale: 1 leaves `field` as it is (and `weaker` is not asked), 0 gives `weaker`; above 1 exaggerates.
+        scale: 1 leaves `field` as it is (and does not evaluate `weaker`), 0 gives `weaker`; above 1 exaggerates.
         interval: times [first, last], both included, at which guidance acts (arXiv 2404.07724). Elsewhere `field` is
             followed as it is, for one evaluation instead of two.
         channels: guide only the first so many channels. Public DiT and SiT samplers guide 3 of 4; None guides all.
@@ -96,7 +96,7 @@ class Guided(CompositeField):
         self.channels = channels
 
     def forward(self, state: Tensor, time: Tensor, *interval: Tensor) -> Tensor:
-        """State B C H W and time B -> guided velocity B C H W."""
+        """Returns the guided velocity B C H W at `state` B C H W and `time` B."""
         velocity = self.field(state, time, *interval)
         if not self._acts(time):
             return velocity
@@ -109,7 +109,7 @@ class Guided(CompositeField):
         return torch.where(self._inside(time).view(-1, *[1] * (state.ndim - 1)), guided, velocity)
 
     def evaluations_at(self, time: Tensor) -> int:
-        """Those of the field, and where guidance acts on any image, those of the weaker one too."""
+        """Returns the evaluations of `field`, plus those of `weaker` if guidance acts on any image at `time` (B)."""
         return evaluations_of(self.field, time) + (evaluations_of(self.weaker, time) if self._acts(time) else 0)
 
     @property

@@ -1,4 +1,4 @@
-"""The only integration loop."""
+"""Integration of a state along a velocity field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Field", "Trajectory", "integrate"]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where an integration went, and what it cost."""
+    """Result of an integration: the states it reached, and what it cost."""
 
     end: Tensor
     """The last state, B C H W."""
@@ -25,11 +25,11 @@ class Trajectory:
     times: tuple[float, ...]
     """The nodes of the grid."""
     evaluations: int
-    """Network evaluations for each image: calls of the field, times what one call costs (a guided one two)."""
+    """Network evaluations for each image: calls of the field, times the evaluations of one call (2 if guided)."""
     carry: Any = None
-    """What the solver carried; hand it back with the reversed grid to retrace a reversible solver's steps."""
+    """Final `carry` of the solver; pass it on with the reversed grid to retrace a reversible solver's steps."""
     residuals: tuple[float, ...] = ()
-    """For implicit rules: the residual of each step (largest absolute value)."""
+    """Residual of each step of an implicit solver (largest absolute value); empty for explicit ones."""
 
 
 def integrate(
@@ -41,12 +41,16 @@ def integrate(
     keep: Literal["end", "nodes"] = "end",
     carry: Any = None,
 ) -> Trajectory:
-    """Carry `state` along `field` over the nodes of `grid`.
+    """Integrates `state` along `field` over the nodes of `grid` (RAC, equations 4 to 6).
 
-    `state` is B C H W at `grid.nodes[0]`; a falling grid (`grid.reversed()`) integrates backwards. `field` is called as
-    field(state B C H W, time B) and gives velocities B C H W. `keep` decides what is kept: the end alone, or the states
-    at all nodes. `carry` is that of an earlier trajectory, for a reversible solver to retrace its steps. Gradients flow
-    through all steps. RAC, equations 4 to 6.
+    Gradients flow through all steps.
+
+    - `field`: called as field(state B C H W, time B), returns velocities B C H W.
+    - `state`: B C H W, at `grid.nodes[0]`.
+    - `grid`: the time nodes; a falling grid (`grid.reversed()`) integrates backwards.
+    - `solver`: the rule of each step.
+    - `keep`: "end" keeps only the last state, "nodes" the states at all nodes.
+    - `carry`: the `carry` of an earlier trajectory, for a reversible solver to retrace its steps.
     """
     evaluations = 0
 

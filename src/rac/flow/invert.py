@@ -1,4 +1,4 @@
-"""Encode exactly: undo an explicit solver's steps one by one, each by fixed-point iteration."""
+"""Exact encoding: an explicit solver's steps are undone one by one, each by fixed-point iteration."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .solvers import Euler, Field, Solver, Step
 class FixedPoint:
     """The exact inverse of an explicit solver, as a solver.
 
-    Reversed Euler is not the inverse of Euler: it evaluates the field at the wrong end, and misses by O(1/K). This
-    rule's step from t1 to t0 looks for the state that the explicit step from t0 carries to the one given, by
+    Reversed Euler is not the inverse of Euler: it evaluates the field at the wrong end, and misses by O(1/K). A step of
+    this rule from t1 to t0 finds the state that the explicit step from t0 carries to the given one, by
     s <- s + (given - step(s)), so that
 
         there = integrate(field, state, grid, Euler())
         back = integrate(field, there.end, grid.reversed(), FixedPoint(Euler()))
 
     returns to `state`. The iteration contracts where |h| times the field's Lipschitz constant is below 1: take more
-    steps if it does not. What is left, max |given - step(s)|, is the step's residual; above the tolerance a
+    steps if it does not. The remaining error, max |given - step(s)|, is the step's residual; above the tolerance a
     `ConvergenceWarning` says so.
     """
 
     solver: Solver = dataclass_field(default_factory=Euler)
-    """The explicit rule that is undone; a reversible one raises `RacError`."""
+    """The explicit rule to undo; a reversible one raises `RacError`."""
     tolerance: float = 1e-6
-    """Stop at this largest absolute residual, in units of the state's largest absolute value where that exceeds 1."""
+    """Largest absolute residual to stop at, in units of the state's largest absolute value where that exceeds 1."""
     iterations: int = 50
-    """At most so many for each step, each one step of `solver`; at least 1."""
+    """Limit on the iterations of each step, each one step of `solver`; at least 1."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -45,13 +45,13 @@ class FixedPoint:
 
     @property
     def order(self) -> int:
-        """That of the solver undone."""
+        """Global order of accuracy, that of the solver it undoes."""
         return self.solver.order
 
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """The state at t1 that `solver` carries to `state` at t0. Each image of the batch stops on its own."""
+        """Returns the state at t1 that `solver` carries to `state` at t0. Each image of the batch stops on its own."""
         tolerance = self.tolerance * _largest(state).clamp(min=1)
         # Reversed Euler's answer is the natural first guess.
         guess = best = self.solver.step(field, state, t0, t1, None).state
@@ -77,5 +77,5 @@ class FixedPoint:
 
 
 def _largest(state: Tensor) -> Tensor:
-    """The largest absolute value of each image's state, B 1 1 1."""
+    """Returns the largest absolute value of each image's state, B 1 1 1."""
     return state.detach().abs().flatten(1).amax(1).view(-1, *[1] * (state.ndim - 1))

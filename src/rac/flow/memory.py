@@ -1,4 +1,4 @@
-"""What waits for the backward pass: states instead of activations, or the last state alone."""
+"""Memory of the backward pass: store states instead of activations, or the last state alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .solvers import ReversibleHeun, velocity
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function of tensors, whose inner results are not stored for the backward pass but computed again in it.
+    """Wraps a function of tensors so that the backward pass recomputes its inner results instead of storing them.
 
-    One call then stores its inputs alone, so a roll-out of K steps stores K states, at the price of one more forward
-    pass. The function must give the same result when it is called again, so bring its random numbers along. Not for
-    forward-mode derivatives (`flow.mean` wants the plain field).
+    One call then stores only its inputs, so a roll-out of K steps stores K states, at the price of one more forward
+    pass. The function must return the same result when it is called again, so pass its random numbers in. Not for
+    forward-mode derivatives (`flow.mean` needs the plain field).
     """
 
     def again(*args: Tensor) -> Tensor:
@@ -33,15 +33,16 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def retraced(field: nn.Module, state: Tensor, grid: TimeGrid, *, keep: Literal["end", "nodes"] = "end") -> Trajectory:
-    """`integrate(field, state, grid, ReversibleHeun())`, whose backward pass walks the states back from the end.
+    """Integrates with `ReversibleHeun`, storing no states: the backward pass retraces them from the end.
 
-    The end state and its companion are all that is stored, however many steps there are: each earlier pair follows
-    from the next one by the solver's own inverse, and one evaluation at a time is differentiated. Gradients, to the
-    state and to the field's parameters, are those of plain autograd up to rounding (in bfloat16: of the field's), at
-    the price of one more forward pass; a bound condition (`Conditioned`) gets its gradient too. States that are kept
-    are results, and stay for as long as they are used.
+    Equals `integrate(field, state, grid, ReversibleHeun())`. Only the end state and its companion are stored, however
+    many steps there are: each earlier pair follows from the next one by the solver's own inverse, and one evaluation at
+    a time is differentiated. Gradients, to the state and to the field's parameters, are those of plain autograd up to
+    rounding (in bfloat16: of the field's), at the price of one more forward pass; a bound condition (`Conditioned`)
+    gets its gradient too. With `keep="nodes"` the states at all nodes are returned as well, and take memory as long as
+    they are used. There are no second derivatives.
 
-    Raises `RacError` for a field that is no module, whose parameters could not be found. No second derivatives.
+    Raises `RacError` for a field that is not a module, whose parameters could not be found.
     Kidger et al., Efficient and Accurate Gradients for Neural SDEs (arXiv 2105.13493), algorithms 1 and 2.
     """
     if not isinstance(field, nn.Module):
@@ -55,13 +56,13 @@ def retraced(field: nn.Module, state: Tensor, grid: TimeGrid, *, keep: Literal["
 
 @dataclass(frozen=True)
 class _Walk:
-    """What is no tensor."""
+    """The arguments of `_Retraced` that are not tensors."""
 
     field: nn.Module
     grid: TimeGrid
     keep: Literal["end", "nodes"]
     precision: Callable[[], AbstractContextManager[Any]]
-    """The autocast in force outside, for the way back as well."""
+    """Makes the autocast context that was active around the forward pass, for use in the backward pass."""
 
 
 def precision_of(state: Tensor) -> Callable[[], AbstractContextManager[Any]]:
@@ -74,7 +75,7 @@ def precision_of(state: Tensor) -> Callable[[], AbstractContextManager[Any]]:
 
 
 class _Retraced(torch.autograd.Function):
-    """walk, state, parameters -> the states after each step, or the last of them."""
+    """Autograd function (walk, state, parameters) -> the states after each step, or the last of them."""
 
     @staticmethod
     def forward(ctx: Any, walk: _Walk, state: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -93,13 +94,13 @@ class _Retraced(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(parameters)
 
         def ask(where: Tensor, time: float) -> tuple[Tensor, Tensor]:
-            """The point as a leaf of a graph of its own, and the velocity there."""
+            """Returns the point as a leaf of a graph of its own, and the velocity there."""
             leaf = where.detach().requires_grad_()
             with torch.enable_grad(), walk.precision():
                 return leaf, velocity(walk.field, leaf, time)
 
         def pull(leaf: Tensor, asked: Tensor, slope: Tensor) -> Tensor:
-            """The slope of the point, given that of the velocity; those of the parameters are added up."""
+            """Returns the gradient of the point from that of the velocity, and adds up those of the parameters."""
             found = torch.autograd.grad(asked, (leaf, *parameters), slope.to(asked.dtype), allow_unused=True)
             for index, one in enumerate(found[1:]):
                 if one is not None:

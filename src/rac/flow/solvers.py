@@ -1,6 +1,6 @@
-"""One-step rules: how a state at t0 becomes a state at t1. Backwards is t1 < t0, nothing else.
+"""One-step rules, which carry a state from t0 to t1. Backwards is t1 < t0, nothing else.
 
-A solver is asked for `step(field, state, t0, t1, carry)`. `carry` is what it hands from step to step; only the
+The integration calls `step(field, state, t0, t1, carry)`. `carry` is what a solver hands from step to step; only the
 reversible solver has any. `order` is the global order of accuracy, which the tests measure.
 """
 
@@ -15,26 +15,26 @@ from torch import Tensor
 class Field(Protocol):
     """A velocity field: field(state B C H W, time B) -> velocity B C H W.
 
-    A mean-velocity field takes a third argument, the signed interval B. Anything callable will do; what it depends on
-    besides is bound before (`rac.flow.Conditioned`).
+    A mean-velocity field takes a third argument, the signed interval B. Any callable is a field; further inputs, such
+    as a label, are bound to it beforehand (`rac.flow.Conditioned`).
     """
 
     def __call__(self, *args: Any, **condition: Any) -> Any:
-        """The velocity, of the state's shape."""
+        """Returns the velocity, of the state's shape."""
         ...
 
 
 class Step(NamedTuple):
-    """What a solver returns."""
+    """Result of one step of a solver."""
 
     state: Tensor
     carry: Any = None
     residual: float | None = None
-    """For implicit rules: what is left of the equation, as the largest absolute value."""
+    """Remaining error of an implicit rule's equation, as the largest absolute value; None for explicit rules."""
 
 
 class Solver(Protocol):
-    """A one-step rule."""
+    """A one-step rule of integration."""
 
     @property
     def order(self) -> int:
@@ -43,34 +43,34 @@ class Solver(Protocol):
 
     @property
     def reversible(self) -> bool:
-        """Whether walking the reversed grid, with the carry of the end, undoes it exactly."""
+        """Whether integrating over the reversed grid, with the `carry` of the end, undoes the steps exactly."""
         ...
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any) -> Step:
-        """The state at t1, given the state at t0."""
+        """Carries `state` at t0 to the state at t1."""
         ...
 
 
 def velocity(field: Field, state: Tensor, time: float) -> Tensor:
-    """The field at one time, which is handed over as one number per image."""
+    """Returns the velocity at one time, which the field gets as one number per image."""
     return field(state, state.new_full((state.shape[0],), time))
 
 
 @dataclass(frozen=True)
 class Euler:
-    """s1 = s0 + h v(s0, t0). One evaluation."""
+    """Euler's rule: s1 = s0 + h v(s0, t0). One evaluation."""
 
     order = 1
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """See `Solver.step`."""
+        """Carries `state` from t0 to t1 in one explicit step."""
         return Step(state + (t1 - t0) * velocity(field, state, t0))
 
 
 @dataclass(frozen=True)
 class MeanEuler:
-    """s1 = s0 + h u(s0, t0, h) with u the mean velocity over [t0, t0 + h], h signed. One evaluation.
+    """Euler's rule with a mean velocity: s1 = s0 + h u(s0, t0, h), u over [t0, t0 + h], h signed. One evaluation.
 
     Exact in a single step where the field is. MeanFlow (arXiv 2505.13447), equation 12, in this library's direction of
     time.
@@ -80,7 +80,7 @@ class MeanEuler:
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """See `Solver.step`."""
+        """Carries `state` from t0 to t1 along the mean velocity of that interval."""
         times = state.new_full((state.shape[0],), t0)
         return Step(state + (t1 - t0) * field(state, times, state.new_full((state.shape[0],), t1 - t0)))
 
@@ -93,7 +93,7 @@ class Midpoint:
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """See `Solver.step`."""
+        """Carries `state` from t0 to t1 along the velocity at the midpoint."""
         h = t1 - t0
         middle = state + h / 2 * velocity(field, state, t0)
         return Step(state + h * velocity(field, middle, t0 + h / 2))
@@ -107,7 +107,7 @@ class Heun:
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """See `Solver.step`."""
+        """Carries `state` from t0 to t1 along the mean of the velocities at both ends."""
         h = t1 - t0
         v0 = velocity(field, state, t0)
         v1 = velocity(field, state + h * v0, t1)
@@ -122,7 +122,7 @@ class RK4:
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """See `Solver.step`."""
+        """Carries `state` from t0 to t1 along the weighted mean of four velocities."""
         h = t1 - t0
         k1 = velocity(field, state, t0)
         k2 = velocity(field, state + h / 2 * k1, t0 + h / 2)
@@ -132,7 +132,7 @@ class RK4:
 
 
 class HeunCarry(NamedTuple):
-    """The companion state of `ReversibleHeun` and the velocity there."""
+    """Companion state of `ReversibleHeun` and the velocity there."""
 
     companion: Tensor
     velocity: Tensor
@@ -152,7 +152,10 @@ class ReversibleHeun:
     reversible = True
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: HeunCarry | None = None) -> Step:
-        """See `Solver.step`."""
+        """Carries `state`, and the companion in `carry`, from t0 to t1.
+
+        Without `carry` the companion begins at `state`.
+        """
         h = t1 - t0
         companion, v0 = carry or HeunCarry(state, velocity(field, state, t0))
         companion = 2 * state - companion + h * v0
@@ -169,4 +172,4 @@ SOLVERS: dict[SolverName, Solver] = {
     "rk4": RK4(),
     "reversible-heun": ReversibleHeun(),
 }
-"""The one-step rules that need no settings, by the names that protocols and the command line use."""
+"""The one-step rules without settings, by the names that protocols and the command line use."""

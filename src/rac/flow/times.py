@@ -13,14 +13,14 @@ TimeDistribution = Literal["uniform", "logit_normal", "arcsine", "ends"]
 
 
 def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
-    """Uniform numbers in [0, 1) -> times of the named distribution, by its quantile function.
+    """Maps uniform numbers in [0, 1) to times of the named distribution, by its quantile function.
 
-    - `uniform`: as they are.
+    - `uniform`: the numbers themselves.
     - `logit_normal`: sigmoid of N(0.4, 1), most in the middle (MeanFlow, arXiv 2505.13447, table 1d: N(-0.4, 1), there
       with t = 1 as the noise).
     - `arcsine`: sin^2(pi u / 2), most at the two ends, where flows of few steps are evaluated.
-    - `ends`: 0 for half of them and 1 for a quarter, the others uniform. Where the state between the ends tells the
-      velocity by itself (spread `beside`), only the ends have something to learn.
+    - `ends`: 0 for half of them and 1 for a quarter, the others uniform. For the spread `beside`: there the state
+      between the ends determines the velocity, and only the ends have something to learn.
     """
     if distribution == "logit_normal":
         return torch.sigmoid(torch.special.ndtri(numbers) + 0.4)
@@ -32,7 +32,7 @@ def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
 
 
 def shift(time: Tensor, alpha: float) -> Tensor:
-    """Move times towards the source for alpha > 1, keeping 0 and 1.
+    """Moves times towards the source for alpha > 1, keeping 0 and 1.
 
     Written for time as noise level u = 1 - t, as in SD3 (arXiv 2403.03206, equation 23):
     u' = alpha u / (1 + (alpha - 1) u). `time` is of any shape, in [0, 1]. Raises `RacError` unless alpha > 0.

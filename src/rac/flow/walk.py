@@ -1,4 +1,4 @@
-"""How a flow is walked: the nodes in their order, and the rule for each step."""
+"""A time grid together with the solver of its steps."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ class Walk:
         return self.grid.nodes[0] > self.grid.nodes[-1]
 
     def inverse(self) -> Walk:
-        """Returns the same nodes in the other direction; `FixedPoint(s)` becomes `s`, the rule that it undoes."""
+        """Returns the walk over the same nodes in the other direction; `FixedPoint(s)` becomes `s`."""
         solver = self.solver.solver if isinstance(self.solver, FixedPoint) else self.solver
         return Walk(self.grid.reversed(), solver)

@@ -1,1 +1,1 @@
-"""What is minimised: pure functions that return named, unweighted terms. Weights live in the recipes."""
+"""Training objectives: pure functions that return named, unweighted terms. Weights live in the recipes."""

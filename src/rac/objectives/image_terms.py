@@ -1,6 +1,6 @@
-"""Training terms in which a network looks at the decoded image: perceptual and adversarial (arXiv 2012.09841).
+"""Training terms computed by networks on the decoded image: perceptual and adversarial (arXiv 2012.09841).
 
-Pure and unweighted. The networks are handed in as functions: LPIPS with VGG16 (arXiv 1801.03924), and a discriminator.
+Pure and unweighted. The networks are passed as functions: LPIPS with VGG16 (arXiv 1801.03924), and a discriminator.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ADVERSARIAL = "adversarial"
-"""Name of the coder's term against the discriminator."""
+"""Name of the coder's adversarial term, which a discriminator gives."""
 DISCRIMINATOR = "discriminator"
 """Name of the discriminator's own term; the coder gets no gradient from it."""
 
 
 class ImageLosses(NamedTuple):
-    """Networks that look at decoded images, as functions; a term whose network is None is left out."""
+    """The networks behind the image terms, as functions; a term whose network is None is left out."""
 
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Decoded image, image (both B 3 H W in [-1, 1]) -> distance B."""
+    """Function of the decoded image and the image (both B 3 H W in [-1, 1]) that returns distances, B."""
     discriminator: Callable[[Tensor], Tensor] | None = None
-    """Image B 3 H W -> logits B 1 h w, high for real ones."""
+    """Function of images B 3 H W that returns logits B 1 h w, high for real ones."""
 
 
 NO_IMAGE_LOSSES = ImageLosses()
 
 
 def image_terms(losses: ImageLosses, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """The terms for a decoded image and its original, both B 3 H W in [-1, 1]; each is a scalar, a mean over images.
+    """Returns the terms for a decoded image and its original, both B 3 H W in [-1, 1].
+
+    Each is a scalar, a mean over images.
 
     - `perceptual`: their perceptual distance.
     - `adversarial`: minus the mean logit of the decoded image.

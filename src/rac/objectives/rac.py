@@ -21,10 +21,10 @@ from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_stat
 from .image_terms import DISCRIMINATOR, NO_IMAGE_LOSSES, ImageLosses, image_terms
 
 DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode", "perceptual", "adversarial")
-"""The terms on the flow from the teacher's latent."""
+"""Names of the terms computed on the flow from the teacher's latent to the image."""
 
 ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip_state")
-"""The terms that begin by encoding the image."""
+"""Names of the terms that begin by encoding the image."""
 
 SHARP = ("perceptual", "detail")
 """The terms that ask for sharpness."""
@@ -37,50 +37,66 @@ INSTANTANEOUS = 0.75
 
 @dataclass(frozen=True)
 class RACWeights:
-    """Weight of each term; only the flows that some term of nonzero weight needs are unrolled."""
+    """Weights of the terms of `rac_terms`; only the flows that some term of nonzero weight needs are unrolled."""
 
     reconstruction: float = 0.0
-    """MSE of the decoded state's image against the image."""
+    """Weight of the MSE of the decoded state's image against the image."""
     pad: float = 0.0
-    """MSE of the decoded state's other channels against their constant."""
+    """Weight of the MSE of the decoded state's other channels against their constant."""
     path_decode: float = 0.0
-    """MSE of the interior states against the straight line, decoding (RAC, equation 9)."""
+    """Weight of the MSE of the interior states of decoding against the straight path (RAC, equation 9)."""
     path_encode: float = 0.0
-    """The same, encoding."""
+    """Weight of the MSE of the interior states of encoding against the straight path (RAC, equation 9)."""
     latent: float = 0.0
-    """MSE of the contracted encoding against the teacher's latent."""
+    """Weight of the MSE of the contracted encoding against the teacher's latent."""
     state: float = 0.0
-    """MSE of the encoding against the seed state."""
+    """Weight of the MSE of the encoding against the seed state."""
     pixel: float = 0.0
-    """MSE of the teacher's decode of the encoded latent against the image."""
+    """Weight of the MSE of the teacher's decode of the encoded latent against the image."""
     round_trip: float = 0.0
-    """MSE of image -> latent -> image against the image (RAC, equation 10)."""
+    """Weight of the MSE of image -> latent -> image against the image (RAC, equation 10)."""
     round_trip_state: float = 0.0
-    """The same without contracting to a latent in between."""
+    """Weight of the MSE of the round trip without contraction to a latent in between."""
     mean_velocity: float = 0.0
-    """MSE of the mean velocity against its identity (flow/mean.py). Needs a field built with `interval`."""
+    """Weight of the MSE of the mean velocity against its identity (flow/mean.py).
+
+    Needs a field built with `interval`.
+    """
     velocity: float = 0.0
-    """Ours: MSE of the velocity at a random time on the straight line against its slope (arXiv 2209.03003,
-    equation 1). No unrolling."""
+    """Weight of the MSE of the velocity at a random time against the straight path's (arXiv 2209.03003, equation 1).
+
+    Ours. Nothing is unrolled.
+    """
     latent_velocity: float = 0.0
-    """Ours: the same, where the state carries the latent alone, so in the latent's own units."""
+    """Weight of the MSE of the velocity where the state carries the latent alone, in the latent's own units. Ours."""
     perceptual: float = 0.0
-    """Ours: LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`."""
+    """Weight of LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`. Ours."""
     coarse: float = 0.0
-    """Ours: MSE of the decoded image against the image, both averaged over blocks of f x f pixels: tints and wrong
-    brightness, which the other terms hardly see, for most of their value comes from fine detail."""
+    """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. Ours.
+
+    Counters tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine
+    detail.
+    """
     pattern: float = 0.0
-    """Ours: mean square of the decoded image's error, averaged over all blocks of f x f pixels of one image, at each of
-    the f^2 places in a block, without its mean: the grid of blocks that shows in even regions."""
+    """Weight of the mean square of the decoded image's error, averaged over all blocks of one image. Ours.
+
+    The average is taken at each of the f^2 places in a block of f x f pixels, without its mean: the grid of blocks that
+    shows in even regions.
+    """
     detail: float = 0.0
-    """Ours: MSE of the amount of fine detail in each block of f x f pixels: the root mean square of what a 3 x 3 mean
-    takes away. Distances, perceptual ones too, like decoded images smoother than their originals."""
+    """Weight of the MSE of the amount of fine detail in each block of f x f pixels. Ours.
+
+    The amount is the root mean square of what a 3 x 3 mean takes away. Distances, perceptual ones too, favour decoded
+    images smoother than their originals.
+    """
     adversarial: float = 0.0
-    """Ours: a discriminator's judgement of the same image, in units of all other terms: at 1 its gradient at the
-    field's last layer is as long as theirs."""
+    """Weight of the adversarial term of the decoded image, that of `reconstruction`. Ours.
+
+    It is relative to all other terms: at 1 its gradient at the field's last layer is as long as theirs.
+    """
 
     def chosen(self) -> dict[str, float]:
-        """The terms whose weight is not 0, in the order above."""
+        """Returns the terms whose weight is not 0, in the order of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
 
 
@@ -95,19 +111,19 @@ PAPER = RACWeights(
     round_trip=1.0,
     round_trip_state=1.0,
 )
-"""The paper's term list."""
+"""Weights of the terms that the paper lists."""
 
 NANO = replace(PAPER, pad=0.0)
-"""The term list of the authors' nano script; it compares whole states, pad channels included."""
+"""Weights of the terms in the authors' nano script; it compares whole states, pad channels included."""
 
 
 @dataclass(frozen=True)
 class RACObjective:
-    """Which terms, and how the unrolled ones are unrolled."""
+    """Objective of a RAC: weights of its terms, and how flows are unrolled."""
 
     weights: RACWeights = PAPER
     steps: tuple[int, int] = (4, 4)
-    """Steps of the unrolled flows: drawn evenly from the first to the last number, anew for each iteration."""
+    """Least and greatest number of steps of the unrolled flows, drawn evenly anew for each iteration."""
     last_steps: tuple[int, int] = (0, 0)
     """Gradients flow through so many of the last steps when decoding, and when encoding; 0: through all. The steps
     before them are walked as in use, at a third of their cost."""
@@ -115,22 +131,29 @@ class RACObjective:
     """The terms that ask for sharpness (`perceptual`, `detail`) count steps^`sharpen` times: one step is to be
     faithful, several are to be sharp as well."""
     random_grid: bool = True
-    """Random time nodes between 0 and 1 (RAC, section 3.2), or equal steps."""
+    """Draw random time nodes between 0 and 1 (RAC, section 3.2) instead of equal steps."""
     step_noise: float = 0.05
     """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
     latent_noise: float = 0.0
-    """Gaussian noise added to the latents that are decoded (those that encoding aims at stay clean), its deviation
-    drawn for each image between 0 and this: practice for latents that lie off the teacher's (RAE, arXiv 2510.11690)."""
+    """Greatest standard deviation of Gaussian noise on the latents that are decoded, so that the decoder tolerates
+    imperfect latents (RAE, arXiv 2510.11690). It is drawn for each image between 0 and this; the targets of encoding
+    stay clean.
+    """
     compare: Literal["image", "state"] = "image"
-    """What `reconstruction` and the round trips compare: the three channels of the image, or all C of the state."""
+    """Channels that `reconstruction` and the round trips compare: the three of the image, or all C of the state."""
     times: TimeDistribution = "uniform"
-    """Where on the line the `velocity` and `mean_velocity` terms look."""
+    """Distribution of the times on the path at which `velocity` and `mean_velocity` are evaluated."""
     derivative: Derivative = "jvp"
-    """Of the mean velocity: exact, or by central difference, for fields without forward-mode derivatives (`ldm`)."""
+    """How the mean velocity is differentiated: exactly, or by central difference, for fields without forward-mode
+    derivatives (`ldm`).
+    """
     memory: Memory = "recompute"
-    """What waits for the backward pass: all activations ("store"); the states, from which they are computed again step
-    by step ("recompute"); or the end states alone, from which the others are retraced ("reverse"). The last unrolls by
-    `ReversibleHeun`, one evaluation more per flow, and knows no step noise: it could not be taken off again."""
+    """What an unrolled flow stores for the backward pass.
+
+    "store": all activations. "recompute": the states, from which activations are computed again step by step.
+    "reverse": the end states alone, from which the others are retraced; this unrolls by `ReversibleHeun`, takes one
+    evaluation more per flow, and allows no step noise, which could not be taken off again.
+    """
 
     def __post_init__(self) -> None:
         low, high = self.steps
@@ -154,18 +177,18 @@ class RACObjective:
 
 
 class Coding(NamedTuple):
-    """What the objective needs of a coder and its teacher, as functions."""
+    """Functions of a coder and its teacher that the objective needs."""
 
     field: Field
     states: StateSpec
     contract: Callable[[Tensor], Tensor]
-    """Seed state -> latent: the spread's inverse, or a learned projector."""
+    """Function from seed state to latent: the spread's inverse, or a learned projector."""
     teacher_decode: Callable[[Tensor], Tensor] | None
-    """Latent -> image by the frozen teacher; None where the `pixel` term is not used."""
+    """Function from latent to image, by the frozen teacher; None where the `pixel` term is not used."""
     losses: ImageLosses = NO_IMAGE_LOSSES
-    """Networks that look at the decoded image; without a discriminator there is no `adversarial` term (yet)."""
+    """Networks of the image terms; without a discriminator there is no `adversarial` term (yet)."""
     seed_noise: float = 0.0
-    """Deviation of the noise in the sites of the seed state that the latent leaves free."""
+    """Standard deviation of the noise in the sites of the seed state that the latent leaves free."""
     solver: Euler | MeanEuler = Euler()
     """Which of the two the flows are unrolled by, as the field knows its step size or not."""
 
@@ -181,9 +204,14 @@ class Rollout(NamedTuple):
 def rac_terms(
     coding: Coding, image: Tensor, latent: Tensor, objective: RACObjective, draws: Draws
 ) -> dict[str, Tensor]:
-    """The terms of nonzero weight, unweighted, by name; and `discriminator`, where one is given (`image_terms`).
+    """Returns the terms of nonzero weight by name, unweighted, and `discriminator` if one is given (`image_terms`).
 
-    `image` is B 3 H W in [-1, 1] with sides that are multiples of f, `latent` B c h w the teacher's.
+    - `coding`: the coder and its teacher, as functions.
+    - `image`: B 3 H W in [-1, 1], with sides that are multiples of f.
+    - `latent`: the teacher's latents, B c h w.
+    - `objective`: which terms, and how flows are unrolled.
+    - `draws`: the random numbers of this batch.
+
     Raises `RacError` if the `pixel` term is wanted without a teacher, or `perceptual` without its network.
     """
     weights = objective.weights
@@ -284,7 +312,7 @@ def _velocity_terms(coding: Coding, ends: _Ends, rollout: Rollout) -> dict[str, 
 
 
 def block_terms(decoded: Tensor, image: Tensor, factor: int) -> dict[str, Tensor]:
-    """`coarse`, `pattern` and `detail`, as `RACWeights` has them, of images B 3 H W; f is `factor`."""
+    """Returns the terms `coarse`, `pattern` and `detail` of `RACWeights`, for images B 3 H W; f is `factor`."""
     blocks = F.pixel_unshuffle(decoded - image, factor).unflatten(1, (image.shape[1], factor**2))
     places = blocks.mean(dim=(-2, -1))
     return {
@@ -295,14 +323,17 @@ def block_terms(decoded: Tensor, image: Tensor, factor: int) -> dict[str, Tensor
 
 
 def fine_detail(image: Tensor, factor: int) -> Tensor:
-    """Root mean square of what a 3 x 3 mean takes from B 3 H W, in each block of `factor`: B 1 H/factor W/factor."""
+    """Returns the root mean square of what a 3 x 3 mean takes from B 3 H W, in each block: B 1 H/factor W/factor."""
     detail = image - F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     # Not less than a thousandth of the range, for the root's slope at 0 is infinite.
     return (F.avg_pool2d(detail.square().mean(dim=1, keepdim=True), factor) + 1e-6).sqrt()
 
 
 def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Tensor:
-    """Mean over the interior nodes of the MSE against the straight line (RAC, equation 9); 0 without interior nodes."""
+    """Returns the mean over the interior nodes of the MSE against the straight path (RAC, equation 9).
+
+    It is 0 without interior nodes.
+    """
     interior = list(zip(trajectory.states, trajectory.times, strict=True))[1:-1]
     if not interior:
         return seed_state.new_zeros(())
@@ -315,14 +346,20 @@ def path_error(trajectory: Trajectory, seed_state: Tensor, target: Tensor) -> Te
 def mean_velocity_error(
     field: Field, seed_state: Tensor, target: Tensor, time: Tensor, end: Tensor, how: Derivative = "jvp"
 ) -> Tensor:
-    """MSE of u(s_t, t, r - t) against its identity (flow/mean.py); t = `time`, r = `end`, both B, in any order."""
+    """Returns the MSE of u(s_t, t, r - t) against its identity (flow/mean.py).
+
+    - `field`: the mean-velocity field.
+    - `seed_state`, `target`: the ends of the path, B C H W.
+    - `time`, `end`: t and r, both B, in any order.
+    - `how`: how the derivative is taken, as for `total_derivative`.
+    """
     wanted = mean_velocity_target(field, seed_state, target, time, end, how)
     return F.mse_loss(field(straight(seed_state, target, time).state, time, end - time), wanted)
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A step of a rule as training takes it: noise on the state first, and nothing stored but the state."""
+    """A rule of integration as training takes it: adds noise to the state first, and stores nothing but the state."""
 
     step_noise: float
     memory: Memory
@@ -336,7 +373,7 @@ class TrainingStep:
     reversible = False
 
     def step(self, field: Field, state: Tensor, t0: float, t1: float, carry: Any = None) -> Step:
-        """See `rac.flow.Solver`."""
+        """Carries `state` from t0 to t1, with noise added before."""
         rng_seed = self.draws.rng_seed() if self.step_noise else None
 
         def advance(state: Tensor) -> Tensor:
@@ -354,7 +391,7 @@ class TrainingStep:
 
 
 def _unroll(coding: Coding, state: Tensor, rollout: Rollout, backwards: bool = False, path: float = 0.0) -> Trajectory:
-    """One flow as training unrolls it, on a grid of its own. Its states are kept if their path has a weight."""
+    """Unrolls one flow on a grid of its own. Its states are kept if their path has a weight."""
     objective, draws = rollout.objective, rollout.draws
     grid = TimeGrid.random(rollout.steps, draws.shared) if objective.random_grid else TimeGrid.uniform(rollout.steps)
     grid = grid.reversed() if backwards else grid

@@ -42,4 +42,4 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "paper": _preset(rac.paper),
     "nano": _preset(rac.nano),
 }
-"""Name -> what it is for, and the recipe."""
+"""Presets by name: a sentence on the purpose, and the recipe."""

@@ -1,4 +1,4 @@
-"""Training a KL-VAE, the teacher and the baseline: the recipe, its task, and its presets."""
+"""Training of a KL-VAE, the teacher and the baseline: the recipe, its task, and its presets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .recipe import (
 
 @dataclass(frozen=True)
 class KLVAERecipe:
-    """A KL-VAE on images."""
+    """Recipe that trains a KL-VAE on images."""
 
     product: ClassVar[str] = "coder"
     steps_field: ClassVar[str | None] = None
@@ -49,9 +49,12 @@ class KLVAERecipe:
     start: str | None = None
     """A KL-VAE to start from (same network), instead of random weights: a shipped name, a directory or a hub name."""
     train_encoder: bool = True
-    """Without it only the decoder is trained, and the latents of `start` stay as they are, bit for bit: whatever was
-    trained on them fits the new coder too. It then learns to decode the posterior's mean, which is what `encode` gives,
-    without noise."""
+    """Train the encoder too.
+
+    Without it only the decoder is trained, and the latents of `start` stay as they are, bit for bit: whatever was
+    trained on them fits the new coder too. The decoder then learns to decode the posterior's mean, which is what
+    `encode` gives, without noise.
+    """
     weights: KLVAEWeights = field(default_factory=KLVAEWeights)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -59,15 +62,15 @@ class KLVAERecipe:
 
     @property
     def latents_of(self) -> str | None:
-        """Name of the coder whose latents are trained on: with a frozen encoder, that of `start`."""
+        """Name of the coder whose latents are trained on: `start` if the encoder is frozen, otherwise None."""
         return None if self.train_encoder else self.start
 
     def prepares(self) -> dict[str, Any]:
-        """All that prepared crops depend on, as JSON."""
+        """Returns everything that prepared crops depend on, as JSON."""
         return prepared_from(self)
 
     def task(self, coder: Coder | None = None) -> KLVAETask:
-        """Build the networks, and what trains them; `coder` is trained in place of the recipe's own network.
+        """Builds the networks and the task that trains them; `coder` is trained in place of the recipe's own network.
 
         Raises `RacError` for a start of another shape, for a frozen encoder without a start, and for crops too small
         for the discriminator; `WeightsError` where LPIPS is wanted and its weights are not found.
@@ -82,16 +85,16 @@ class KLVAERecipe:
         return KLVAETask(module, self.weights, self.train.batch, networks, self.train_encoder)
 
     def trains(self, coder: Coder) -> bool:
-        """Whether `task` takes this coder."""
+        """Returns whether `task` accepts this coder."""
         return isinstance(coder, KLVAE)
 
     def costs(self, name: str, side: int) -> list[CostRow]:
-        """Count parameters and MACs of encoder, decoder and both."""
+        """Counts parameters and MACs of encoder, decoder and both, for images of `side` x `side`."""
         coder = self.network.build()
         return halves(name, coder.network, coder.spec, side)
 
     def tiny(self) -> KLVAERecipe:
-        """The same recipe at a size that runs in seconds on a CPU."""
+        """Returns the same recipe at a size that runs in seconds on a CPU."""
         return replace(
             self,
             discriminator=tiny_discriminator(self.discriminator),
@@ -100,10 +103,11 @@ class KLVAERecipe:
         )
 
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
-        """Train in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL. See `rac.train.fit`.
+        """Trains in `directory`; its coder/ holds the result, a plain diffusers AutoencoderKL.
 
-        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. With a frozen
-        encoder their latents are kept as well. Raises as `task`, and as `fit`.
+        `resume` continues the run in `directory` from its newest checkpoint. Prepared crops, if any, are kept in the
+        folder `crops`, by default `directory`.crops. With a frozen encoder their latents are kept as well. Raises as
+        `task`, and as `rac.train.fit`.
         """
         return run_recipe(self, directory, resume=resume, crops=crops)
 
@@ -123,7 +127,7 @@ class KLVAERecipe:
 
 
 def shape_of(coder: KLVAE) -> dict[str, Any]:
-    """A KL-VAE's configuration without its statistics and without what leaves no trace in the weights."""
+    """Returns a KL-VAE's configuration without its statistics and without what leaves no trace in the weights."""
     shaping = (
         "block_out_channels",
         "layers_per_block",
@@ -135,21 +139,21 @@ def shape_of(coder: KLVAE) -> dict[str, Any]:
 
 
 STATISTICS_BATCHES = 16
-"""Training batches whose latents give a KL-VAE its scale and shift."""
+"""Number of training batches whose latents give a KL-VAE its scale and shift."""
 
 
 @dataclass
 class KLVAETask:
-    """Trains a KL-VAE; its statistics are fitted, on training images, whenever it is saved.
+    """Task that trains a KL-VAE; its statistics are fitted on training images whenever it is saved.
 
-    Without `train_encoder` only what decodes is trained, on the latents that `encode` gives (the posterior's means, no
+    Without `train_encoder` only the decoder is trained, on the latents that `encode` gives (the posterior's means, no
     noise), or on prepared ones; encoder and statistics stay as they are, bit for bit.
     """
 
     module: KLVAE
     loss_weights: KLVAEWeights
     batch: int
-    """Images in the batches that the statistics are fitted on."""
+    """Images in each of the batches that the statistics are fitted on."""
     networks: ImageNetworks = field(default_factory=ImageNetworks)
     train_encoder: bool = True
 
@@ -162,20 +166,20 @@ class KLVAETask:
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
-        """LPIPS, where its term has a weight."""
+        """The frozen LPIPS network, if its term has a weight."""
         return self.networks.frozen
 
     @property
     def encoder(self) -> KLVAE | None:
-        """The coder itself, where its encoder is frozen."""
+        """The coder itself if its encoder is frozen, otherwise None."""
         return None if self.train_encoder else self.module
 
     def prepare(self, batch: Batch) -> Batch:
-        """Encode the images, where the encoder is frozen and the batch came without latents."""
+        """Encodes the images if the encoder is frozen and the batch came without latents."""
         return batch if self.train_encoder else with_latents(batch, self.module)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
-        """Yield the terms of `klvae_terms`; with a frozen encoder those of `decoder_terms`."""
+        """Yields the terms of `klvae_terms`, or those of `decoder_terms` if the encoder is frozen."""
         losses = self.networks.losses(iteration)
         if self.train_encoder:
             yield from coder_terms(klvae_terms(self.module, batch.need("images"), draws, losses))
@@ -183,7 +187,7 @@ class KLVAETask:
         yield from coder_terms(decoder_terms(self.module, batch.need("images"), batch.need("latents"), losses))
 
     def gallery(self, modules: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Originals above, reconstructions from the posterior's mean below."""
+        """Returns a picture, originals above, reconstructions from the posterior's mean below, and their metrics."""
         coder = modules["coder"]
         assert isinstance(coder, KLVAE)
         with runtime.reproducible():
@@ -192,7 +196,7 @@ class KLVAETask:
         return gallery({"original": images, "KL-VAE": decoded}), metrics
 
     def save(self, modules: Mapping[str, nn.Module], stream: Stream, directory: Path) -> None:
-        """Write the coder, its statistics fitted on images of `stream` unless its encoder is frozen."""
+        """Writes the coder, its statistics fitted on images of `stream` unless its encoder is frozen."""
         coder = modules["coder"]
         assert isinstance(coder, KLVAE)
         if self.train_encoder:

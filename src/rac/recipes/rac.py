@@ -1,4 +1,4 @@
-"""Training a RAC on a frozen teacher: the recipe, its task, and its presets."""
+"""Training of a RAC on a frozen teacher: the recipe, its task, and its presets."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ from .recipe import (
 
 @dataclass(frozen=True)
 class RACRecipe:
-    """A RAC on images and a teacher."""
+    """Recipe that trains a RAC on images and a teacher."""
 
     product: ClassVar[str] = "coder"
     steps_field: ClassVar[str | None] = "steps"
 
     teacher: str
-    """A shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
+    """The teacher: a shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
     field: FieldConfig = dataclasses.field(default_factory=TinyFieldConfig)
     state_channels: int = 4
-    """C of the states B C H W, the image's three among them."""
+    """Channels C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
-    """How a latent is laid out in the seed state; see `rac.states.StateSpec`."""
+    """How a latent is laid out in the seed state, as `rac.states.StateSpec` lists the ways."""
     contraction: Literal["inverse", "projector"] = "inverse"
     """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
     steps: int = 4
-    """Steps the finished coder takes where none are asked for."""
+    """Default number of steps of the finished coder."""
     seed_noise: float = 0.0
-    """Noise in the sites of the seed state that the latent leaves free; see `RACConfig`."""
+    """Standard deviation of Gaussian noise in the sites of the seed state that the latent leaves free."""
     start: str | None = None
     """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
     start_from_teacher: bool = False
@@ -77,15 +77,15 @@ class RACRecipe:
 
     @property
     def latents_of(self) -> str:
-        """Name of the teacher."""
+        """Name of the teacher, whose latents are trained on."""
         return self.teacher
 
     def prepares(self) -> dict[str, Any]:
-        """All that prepared crops depend on, as JSON."""
+        """Returns everything that prepared crops depend on, as JSON."""
         return prepared_from(self)
 
     def task(self, coder: Coder | None = None) -> RACTask:
-        """Build the networks, and what trains them; `coder`, with its own teacher, may take the place of the recipe's.
+        """Builds the networks and the task that trains them; `coder`, with its own teacher, may replace the network.
 
         Raises `RacError` for sizes that do not fit the teacher's factor or the discriminator, and for a start of
         another shape; `WeightsError` where LPIPS is wanted and its weights are not found.
@@ -110,16 +110,16 @@ class RACRecipe:
         return RACTask(module, teacher, self.objective, networks)
 
     def trains(self, coder: Coder) -> bool:
-        """Whether `task` takes this coder."""
+        """Returns whether `task` accepts this coder."""
         return isinstance(coder, RAC)
 
     def costs(self, name: str, side: int) -> list[CostRow]:
-        """Count parameters and MACs of the field."""
+        """Counts parameters and MACs of the field, for images of `side` x `side`."""
         field = self.field.build(self.state_channels, self.field.factor)
         return [flow_row(f"{name} field", field, self.state_channels, self.steps, side)]
 
     def tiny(self) -> RACRecipe:
-        """The same recipe at a size that runs in seconds on a CPU."""
+        """Returns the same recipe at a size that runs in seconds on a CPU."""
         return replace(
             self,
             discriminator=tiny_discriminator(self.discriminator),
@@ -128,10 +128,11 @@ class RACRecipe:
         )
 
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
-        """Train in `directory`; `directory`/coder holds the result. See `rac.train.fit`.
+        """Trains in `directory`; `directory`/coder holds the result.
 
-        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. A teacher whose
-        latents are far from mean 0 and deviation 1 is warned of. Raises as `task`, and as `fit`.
+        `resume` continues the run in `directory` from its newest checkpoint. Prepared crops, if any, are kept in the
+        folder `crops`, by default `directory`.crops. Warns of a teacher whose latents are far from mean 0 and deviation
+        1. Raises as `task`, and as `rac.train.fit`.
         """
 
         def look(task: Task, stream: Stream) -> None:
@@ -165,14 +166,15 @@ class RACRecipe:
 
 
 MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
-"""Latents beyond these are taken for wrongly scaled ones."""
+"""Largest absolute mean, and least and largest deviation, of latents that are taken for correctly scaled."""
 
 
 @torch.no_grad()
 def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
-    """Warn where the teacher's latents of a batch are far from mean 0 and deviation 1, and offer the scale that fits.
+    """Warns if the teacher's latents of a batch are far from mean 0 and deviation 1, and suggests the scale that fits.
 
-    The objective weighs noise, images and latents against each other as if they were, so the wrong scale trains badly.
+    The objective weighs noise, images and latents against each other on that assumption, so the wrong scale trains
+    badly.
     """
     latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
     assert latents is not None
@@ -191,11 +193,11 @@ def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
 
 @dataclass
 class RACTask:
-    """Trains a RAC to imitate a frozen teacher."""
+    """Task that trains a RAC to imitate a frozen teacher."""
 
     module: RAC
     teacher: Coder
-    """Never trained, though gradients flow through its decoder."""
+    """The frozen teacher; gradients flow through its decoder."""
     objective: RACObjective
     networks: ImageNetworks = dataclasses.field(default_factory=ImageNetworks)
 
@@ -204,20 +206,20 @@ class RACTask:
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
-        """The teacher, and LPIPS, where its term has a weight."""
+        """The teacher, and LPIPS if its term has a weight."""
         return (self.teacher, *self.networks.frozen)
 
     @property
     def encoder(self) -> Coder:
-        """The teacher."""
+        """The teacher, whose latents come with the batches."""
         return self.teacher
 
     def prepare(self, batch: Batch) -> Batch:
-        """Let the teacher encode the images of a batch that came without latents."""
+        """Encodes the images of a batch that came without latents, by the teacher."""
         return with_latents(batch, self.teacher)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
-        """Yield the terms of `rac_terms`."""
+        """Yields the terms of `rac_terms`."""
         module, losses = self.module, self.networks.losses(iteration)
         seed_noise = module.config.seed_noise
         solver = MeanEuler() if module.config.field.interval else Euler()
@@ -225,10 +227,11 @@ class RACTask:
         yield from coder_terms(rac_terms(coding, batch.need("images"), batch.need("latents"), self.objective, draws))
 
     def gallery(self, modules: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Columns: original; teacher; RAC from the teacher's latent at one step, and at its own number where that is
-        another; RAC alone.
+        """Returns a picture of originals and reconstructions, and their metrics.
 
-        `psnr` is that of the last column but one, `explained_variance` that of the teacher's latents by RAC's.
+        Its columns: original; teacher; RAC from the teacher's latent at one step, and at its own number where that is
+        another; RAC alone. `psnr` is that of the last column but one, `explained_variance` that of the teacher's
+        latents by RAC's.
         """
         coder = modules["coder"]
         assert isinstance(coder, RAC)
@@ -260,7 +263,7 @@ class RACTask:
         return picture, metrics
 
     def save(self, modules: Mapping[str, nn.Module], stream: Stream, directory: Path) -> None:
-        """Write the coder."""
+        """Writes the coder to `directory`."""
         coder = modules["coder"]
         assert isinstance(coder, RAC)
         coder.save(directory)

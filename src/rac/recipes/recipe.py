@@ -1,4 +1,4 @@
-"""The `Recipe` protocol, and what recipes share: settings of machines, the run, discriminators, the gallery."""
+"""The `Recipe` protocol, and code that recipes share: settings of machines, the run, discriminators, the gallery."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ONE_CORE = TrainConfig(lr=1e-3, warmup=100, schedule="cosine", final_lr=0.05, bf16=True, channels_last=True, threads=1)
-"""What the recipes for small machines have in common."""
+"""Training settings of the recipes for small machines."""
 
 ONE_GPU = TrainConfig(
     warmup=100,
@@ -44,23 +44,25 @@ ONE_GPU = TrainConfig(
     gallery_every=1_000,
     log_every=50,
 )
-"""What the recipes for one large GPU have in common; their iterations are guesses, `tools/offline` plans them anew."""
+"""Training settings of the recipes for one large GPU; their iterations are guesses, `tools/offline` plans them anew."""
 
 SHOWN = 8
-"""Images in a gallery, out of those held out."""
+"""Number of held-out images in a gallery."""
 
 
 class Recipe(Protocol):
-    """All that shapes one training run: a frozen dataclass whose every field can be set on the command line."""
+    """Protocol of recipes: all that shapes a training run, in a frozen dataclass that the command line can set."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     product: ClassVar[str]
-    """Folder within that of a run that holds what was trained; one of `rac.hub.PRODUCTS`."""
+    """Folder, inside the run's, that holds the trained product; one of `rac.hub.PRODUCTS`."""
 
     steps_field: ClassVar[str | None]
-    """Field with the number of steps that the finished product takes where none are asked for; it shapes no weight.
-    None for products without a flow."""
+    """Name of the field with the finished product's default number of steps; None for products without a flow.
+
+    It affects no weight.
+    """
 
     @property
     def data(self) -> DataConfig:
@@ -69,20 +71,20 @@ class Recipe(Protocol):
 
     @property
     def train(self) -> TrainConfig:
-        """How long, how fast and where."""
+        """Settings of the training loop: length, learning rate, device."""
         ...
 
     @property
     def latents_of(self) -> str | None:
-        """Name of the frozen coder whose latents are trained on; None where images are all that is needed."""
+        """Name of the frozen coder whose latents are trained on; None if only images are needed."""
         ...
 
     def prepares(self) -> dict[str, Any]:
-        """All that prepared crops depend on, as JSON: recipes that give the same can share them."""
+        """Returns everything that prepared crops depend on, as JSON: recipes that return the same can share them."""
         ...
 
     def task(self, coder: Coder | None = None) -> Task:
-        """Build the networks, and what trains them; `coder` is trained in place of the recipe's own network.
+        """Builds the networks and the task that trains them; `coder` is trained in place of the recipe's own network.
 
         Reads no image. Raises `RacError` for settings that do not go together, and `WeightsError` where weights are
         wanted and not found.
@@ -90,23 +92,24 @@ class Recipe(Protocol):
         ...
 
     def trains(self, coder: Coder) -> bool:
-        """Whether `task` takes this coder."""
+        """Returns whether `task` accepts this coder."""
         ...
 
     def costs(self, name: str, side: int) -> list[CostRow]:
-        """Count parameters and MACs of the networks, for `side` x `side` images; `name` is the recipe's."""
+        """Counts parameters and MACs of the networks, for `side` x `side` images; `name` is the recipe's."""
         ...
 
     def tiny(self) -> Self:
-        """The same recipe at a size that runs in seconds on a CPU, for trying it out and for tests."""
+        """Returns the same recipe at a size that runs in seconds on a CPU, for trying it out and for tests."""
         ...
 
     def run(self, directory: Path, *, resume: bool = False, crops: Path | None = None) -> Fitted:
-        """Train in `directory`, whose folder `product` then holds the result. See `rac.train.fit`.
+        """Trains in `directory`, whose folder `product` then holds the result.
 
-        Prepared crops, if any, are kept in the folder `crops`; `directory`.crops where none is named. Raises `RacError`
-        for settings that do not go together, and `WeightsError` where weights are wanted and not found, both before
-        any image is read.
+        `resume` continues the run in `directory` from its newest checkpoint. Prepared crops, if any, are kept in the
+        folder `crops`, by default `directory`.crops. Raises `RacError` for settings that do not go together, and
+        `WeightsError` where weights are wanted and not found, both before any image is read; afterwards as
+        `rac.train.fit`.
         """
         ...
 
@@ -119,7 +122,11 @@ def run_recipe(
     crops: Path | None = None,
     look: Callable[[Task, Stream], None] | None = None,
 ) -> Fitted:
-    """`Recipe.run`, for every recipe. A new run begins with `look`, on the first process."""
+    """Implements `Recipe.run` for every recipe.
+
+    - `recipe`, `directory`, `resume`, `crops`: as for `Recipe.run`.
+    - `look`: called with the task and the stream when a new run begins, on the first process.
+    """
     settings = recipe.train
     processes = Processes.join(settings.device, 60 * settings.patience_minutes)
     # All that can be refused without work comes before images are read or prepared.
@@ -134,7 +141,7 @@ def run_recipe(
 
 
 def open_for(recipe: Recipe, task: Task, cache: Path | None = None) -> Stream:
-    """The images a recipe trains on, with the latents that its task wants; prepared ones are kept in `cache`."""
+    """Opens the images a recipe trains on, with the latents that its task wants; prepared ones are kept in `cache`."""
     device, settings, encoder = runtime.pick_device(recipe.train.device), recipe.train, task.encoder
     if encoder is None:
         return open_stream(recipe.data, settings.rng_seed, batch=settings.batch, cache=cache)
@@ -148,7 +155,7 @@ def open_for(recipe: Recipe, task: Task, cache: Path | None = None) -> Stream:
 
 
 def prepared_from(recipe: Recipe) -> dict[str, Any]:
-    """`Recipe.prepares` of a recipe that prepares images and the latents of `latents_of`."""
+    """Implements `Recipe.prepares` for recipes that prepare images and the latents of `latents_of`."""
     return {"data": to_json(recipe.data), "rng_seed": recipe.train.rng_seed, "latents_of": recipe.latents_of}
 
 
@@ -156,10 +163,14 @@ def prepared_from(recipe: Recipe) -> dict[str, Any]:
 
 
 def coder_parts(coder: nn.Module, weights: Mapping[str, float], networks: ImageNetworks, last: str) -> dict[str, Part]:
-    """A coder to be trained, "coder", and the discriminator that it is trained against, if `networks` has one.
+    """Returns the parts of a training: the coder, "coder", and the discriminator if `networks` has one.
 
-    `weights` are those of all terms; that of `adversarial` is in units of the others. `last` names the submodule of
-    the coder that makes images. Raises `RacError` if no term has a weight beside the adversarial one.
+    - `coder`: the coder to train.
+    - `weights`: the weights of all terms; the weight of `adversarial` is relative to the others.
+    - `networks`: LPIPS and the discriminator.
+    - `last`: name of the submodule of the coder that makes images.
+
+    Raises `RacError` if no term has a weight beside the adversarial one.
     """
     own = {name: weight for name, weight in weights.items() if name != ADVERSARIAL}
     if not any(own.values()):
@@ -185,7 +196,7 @@ def coder_parts(coder: nn.Module, weights: Mapping[str, float], networks: ImageN
 
 
 def coder_terms(terms: Mapping[str, Tensor]) -> Iterator[PartTerms]:
-    """The terms of the parts that `coder_parts` gives, out of those of an objective."""
+    """Yields the terms of an objective, sorted into the parts that `coder_parts` gives."""
     yield PartTerms("coder", {name: term for name, term in terms.items() if name != DISCRIMINATOR})
     if DISCRIMINATOR in terms:
         yield PartTerms("discriminator", {DISCRIMINATOR: terms[DISCRIMINATOR]})
@@ -193,7 +204,7 @@ def coder_terms(terms: Mapping[str, Tensor]) -> Iterator[PartTerms]:
 
 @torch.no_grad()
 def with_latents(batch: Batch, encoder: Coder) -> Batch:
-    """The batch with the latents that `encoder` gives, unless it came with latents."""
+    """Returns the batch with latents, those that it came with or else those that `encoder` gives."""
     return batch if batch.latents is not None else batch._replace(latents=encoder.encode(batch.need("images")))
 
 
@@ -201,13 +212,13 @@ def with_latents(batch: Batch, encoder: Coder) -> Batch:
 
 
 def mean_psnr(images: Tensor, references: Tensor) -> float:
-    """The mean PSNR in dB of images B 3 H W, rounded to the 8 bits of a picture file, and references in [-1, 1]."""
+    """Returns the mean PSNR in dB of images B 3 H W, rounded to the 8 bits of a file, and references in [-1, 1]."""
     rounded = torch.cat([from_pixels(to_pixels(image)) for image in images.float()]).to(references.device)
     return float(psnr(rounded, references).double().mean())
 
 
 def gallery(columns: Mapping[str, Tensor]) -> Tensor:
-    """Labelled columns of images, each B 3 H W, one row per image, as one picture 1 3 H W in [-1, 1]."""
+    """Draws labelled columns of images, each B 3 H W, one row per image, as one picture 1 3 H W in [-1, 1]."""
     rows = [
         strip([Panel(image.float().cpu(), name) for name, image in zip(columns, row, strict=True)])
         for row in zip(*columns.values(), strict=True)
@@ -219,7 +230,7 @@ def gallery(columns: Mapping[str, Tensor]) -> Tensor:
 
 
 def tiny_data(data: DataConfig) -> DataConfig:
-    """The same data at a size for trying out."""
+    """Returns the same data settings at a size for trying out."""
     return replace(
         data,
         size=32,
@@ -230,10 +241,10 @@ def tiny_data(data: DataConfig) -> DataConfig:
 
 
 def tiny_train(train: TrainConfig) -> TrainConfig:
-    """The same settings for three iterations."""
+    """Returns the same training settings for three iterations."""
     return replace(train, iterations=3, batch=2, warmup=0, gallery_every=3, log_every=1)
 
 
 def tiny_discriminator(config: DiscriminatorConfig) -> DiscriminatorConfig:
-    """A small discriminator that starts early."""
+    """Returns a small discriminator that starts early."""
     return replace(config, width=8, start=min(config.start, 1))

@@ -1,8 +1,8 @@
 """Training: one loop for every task, exact on resume.
 
 To read it in order: `task` says what is trained, in parts; `step` is one iteration over all parts; `loop` goes through
-the iterations and keeps what comes of them, with `checkpoint` and `log`; `processes` has what several processes share,
-and `adversary` the networks that look at decoded images.
+the iterations and writes the results, with `checkpoint` and `log`; `processes` divides a training among several
+processes, and `adversary` has the networks that look at decoded images.
 """
 
 from .config import TrainConfig

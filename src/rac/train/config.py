@@ -1,4 +1,4 @@
-"""How to train, whatever is trained."""
+"""Settings of the training loop, whatever is trained."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import RacError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the loop, with AdamW. An iteration is one step of the optimiser.
+    """Settings of the training loop, with AdamW. An iteration is one step of the optimiser.
 
     Raises `RacError` for values out of their range, naming the field.
     """
 
     iterations: int = field(default=10_000, metadata=free_on_resume(lambda settings: settings.schedule == "constant"))
-    """Of the whole run, those before a resume included."""
+    """Length of the whole run in iterations, those before a resume included."""
     batch: int = 32
     """Images per iteration, over all parts of an accumulated batch."""
     accumulate: int = 1
@@ -26,7 +26,7 @@ class TrainConfig:
     lr: float = 3e-4
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW's two moments."""
+    """Decays of AdamW's two moments."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: unlimited."""
@@ -36,7 +36,7 @@ class TrainConfig:
     """Iterations in which the learning rate rises to `lr`."""
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr: float = 0.0
-    """With the cosine schedule: the learning rate at the end, as a fraction of `lr`."""
+    """Learning rate at the end of the cosine schedule, as a fraction of `lr`."""
     bf16: bool = False
     """Compute convolutions and matrix products in bfloat16; weights stay float32."""
     channels_last: bool = False
@@ -46,23 +46,30 @@ class TrainConfig:
     workers: int = field(default=1, metadata=free_on_resume())
     """Threads that read images ahead; 0: none."""
     threads: int = field(default=0, metadata=free_on_resume())
-    """Threads torch computes with, in each process; 0: its own choice, at most an equal share of the cores; -1: what
-    is fastest here, measured at the start."""
+    """Threads torch computes with, in each process.
+
+    0: torch's choice, at most an equal share of the cores; -1: the fastest number here, measured at the start.
+    """
     compile: bool = False
     """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
     device: str = field(default="auto", metadata=free_on_resume())
-    """auto, cpu, cuda, cuda:1 or mps."""
+    """Device to train on: auto, cpu, cuda, cuda:1 or mps."""
     shard: Literal["none", "fsdp"] = field(default="none", metadata=free_on_resume())
-    """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
+    """How several processes hold the weights: all on each process, or spread over them (FSDP2), to save memory."""
     minutes: float = field(default=0.0, metadata=free_on_resume())
-    """Stop, saved, once this call has lasted so long, and leave the rest to a resume; 0: no limit. The iteration then
-    running, and the saving, come on top."""
+    """Stop, saved, once this call has lasted so many minutes, and leave the rest to a resume; 0: no limit.
+
+    The iteration then running, and the saving, come on top.
+    """
     checkpoint_minutes: float = field(default=5.0, metadata=free_on_resume())
     """Longest time between two checkpoints, in minutes."""
     patience_minutes: float = field(default=15.0, metadata=free_on_resume())
     """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
     on_divergence: Literal["stop", "skip"] = field(default="stop", metadata=free_on_resume())
-    """What to do where a loss or gradient is not finite: stop and keep the batch, or go on without it."""
+    """Reaction to a loss or gradient that is not finite.
+
+    "stop" ends the run and keeps the batch for inspection; "skip" goes on without that batch.
+    """
     gallery_every: int = field(default=500, metadata=free_on_resume())
     """Iterations between galleries of held-out images, with curves of the losses."""
     log_every: int = field(default=20, metadata=free_on_resume())
@@ -89,7 +96,7 @@ class TrainConfig:
 
 
 def learning_rate(settings: TrainConfig, iteration: int) -> float:
-    """The learning rate of iteration number `iteration`, counted from 0."""
+    """Returns the learning rate of iteration number `iteration`, counted from 0."""
     if iteration < settings.warmup:
         return settings.lr * (iteration + 1) / settings.warmup
     if settings.schedule == "constant":
@@ -99,5 +106,5 @@ def learning_rate(settings: TrainConfig, iteration: int) -> float:
 
 
 def ema_decay(most: float, iteration: int) -> float:
-    """The averaging decay after iteration number `iteration`, counted from 0: (1 + k) / (10 + k) until `most`."""
+    """Returns the averaging decay after iteration k = `iteration`, counted from 0: (1 + k) / (10 + k) until `most`."""
     return min(most, (1 + iteration) / (10 + iteration))

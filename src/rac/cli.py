@@ -13,10 +13,11 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from .errors import RacError, out_of_memory
+from .files import home_expanded
 from .notices import spoken
 
 LEAST_COLUMNS = 40
@@ -44,13 +45,13 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; `arguments` are those of the process where none are given. Returns the exit code."""
-    with warnings.catch_warnings(), spoken(), _wide_enough():
+    with warnings.catch_warnings(), _somewhere_to_write(), spoken(), _wide_enough():
         warnings.showwarning = _warn
         # Pillow's complaints of damaged files name no file; our errors do.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         _escape_what_cannot_be_printed()
         try:
-            return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+            return _dispatch(_as_a_shell_would(sys.argv[1:] if arguments is None else arguments))
         except KeyboardInterrupt:
             return _fail("stopped", 130)
         except BrokenPipeError:
@@ -88,6 +89,21 @@ def _dispatch(arguments: list[str]) -> int:
     return tyro.cli(module.Command, prog=f"rac {verb}", args=rest).run()
 
 
+def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
+    """Returns `arguments` with ~ replaced by the home folder also where a shell leaves it: in quotes, and after =.
+
+    Raises `RacError` for an empty argument: as a path it would stand for the working folder.
+    """
+    expanded = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if not value and (equals or not option):
+            what = f"{option} is given nothing" if option else "an argument is empty"
+            raise RacError(f"{what}; is a variable of the shell unset? Give a value, or . for this folder")
+        expanded.append(option + equals + (str(home_expanded(value)) if value.startswith("~") else value))
+    return expanded
+
+
 def _overview() -> int:
     width = max(len(verb) for verb in VERBS)
     print("usage: rac VERB [options]\n\nRAC, the rectified flow auto coder: images to latents and back, in steps.\n")
@@ -110,6 +126,17 @@ def _wide_enough() -> Iterator[None]:
             os.environ.pop("COLUMNS", None)
         else:
             os.environ["COLUMNS"] = before
+
+
+@contextmanager
+def _somewhere_to_write() -> Iterator[None]:
+    """Let what is printed go nowhere where the output was closed (`rac ... >&-`), and Python has no stream for it."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, ExitStack() as redirected:
+        if sys.stdout is None:
+            redirected.enter_context(redirect_stdout(nowhere))
+        if sys.stderr is None:
+            redirected.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 def _escape_what_cannot_be_printed() -> None:

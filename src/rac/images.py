@@ -158,6 +158,8 @@ def check_size(size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> tup
     """
     try:
         height, width = map(index, size if isinstance(size, Sequence) else (size, size))
+        if isinstance(size, bool):
+            raise TypeError
     except (TypeError, ValueError):
         raise ImageError(
             f"size {size!r} must be a whole number, or (height, width) of them; 256 is a good start"

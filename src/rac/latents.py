@@ -182,6 +182,8 @@ class LatentSpec:
 
         Values are looked at only on the CPU, and not while a function is compiled or transformed.
         """
+        if not isinstance(latent, Tensor):
+            raise RacError(f"a latent is a tensor B c h w, not {type(latent).__name__}; give what encode returned")
         if latent.ndim != 4:
             raise RacError(f"a latent has 4 dimensions B c h w, not {latent.ndim} (shape {tuple(latent.shape)})")
         if not latent.is_floating_point():

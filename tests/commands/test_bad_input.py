@@ -152,6 +152,20 @@ def test_a_folder_without_pictures(tmp_path: Path, run, coder_dir: Path) -> None
     one_line(run("encode", tmp_path, "--model", coder_dir), "no pictures")
 
 
+@pytest.mark.parametrize("arguments", [("",), ("photo.png", "--out", ""), ("photo.png", "--out=")])
+def test_an_unset_variable_of_the_shell_is_not_the_working_folder(run, arguments: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    one_line(run("encode", *arguments), "is a variable of the shell unset?")
+
+
+def test_the_home_folder_is_known_in_quotes_and_after_an_equals_sign(  # type: ignore[no-untyped-def]
+    tmp_path: Path, photo: Path, run, coder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = run("encode", "~/photo.png", "--out=~/latents", "--model", coder_dir)
+    assert (ran.code, ran.err) == (0, "")
+    assert (tmp_path / "latents" / "photo.safetensors").is_file()
+
+
 # ------------------------------------------------------------------------------------------ coders
 
 

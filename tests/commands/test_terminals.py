@@ -182,3 +182,11 @@ def test_output_in_another_encoding_is_escaped(
     assert ran.returncode == 0, ran.stderr
     assert rb"\u2603" in ran.stdout
     assert len(list(out.iterdir())) == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_is_no_fault(closed: str) -> None:
+    ran = subprocess.run(
+        ["/bin/sh", "-c", f'"{sys.executable}" -m rac models {closed}'], capture_output=True, text=True, timeout=120
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")

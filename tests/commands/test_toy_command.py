@@ -32,6 +32,10 @@ def test_toy_refuses_and_stops(tmp_path: Path, run, monkeypatch: pytest.MonkeyPa
     ran = run("toy", "--out", tmp_path / "toy", "--seed-noise", 3)
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "0 to 0.25" in ran.err
+    for cell in (1e-9, "inf", "nan"):
+        ran = run("toy", "--out", tmp_path / "toy", "--cell", cell)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
+        assert "0.02 to 10" in ran.err
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

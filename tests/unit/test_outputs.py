@@ -33,6 +33,10 @@ def test_results_are_called_by_the_stem_where_that_is_the_files_own(names: list[
     assert named(*names) == expected
 
 
+def test_names_of_results_are_utf_8_though_the_pictures_are_not() -> None:
+    assert named("z\udcff.png", "z\udcfe.png", "a.png") == ["z\ufffd", "z\ufffd-2", "a"]
+
+
 def test_files_of_one_name_are_numbered() -> None:
     files = [Path(folder) / name for folder in "xyz" for name in ("a.png", "b.png")]
     assert list(result_names(files).values()) == ["a.png", "b.png", "a.png-2", "b.png-2", "a.png-3", "b.png-3"]

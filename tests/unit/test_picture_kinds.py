@@ -408,7 +408,7 @@ def test_steps_that_are_no_whole_number(steps: object) -> None:
         check_steps(steps)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("size", [64.0, "64", (64, 64, 64), (64,), (8, 9.5), None])
+@pytest.mark.parametrize("size", [64.0, "64", True, (64, 64, 64), (64,), (8, 9.5), None])
 def test_sizes_that_are_none(size: object) -> None:
     with pytest.raises(ImageError, match="must be a whole number"):
         check_size(size)  # type: ignore[arg-type]

@@ -193,6 +193,7 @@ def test_wrong_steps(coder, images, steps):
         (torch.zeros(4, 2, 2), "4 dimensions"),
         (torch.full((1, 4, 2, 2), math.nan), "16 values that are NaN"),
         (torch.full((1, 4, 1, 1), math.inf), "4 values that are NaN or infinite"),
+        (np.zeros((1, 4, 2, 2), np.float32), "is a tensor B c h w, not ndarray"),
     ],
 )
 def test_wrong_latents(coder, latent, said):
@@ -208,6 +209,9 @@ def test_wrong_latents(coder, latent, said):
         (torch.zeros(3, 8, 8), "B 3 H W"),
         (torch.zeros(1, 3, 1, 1), "1 x 1 is too small"),
         (torch.zeros(1, 3, 2, 8), "8 x 2 is too small"),
+        (np.zeros((1, 3, 8, 8), np.float32), "is a tensor B 3 H W, not ndarray"),
+        (None, "not NoneType; rac.read_image gives one"),
+        ("photo.png", "not str; rac.read_image gives one"),
     ],
 )
 def test_wrong_images(coder, image, said):

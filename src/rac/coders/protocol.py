@@ -415,6 +415,8 @@ def check_image(image: Tensor) -> None:
 
     Values are looked at only on the CPU, and not while a function is compiled or transformed.
     """
+    if not isinstance(image, Tensor):
+        raise RacError(f"an image is a tensor B 3 H W, not {type(image).__name__}; rac.read_image gives one")
     if image.ndim != 4 or image.shape[1] != 3:
         raise RacError(f"an image has shape B 3 H W, not {tuple(image.shape)}; rac.read_image gives one")
     if 0 in image.shape[-2:]:

@@ -12,7 +12,8 @@ def result_names(files: Sequence[Path]) -> dict[Path, str]:
 
     The name is the file's stem where no other file has that stem or is called so itself, else the file's whole name:
     a.png, a.jpg and a.png.png give a.png, a.jpg and a.png.png. Files of one name from several folders are numbered.
-    Names that differ in upper and lower case alone count as equal, since some file systems take them so.
+    Names that differ in upper and lower case alone count as equal, since some file systems take them so. Bytes of a name
+    that are no UTF-8 become U+FFFD, since readers of safetensors files take no others.
     """
     stems = Counter(file.stem.casefold() for file in files)
     whole = Counter(file.name.casefold() for file in files)
@@ -22,10 +23,14 @@ def result_names(files: Sequence[Path]) -> dict[Path, str]:
     for file in files:
         stem = file.stem.casefold()
         alone = stems[stem] == 1 and whole[stem] == (file.name.casefold() == stem)
-        name = first = file.stem if alone else file.name
+        name = first = _in_utf8(file.stem if alone else file.name)
         while name.casefold() in taken:
             tried[first] += 1
             name = f"{first}-{tried[first] + 1}"
         taken.add(name.casefold())
         names[file] = name
     return names
+
+
+def _in_utf8(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

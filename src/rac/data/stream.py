@@ -1,4 +1,4 @@
-"""Training images as an endless numbered stream of crops.
+"""Training images, with the labels of their classes, as an endless numbered stream of crops.
 
 Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on after an interruption needs no state.
 """

@@ -39,9 +39,12 @@ class ToyConfig:
     lr: float = 2e-3
 
     def __post_init__(self) -> None:
-        for name in ("cell", "iterations", "batch", "width", "lr"):
-            if not getattr(self, name) > 0:
+        for name in ("iterations", "batch", "width", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise RacError(f"{name} must be above 0, not {getattr(self, name)}")
+        # Finer cells take minutes to draw; in larger ones there is but one latent.
+        if not 0.02 <= self.cell <= 10:
+            raise RacError(f"cell {self.cell} must lie in 0.02 to 10; the moons are some 3 wide")
         if not 0 <= self.seed_noise <= 0.25:
             raise RacError(f"seed_noise {self.seed_noise} must lie in 0 to 0.25 cells, or seed states leave their cell")
 
@@ -97,7 +100,7 @@ def train(
 
     Equal seeds give equal fields. `progress` hears (iterations done, of all). Velocity matching, as the recipe `rac`.
     """
-    torch.manual_seed(rng_seed)
+    torch.manual_seed(rng_seed % 2**64)  # torch takes no larger ones
     field = ToyField(config.cell, config.width)
     average = copy.deepcopy(field)
     optimiser = torch.optim.AdamW(field.parameters(), lr=config.lr, betas=(0.9, 0.99))

@@ -1,6 +1,7 @@
 """Station 5: networks (state, time) -> velocity.
 
-A field's configuration is a frozen dataclass with a `kind`; `build` makes the network.
+A field's configuration is a frozen dataclass with a `kind`; `build` makes the network. A new
+kind of field is entered in `FieldConfig`, the union that config.json files and recipes are read by.
 """
 
 from .carriers import CarriersField, CarriersFieldConfig

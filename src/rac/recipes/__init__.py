@@ -1,6 +1,8 @@
 """Recipes: frozen dataclasses that hold all that shapes a training run, each beside its task and its presets.
 
-`RECIPES` names the presets for `rac train`; every field of one can be changed on the command line.
+`RECIPES` names the presets for `rac train`; every field of one can be changed on the command line. A new family
+of coders is entered here, in `rac.hub.LOADERS` (what reads its folder) and, where it has a field of its own, in
+`rac.fields.FieldConfig`; nothing else lists families.
 """
 
 from __future__ import annotations

@@ -21,3 +21,8 @@ class WeightsError(RacError):
 
 class ConvergenceWarning(UserWarning):
     """An implicit step did not reach its tolerance; the result carries the residual."""
+
+
+def install_extra(extra: str) -> str:
+    """Returns the sentence that tells how to install one of the optional extras of pyproject.toml."""
+    return f"run pip install '.[{extra}]' in the folder of rac's source code"

@@ -97,7 +97,7 @@ def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(
-        RacError, match=r"2 processes needs accelerate: pip install 'rectified-auto-coder\[distributed\]'"
+        RacError, match=r"2 processes needs accelerate; run pip install '\.\[distributed\]'"
     ):
         Processes.join()
 

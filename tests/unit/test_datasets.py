@@ -155,7 +155,7 @@ def test_what_is_not_there_is_named(saved: Path, kind: str, rest: str, message: 
 
 def test_without_datasets_the_extra_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(RacError, match=r"pip install 'rectified-auto-coder\[datasets\]'"):
+    with pytest.raises(RacError, match=r"pip install '\.\[datasets\]'"):
         find_pictures([Path(f"hf:{saved}/alone")])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..coders.protocol import Coder
 from ..data.files import find_pictures
-from ..errors import RacError
+from ..errors import RacError, install_extra
 from ..files import make_folder
 from ..images import check_size, read_image
 from ..integrations.export import (
@@ -83,7 +83,7 @@ class Command:
             description = export(module, path, self.format, self.model)
             print(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
             if self.format == "onnx" and find_spec("onnxruntime") is None:
-                note("not checked: onnxruntime is missing (pip install 'rectified-auto-coder[export]')")
+                note(f"not checked: onnxruntime is not installed; {install_extra('export')}")
                 continue
             _judge(path, module, _inputs(coder, part, images, self.steps, self.latents), images)
         return 0
@@ -102,7 +102,7 @@ def _images(size: int) -> list[Tensor]:
         pictures = list(find_pictures(()))
     else:
         pictures = []
-        note("scikit-image is missing, so the file is checked on waves (pip install 'rectified-auto-coder[photos]')")
+        note(f"scikit-image is not installed, so the check uses synthetic images; {install_extra('photos')}")
     for number, (batch, height, width) in enumerate(SHAPES):
         sides = int(size * height), int(size * width)
         if pictures:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ImageError, RacError
+from ..errors import ImageError, RacError, install_extra
 from .pictures import Names
 
 
@@ -70,8 +70,7 @@ def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
         import datasets
     except ImportError:
         raise RacError(
-            f"{text} needs Hugging Face's datasets, which is not installed; "
-            "pip install 'rectified-auto-coder[datasets]'"
+            f"{text} needs Hugging Face's datasets, which is not installed; {install_extra('datasets')}"
         ) from None
     path = Path(hf_path.name).expanduser()
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import RacError
+from ..errors import RacError, install_extra
 from ..images import PICTURE_SUFFIXES, is_picture
 from ..progress import ProgressFn, counting
 from .datasets import Rows
@@ -143,8 +143,8 @@ def photographs() -> Folder:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise RacError(
-            "no images were given, and scikit-image, whose photographs would do, is not installed; "
-            "pip install 'rectified-auto-coder[photos]', or give a folder of images"
+            "no images were given, and scikit-image, whose photographs are the default, is not installed; give a "
+            f"folder of images, or {install_extra('photos')}"
         )
     folder = Path(spec.submodule_search_locations[0]) / "data"
     found = Names.of(name for name in _PHOTOGRAPHS if (folder / name).is_file())

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from ..errors import RacError
+from ..errors import RacError, install_extra
 from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
@@ -56,9 +56,7 @@ def need_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise RacError(
-            f"rac serve needs gradio ({error}); install the extra: pip install 'rectified-auto-coder[serve]'"
-        ) from None
+        raise RacError(f"rac serve needs gradio ({error}); {install_extra('serve')}") from None
     return gradio
 
 

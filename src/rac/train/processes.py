@@ -56,9 +56,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
-            raise RacError(
-                f"training on {count} processes needs accelerate; {install_extra('distributed')}"
-            ) from None
+            raise RacError(f"training on {count} processes needs accelerate; {install_extra('distributed')}") from None
         longest = timedelta(seconds=patience)
         with answered():
             state = PartialState(cpu=runtime.pick_device(device).type == "cpu", timeout=longest)

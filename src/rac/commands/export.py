@@ -60,8 +60,8 @@ class Command:
     steps: int | None = None
     """Evaluations of the field. None: the coder's own number."""
     latents: Latents = "normalised"
-    """raw: as the teacher's own network makes and takes them, so that the file takes the place of its VAE. normalised:
-    as `rac` gives them."""
+    """raw: on the scale of the teacher's own network, so that the file can replace its VAE. normalised: on the scale
+    that `rac` uses."""
     size: int = 64
     """Largest side of the three pictures that the file is checked on; a multiple of 4 times the factor."""
 

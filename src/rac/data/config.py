@@ -20,12 +20,12 @@ class DataConfig:
     size: int = 64
     """Side of the square training crops, in pixels."""
     further_sizes: tuple[int, ...] = ()
-    """Sides of the crops of further batches: `size` and these take turns, an iteration each. For coders that shall work
-    at several sizes; held-out images keep `size`."""
+    """Further sides of crops; `size` and these alternate, one iteration each. For coders that must work at several
+    sizes. Held-out images keep `size`."""
     smallest_crop: int | None = None
-    """Least side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
+    """Smallest side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
-    """Greatest side of that region. None: the picture's short side. Sides are drawn log-uniformly between the two."""
+    """Largest side of that region. None: the picture's short side. Sides are drawn log-uniformly between the two."""
     flip: bool = True
     """Mirror every other crop, at random."""
     held_out: int = 8
@@ -36,7 +36,7 @@ class DataConfig:
     """Decode large JPEGs at a half, a quarter or an eighth of their size where a crop is scaled down at least twice as
     far as that: two to four times as fast for large regions of a camera's photographs; pixels differ a little."""
     keep_mb: int = 256
-    """Memory for decoded pictures, in megabytes: spares decoding small collections again and again."""
+    """Memory for decoded pictures, in megabytes: avoids decoding small collections repeatedly."""
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("held_out", 1), ("cached_crops", 0), ("keep_mb", 0)):

@@ -17,7 +17,7 @@ class TrainConfig:
     """
 
     iterations: int = 10_000
-    """Of the whole run, those before a resume included."""
+    """Iterations of the whole run, including those before a resume."""
     batch: int = 32
     """Images per iteration, over all parts of an accumulated batch."""
     accumulate: int = 1
@@ -25,7 +25,7 @@ class TrainConfig:
     lr: float = 3e-4
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW's two moments."""
+    """Decay rates of AdamW's two moments."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: unlimited."""
@@ -45,8 +45,8 @@ class TrainConfig:
     workers: int = 1
     """Threads that read images ahead; 0: none."""
     threads: int = 0
-    """Threads torch computes with, in each process; 0: its own choice, at most an equal share of the cores; -1: what
-    is fastest here, measured at the start."""
+    """Threads torch computes with, in each process; 0: its own choice, at most an equal share of the cores; -1: the
+    fastest number, measured at the start."""
     compile: bool = False
     """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
     device: str = "auto"
@@ -54,14 +54,14 @@ class TrainConfig:
     shard: Literal["none", "fsdp"] = "none"
     """On several processes: all weights on each of them, or spread over them (FSDP2), to save memory."""
     minutes: float = 0.0
-    """Stop, saved, once this call has lasted so long, and leave the rest to a resume; 0: no limit. The iteration then
-    running, and the saving, come on top."""
+    """Save and stop after this many minutes; `--resume` continues. 0: no limit. Finishing the current iteration and
+    saving take additional time."""
     checkpoint_minutes: float = 5.0
     """Longest time between two checkpoints, in minutes."""
     patience_minutes: float = 15.0
     """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
     on_divergence: Literal["stop", "skip"] = "stop"
-    """Where a loss or gradient is not finite: stop and keep the batch for inspection, or go on without that batch."""
+    """If a loss or gradient is not finite: stop and keep the batch for inspection, or skip the batch."""
     gallery_every: int = 500
     """Iterations between galleries of held-out images, with curves of the losses."""
     log_every: int = 20

@@ -24,22 +24,22 @@ LEAST_COLUMNS = 40
 """Width that help texts are laid out for at least."""
 
 VERBS = {
-    "reconstruct": "images through a coder and back: strips, trajectories, PSNR and SSIM",
-    "encode": "images to latents",
-    "decode": "latents to images",
-    "cache": "crops and a teacher's latents of them, prepared once, to train on",
+    "reconstruct": "encode and decode images; write strips, trajectories, PSNR and SSIM",
+    "encode": "encode images to latents",
+    "decode": "decode latents to images",
+    "cache": "prepare crops and a teacher's latents of them, to train on",
     "train": "train a coder: rac train RECIPE --out FOLDER",
-    "evaluate": "judge a coder on images under a named protocol",
-    "compare": "several coders side by side: quality, cost, speed, and pictures of where they differ",
-    "ablate": "variants of a recipe, trained alike and judged alike: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
-    "cost": "parameters and MACs of every recipe, shipped coder and well-known autoencoder",
-    "bench": "images per second to train, encode and decode, what the time goes into, and the share of this machine",
-    "export": "a coder as an ONNX file, or an exported PyTorch program, for other runtimes",
-    "weights": "the weight files of LPIPS, KID and FID: which are there, and conversion of published ones",
-    "models": "the shipped coders, and what coders cost",
-    "demo": "a tour of the shipped RAC on real photographs, as an HTML report",
-    "toy": "RAC's idea on points of the plane: trained in seconds, drawn forward and back",
-    "serve": "a page in the browser: drop a picture, move the steps (needs the extra `serve`)",
+    "evaluate": "measure a coder on images under a named protocol",
+    "compare": "compare coders: quality, cost, speed, and pictures of where they differ",
+    "ablate": "train and compare variants of a recipe: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
+    "cost": "list parameters and MACs of recipes, shipped coders and well-known autoencoders",
+    "bench": "measure images per second to train, encode and decode, and where the time goes",
+    "export": "export a coder as an ONNX file or a PyTorch program",
+    "weights": "list the weight files of LPIPS, KID and FID, and convert published ones",
+    "models": "list the shipped coders and what they cost",
+    "demo": "reconstruct real photographs with the shipped RAC and write an HTML report",
+    "toy": "train a RAC on points of the plane in seconds, and draw both directions",
+    "serve": "open a page in the browser to try coders on pictures (needs the extra `serve`)",
 }
 
 

@@ -23,11 +23,6 @@ class ConvergenceWarning(UserWarning):
     """An implicit step did not reach its tolerance; the result carries the residual."""
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, in Python's words or in torch's, on any device."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
-
-
-def install(extra: str) -> str:
-    """The command that installs one of this package's extras, such as `serve`: in the folder of its source."""
-    return f"pip install '.[{extra}]' in rac's source folder"
+def install_extra(extra: str) -> str:
+    """Returns the sentence that tells how to install one of the optional extras of pyproject.toml."""
+    return f"run pip install '.[{extra}]' in the folder of rac's source code"

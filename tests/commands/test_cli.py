@@ -49,7 +49,7 @@ def test_extras_that_messages_name_are_declared_and_no_registry_is_promised() ->
     root = Path(__file__).parents[2]
     declared = (root / "pyproject.toml").read_text()
     sources = [path.read_text() for path in (root / "src").rglob("*.py")]
-    named = {name for source in sources for name in re.findall(r"install\('(\w+)'\)", source)}
+    named = {name for source in sources for name in re.findall(r"install_extra\('(\w+)'\)", source)}
     assert {"serve", "export", "photos", "datasets", "metrics", "distributed"} <= named
     assert all(re.search(rf"^{name} = \[", declared, re.M) for name in named)
     assert not any("rectified-auto-coder[" in source for source in sources)

@@ -96,9 +96,7 @@ def test_each_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch)
 def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(
-        RacError, match=r"2 processes needs accelerate: pip install 'rectified-auto-coder\[distributed\]'"
-    ):
+    with pytest.raises(RacError, match=r"2 processes needs accelerate; run pip install '\.\[distributed\]'"):
         Processes.join()
 
 

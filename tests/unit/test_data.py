@@ -197,7 +197,7 @@ def test_photographs_come_with_scikit_image(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"astronaut.png", "chelsea.png", "coffee.png"} <= set(names)
     assert "motorcycle_right.png" not in names, "the twin of a held-out picture"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RacError, match=r"pip install 'rectified-auto-coder\[photos\]'"):
+    with pytest.raises(RacError, match=r"pip install '\.\[photos\]'"):
         find_pictures(())
 
 

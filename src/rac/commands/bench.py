@@ -47,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Command:
-    """Measure images per second to encode, decode and train, with what a training step's time goes into.
+    """Measure images per second to encode, decode and train, and show where the time of a training step goes.
 
     GFLOP/s count two operations for each multiply-accumulate, and their share is of the best rate that plain
     convolutions reach in the same run. bf16 is autocast with the channels-last layout. Times are medians; on a machine
@@ -57,7 +57,7 @@ class Command:
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Shipped coders (see `rac models`), directories, names on the hub. None: all that ship."""
     jobs: tuple[Job, ...] = ("encode", "decode", "train")
-    """What to measure. Coders that are not trained here are not trained."""
+    """What to measure. Training is measured only for coders that this package can train."""
     size: int = 64
     """Side of the square images."""
     batch: int = 16
@@ -69,15 +69,15 @@ class Command:
     data: tuple[Path, ...] = ()
     """Training images: folders, tar files, single images. None: scikit-image's photographs."""
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """How to compute."""
+    """Precision of the computation."""
     threads: int = 0
     """Threads torch computes with. 0: those that decode fastest, measured first."""
     seconds: float = 2.0
-    """Least time for each measurement."""
+    """Minimum time of each measurement, in seconds."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     format: Literal["table", "markdown", "csv", "json"] = "table"
-    """How to print."""
+    """Format of the output."""
 
     def run(self) -> int:
         """Measure and print; the exit code. Raises `RacError`."""

@@ -27,7 +27,7 @@ class Command:
     """A shipped coder, a directory, a TAESD-family .pth file, or a name on the hub. None: crops alone."""
     data: DataConfig = field(default_factory=DataConfig)
     out: Path = Path("crops")
-    """Folder for the shards; made if it is not there."""
+    """Folder for the shards; created if it does not exist."""
     crops: int | None = None
     """How many random crops to prepare: the first ones that training on the pictures themselves would see."""
     whole: bool = False
@@ -46,9 +46,9 @@ class Command:
     workers: int = 1
     """Threads that read pictures ahead; 0: none."""
     threads: int = 0
-    """Threads torch computes with; 0: its own choice."""
+    """Threads torch computes with; 0: torch's own choice."""
     rng_seed: int = 0
-    """Chooses the crops; `--train.rng-seed` of a training that would see the same."""
+    """Seed of the crops. A training with the same `--train.rng-seed` sees the same crops."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 

@@ -15,7 +15,7 @@ from .evaluation import EvaluationOptions
 
 @dataclass(frozen=True)
 class Command(EvaluationOptions):
-    """Judge several coders on the same images: one table of quality, parameters, MACs and speed, and pictures.
+    """Compare several coders on the same images: one table of quality, parameters, MACs and speed, and pictures.
 
     A RAC enters once for each number of steps. Writes table.md, comparison.json, report.html with its pictures, and
     each coder's own result as `rac evaluate` does.
@@ -24,7 +24,7 @@ class Command(EvaluationOptions):
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """RACs, teachers, any diffusers VAE: shipped names (see `rac models`), directories, names on the hub."""
     out: Path = Path("compared")
-    """Folder for the results; made if it is not there."""
+    """Folder for the results; created if it does not exist."""
 
     def run(self) -> int:
         """Compare; the exit code. Raises `RacError`."""

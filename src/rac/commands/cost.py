@@ -37,7 +37,7 @@ class Command:
     side: int = 256
     """Images are squares of this side; a multiple of 16."""
     format: Literal["table", "markdown", "csv", "json"] = "table"
-    """How to print."""
+    """Format of the output."""
 
     def run(self) -> int:
         """Print the tables; the exit code. Raises `RacError`."""

@@ -28,13 +28,13 @@ class Command:
     path: Annotated[Path, tyro.conf.Positional]
     """A latent file, or a folder of them."""
     out: Path = Path("decoded")
-    """Folder for the results; made if it is not there."""
+    """Folder for the results; created if it does not exist."""
     model: str | None = None
     """The coder to decode with. None: the one named in the file."""
     steps: int | None = None
     """Steps of the flow. None: as many as it was encoded with."""
     solver: SolverName | None = None
-    """How each step is taken. None: as it was encoded."""
+    """Solver of the flow. None: the one used for encoding."""
     tile: int | None = None
     """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
     blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""

@@ -26,13 +26,13 @@ PHOTOGRAPHS = 4
 
 @dataclass(frozen=True)
 class Command:
-    """A tour of the shipped RAC on photographs that come with scikit-image.
+    """Reconstruct scikit-image's photographs with the shipped RAC, and write an HTML report.
 
     Writes report.html, which holds its pictures itself, and the same pictures as PNG files beside it.
     """
 
     out: Path = Path("demo")
-    """Folder for the report; made if it is not there."""
+    """Folder for the report; created if it does not exist."""
     model: str = DEFAULT_CODER
     """A shipped RAC (see `rac models`), or a directory."""
     size: int = 128

@@ -34,19 +34,19 @@ class Command:
     path: Annotated[Path, tyro.conf.Positional]
     """A picture, or a folder of pictures."""
     out: Path = Path("latents")
-    """Folder for the results; made if it is not there."""
+    """Folder for the results; created if it does not exist."""
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
     steps: int | None = None
     """Steps of the flow. None: the coder's own number."""
     solver: SolverName = "euler"
-    """How each step is taken. Decode with the same."""
+    """Solver of the flow. Decode with the same one."""
     exact: bool = False
     """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual: slower. An image whose
     iteration does not converge is encoded as without this option. The state's channels beside the image are unknown to
     an encoder, so a small residual does not say that the latent is the one decoded."""
     size: int | None = None
-    """Scale and crop images to squares of this side. None: as they are."""
+    """Scale and crop images to squares of this side. None: keep their size."""
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None

@@ -12,7 +12,7 @@ from .shared import DEFAULT_CODER
 
 @dataclass(frozen=True)
 class Command(EvaluationOptions):
-    """Judge a coder on images, under a protocol that says all that the metrics depend on.
+    """Measure a coder on images under a protocol, which states everything that the metrics depend on.
 
     Writes for each number of steps a JSON file with the metrics, the protocol, the hash of the images, versions and
     command; a table; and a report with pictures. Metrics of sets are named after their features: only FID is the FID.
@@ -21,7 +21,7 @@ class Command(EvaluationOptions):
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
     out: Path = Path("evaluated")
-    """Folder for the results; made if it is not there."""
+    """Folder for the results; created if it does not exist."""
 
     def run(self) -> int:
         """Evaluate; the exit code. Raises `RacError`."""

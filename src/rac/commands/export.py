@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..coders.protocol import Coder
 from ..data.files import find_pictures
-from ..errors import RacError, install
+from ..errors import RacError, install_extra
 from ..files import make_folder
 from ..images import check_size, read_image
 from ..integrations.export import (
@@ -60,8 +60,8 @@ class Command:
     steps: int | None = None
     """Evaluations of the field. None: the coder's own number."""
     latents: Latents = "normalised"
-    """raw: as the teacher's own network makes and takes them, so that the file takes the place of its VAE. normalised:
-    as `rac` gives them."""
+    """raw: on the scale of the teacher's own network, so that the file can replace its VAE. normalised: on the scale
+    that `rac` uses."""
     size: int = 64
     """Largest side of the three pictures that the file is checked on; a multiple of 4 times the factor."""
 
@@ -83,7 +83,7 @@ class Command:
             description = export(module, path, self.format, self.model)
             print(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
             if self.format == "onnx" and find_spec("onnxruntime") is None:
-                note(f"not checked: onnxruntime is missing ({install('export')})")
+                note(f"not checked: onnxruntime is not installed; {install_extra('export')}")
                 continue
             _judge(path, module, _inputs(coder, part, images, self.steps, self.latents), images)
         return 0
@@ -102,7 +102,7 @@ def _images(size: int) -> list[Tensor]:
         pictures = list(find_pictures(()))
     else:
         pictures = []
-        note(f"scikit-image is missing, so the file is checked on waves ({install('photos')})")
+        note(f"scikit-image is not installed, so the check uses synthetic images; {install_extra('photos')}")
     for number, (batch, height, width) in enumerate(SHAPES):
         sides = int(size * height), int(size * width)
         if pictures:

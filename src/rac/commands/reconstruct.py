@@ -33,15 +33,15 @@ class Command:
     path: Annotated[Path, tyro.conf.Positional]
     """A picture, or a folder of pictures."""
     out: Path = Path("reconstructed")
-    """Folder for the results; made if it is not there."""
+    """Folder for the results; created if it does not exist."""
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of steps to compare; encoding takes as many as decoding."""
     solver: SolverName = "euler"
-    """How each step is taken."""
+    """Solver of the flow."""
     size: int | None = None
-    """Scale and crop images to squares of this side. None: as they are."""
+    """Scale and crop images to squares of this side. None: keep their size."""
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None

@@ -19,7 +19,7 @@ SHOWN = 160
 
 @dataclass(frozen=True)
 class Command:
-    """Train RAC's idea on points of the plane, in seconds, and draw the flow, forward and back.
+    """Train a RAC on points of the plane in seconds, and draw its flow in both directions.
 
     A point of two moons stands for an image, the lattice cell it lies in for the latent. Writes flow.png (the field and
     the states over time), paths.png (decoding and encoding at 1, 2, 4 and 8 steps), errors.png (how well the way back
@@ -27,15 +27,15 @@ class Command:
     """
 
     out: Path = Path("toy")
-    """Folder for the pictures; made if it is not there."""
+    """Folder for the pictures; created if it does not exist."""
     rng_seed: int = 0
-    """Equal seeds give equal fields, figures and pictures."""
+    """Equal seeds give equal fields, metrics and pictures."""
     cell: float = ToyConfig.cell
     """Side of a cell: how coarse the latents are. The moons are some 3 wide and 1.7 high."""
     seed_noise: float = ToyConfig.seed_noise
     """Deviation of seed states about their cell's centre, in cells, 0 to 0.25; 0 makes every cell one point."""
     iterations: int = ToyConfig.iterations
-    """Of training, 512 points each."""
+    """Training iterations, with 512 points each."""
 
     def run(self) -> int:
         """Train, draw, print; the exit code. Raises `RacError`."""

@@ -26,15 +26,12 @@ class DataConfig:
     size: int = 64
     """Side of the square training crops, in pixels."""
     further_sizes: tuple[int, ...] = ()
-    """Sides of the crops of further batches: `size` and these take turns, an iteration each. For coders that shall work
-    at several sizes; held-out images keep `size`."""
+    """Further sides of crops; `size` and these alternate, one iteration each. For coders that must work at several
+    sizes. Held-out images keep `size`."""
     smallest_crop: int | None = None
-    """Least side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
+    """Smallest side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
-    """Greatest side of the region that is cropped.
-
-    None: the picture's short side. Sides are drawn log-uniformly between `smallest_crop` and this.
-    """
+    """Largest side of that region. None: the picture's short side. Sides are drawn log-uniformly between the two."""
     flip: bool = True
     """Mirror every other crop, at random."""
     held_out: int = 8

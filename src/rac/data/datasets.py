@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ..errors import ImageError, RacError, install
+from ..errors import ImageError, RacError, install_extra
 from ..files import home_expanded
 from .pictures import Names
 
@@ -133,7 +133,9 @@ def load_rows(hf_path: HFPath, text: str, streaming: bool) -> Any:
     try:
         import datasets
     except ImportError:
-        raise RacError(f"{text} needs Hugging Face's datasets, which is not installed; {install('datasets')}") from None
+        raise RacError(
+            f"{text} needs Hugging Face's datasets, which is not installed; {install_extra('datasets')}"
+        ) from None
     path = home_expanded(hf_path.name)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

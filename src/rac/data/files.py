@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import RacError, install
+from ..errors import RacError, install_extra
 from ..files import MARKER, home_expanded
 from ..images import PICTURE_SUFFIXES, is_picture
 from ..progress import ProgressFn, counting
@@ -275,8 +275,8 @@ def photographs() -> Folder:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise RacError(
-            "no images were given, and scikit-image, whose photographs would do, is not installed; "
-            f"{install('photos')}, or give a folder of images"
+            "no images were given, and scikit-image, whose photographs are the default, is not installed; give a "
+            f"folder of images, or {install_extra('photos')}"
         )
     folder = Path(spec.submodule_search_locations[0]) / "data"
     found = Names.of(name for name in _PHOTOGRAPHS if (folder / name).is_file())

@@ -319,7 +319,7 @@ vae.num_inference_steps = {steps}
 pipeline = DiffusionPipeline.from_pretrained("...", vae=vae)
 ```
 
-Data, their terms and figures: to be told by whoever trained it.
+Training data, licence and metrics: add them here.
 """
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coders.protocol import Coder
-from ..errors import RacError, install
+from ..errors import RacError, install_extra
 from ..files import explained
 from ..flow import Walk
 from ..storage import weights_hash
@@ -207,7 +207,7 @@ def need(*modules: str) -> None:
     """Raise `RacError` with the mend unless the extra's modules are there."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise RacError(f"this needs {' and '.join(missing)}: {install('export')}")
+        raise RacError(f"this needs {' and '.join(missing)}; {install_extra('export')}")
 
 
 @contextmanager

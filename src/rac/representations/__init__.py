@@ -42,7 +42,7 @@ def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Ex
     - `inception-2048`: the FID of the literature. Needs the full graph of 2015-12-05 as safetensors (`inception` says
       in which layouts): `weights`, or inception_v3_2015-12-05.safetensors in the weights folder.
     - `inception-768`: the mean of the same graph's layer mixed_7. Takes the full file or one that ends at mixed_8.
-    - `efficientnet-lite0`: works everywhere; its weights come with the extra `metrics`.
+    - `efficientnet-lite0`: needs no file of weights; the extra `metrics` brings them.
 
     Raises `WeightsError` if there is no such file, or it does not fit.
     """

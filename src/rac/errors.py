@@ -26,3 +26,8 @@ class ConvergenceWarning(UserWarning):
 def install_extra(extra: str) -> str:
     """Returns the sentence that tells how to install one of the optional extras of pyproject.toml."""
     return f"run pip install '.[{extra}]' in the folder of rac's source code"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Returns whether `error` says that memory ran out, in Python's words or in torch's, on any device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

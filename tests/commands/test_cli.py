@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -43,16 +42,6 @@ def test_public_names_are_there_though_nothing_is_imported_ahead() -> None:
     assert rac.images.read_image is rac.read_image
     with pytest.raises(AttributeError, match="no_such_name"):
         rac.no_such_name  # noqa: B018 - the access is what is tested
-
-
-def test_extras_that_messages_name_are_declared_and_no_registry_is_promised() -> None:
-    root = Path(__file__).parents[2]
-    declared = (root / "pyproject.toml").read_text()
-    sources = [path.read_text() for path in (root / "src").rglob("*.py")]
-    named = {name for source in sources for name in re.findall(r"install_extra\('(\w+)'\)", source)}
-    assert {"serve", "export", "photos", "datasets", "metrics", "distributed"} <= named
-    assert all(re.search(rf"^{name} = \[", declared, re.M) for name in named)
-    assert not any("rectified-auto-coder[" in source for source in sources)
 
 
 @pytest.mark.parametrize("verb", VERBS)

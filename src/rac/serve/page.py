@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import RacError, install_extra
+from ..evaluate.one_image import Loaded, Reconstruction, decode_noised, reconstruct
 from ..flow import Trajectory
 from ..images import PICTURE_SUFFIXES, crop, to_pixels
 from ..report.document import Table
@@ -346,7 +347,7 @@ def _notes_html(*notes: str) -> str:
     return "".join(f"<p class='rac-note'>{escape(note)}</p>" for note in notes if note)
 
 
-def pictures_html(image: Tensor, versions: Sequence[Version]) -> str:
+def pictures_html(image: Tensor, versions: Sequence[Reconstruction]) -> str:
     """Lay out the original and its versions side by side; zoomed, they show the same part."""
     cells = [("original", f"{image.shape[-1]} x {image.shape[-2]}", image)]
     cells += [(one.name, f"{_decibels(one.psnr)} dB", one.image) for one in versions]
@@ -360,7 +361,7 @@ def pictures_html(image: Tensor, versions: Sequence[Version]) -> str:
     return f"<div class='rac-pictures' style='--columns:{columns}' {reached}>{figures}</div>"
 
 
-def figures_html(versions: Sequence[Version], what: str) -> str:
+def figures_html(versions: Sequence[Reconstruction], what: str) -> str:
     """Tabulate PSNR, SSIM, time and cost of each version."""
     rows = tuple(
         (

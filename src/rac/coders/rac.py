@@ -58,9 +58,9 @@ class RACConfig:
     state_channels: int = 4
     """Channels C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
-    """How a latent is laid out in the seed state, as `rac.states.StateSpec` lists the ways."""
+    """Layout of a latent in the seed state, one of those of `rac.states.StateSpec`."""
     contraction: Literal["inverse", "projector"] = "inverse"
-    """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
+    """Way from a seed state to a latent: the spread's own inverse, or a learned projector."""
     teacher: str | None = None
     """Name or directory of the teacher it was trained on; not needed to use the coder."""
     steps: int = 4

@@ -12,7 +12,7 @@ from ..images import check_size
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, and how crops are drawn from them."""
+    """Settings of the training images: where they come from, and how crops are drawn from them."""
 
     paths: tuple[Path, ...] = ()
     """Folders of images (searched through), tar shards (also folders of them, and patterns such as

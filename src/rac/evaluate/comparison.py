@@ -343,7 +343,13 @@ def evaluate_candidate(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Row:
-    """Evaluates one candidate and counts its cost. Arguments and errors are those of `evaluate`."""
+    """Evaluates one candidate and counts its cost.
+
+    - `candidate`: the coder in its setting.
+    - `images`, `suite`, `reference`, `batch`, `command`, `progress`: as for `evaluate`.
+
+    Raises `RacError` as `evaluate`.
+    """
     protocol = candidate.protocol
     first = next(images.batches(1)).images.to(candidate.device)
     # Before the images that are timed, so that no speed is that of a cold start.

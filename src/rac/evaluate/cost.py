@@ -143,7 +143,10 @@ def reference_rows(side: int = 256) -> list[CostRow]:
 def halves(name: str, network: Any, spec: LatentSpec, side: int = 256) -> list[CostRow]:
     """Returns rows for the encoder, the decoder and the whole of an autoencoder.
 
-    Its `network` has an `encoder` and a `decoder`.
+    - `name`: the name in the rows.
+    - `network`: a module with an `encoder` and a `decoder`.
+    - `spec`: the shape of its latents.
+    - `side`: side of the images.
     """
     encoder = count(network.encoder, (1, 3, side, side))
     decoder = count(network.decoder, (1, spec.channels, side // spec.factor, side // spec.factor))
@@ -180,13 +183,27 @@ def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
 
 
 def field_row(name: str, field: nn.Module, state_channels: int, side: int = 256, note: str = "") -> CostRow:
-    """Returns a row for one evaluation of a field on states of `side` x `side`."""
+    """Returns a row for one evaluation of a field.
+
+    - `name`: the name in the row.
+    - `field`: the field.
+    - `state_channels`: channels of its states.
+    - `side`: side of its states.
+    - `note`: a remark in the row.
+    """
     cost = count(field, (1, state_channels, side, side), (1,))
     return CostRow(name, cost.parameters, cost, note)
 
 
 def flow_row(name: str, field: nn.Module, state_channels: int, steps: int, side: int = 256) -> CostRow:
-    """Returns a row for a field on states of `side` x `side`, with the cost of `steps` steps in its note."""
+    """Returns a row for one evaluation of a field, with the cost of a whole flow in its note.
+
+    - `name`: the name in the row.
+    - `field`: the field.
+    - `state_channels`: channels of its states.
+    - `steps`: number of steps of the flow.
+    - `side`: side of its states.
+    """
     row = field_row(name, field, state_channels, side)
     assert row.cost is not None
     walk = "1 step" if steps == 1 else f"{steps} steps"

@@ -29,8 +29,10 @@ INTRODUCTION = (
 def sections(coder: RAC, teacher: Coder | None, photographs: dict[str, Tensor], results: Results) -> list[Section]:
     """Returns the report's sections.
 
-    `results` are those of `reconstructions` for each of `photographs`, images 1 3 H W by name. The flow of the
-    first of them is shown, from the teacher's latent where there is a teacher.
+    - `coder`, `teacher`: the coder, and its teacher if it could be loaded.
+    - `photographs`: images 1 3 H W by name. The flow of the first one is shown, from the teacher's latent if there is a
+      teacher.
+    - `results`: the results of `reconstructions` for each of them.
     """
     image = next(iter(photographs.values()))
     with torch.no_grad():

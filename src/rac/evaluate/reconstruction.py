@@ -238,8 +238,10 @@ def measure(
 ) -> Measurement:
     """Measures the metrics of `evaluate` without hashing the coder's weights: for galleries during training.
 
-    `coder_hash` lets features of the reconstructions be kept on disk; the other arguments, and the errors, are those of
-    `evaluate`.
+    - `coder_hash`: lets features of the reconstructions be kept on disk; None: they are not.
+    - `coder`, `images`, `protocol`, `teacher`, `reference`, `suite`, `batch`, `progress`: as for `evaluate`.
+
+    Raises `RacError` as `evaluate`.
     """
     reconstructor = Reconstructor(coder=coder, protocol=protocol, teacher=teacher)
     device = reconstructor.device

@@ -93,7 +93,13 @@ def robustness_curve(
 
 
 def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_seed: int = 0) -> Iterator[Tensor]:
-    """Yields, for each sigma, the teacher's latents of the images plus sigma times their noise."""
+    """Yields, for each sigma, the teacher's latents of the images plus sigma times their noise.
+
+    - `teacher`: the coder that encodes.
+    - `part`: the images.
+    - `sigmas`: standard deviations of the noise.
+    - `rng_seed`: seed of the noise, which depends on it and the image's name alone.
+    """
     with reproducible():
         latent = teacher.encode(part.images).float()
     streams = [generator(rng_seed, "correction", name) for name in part.names]

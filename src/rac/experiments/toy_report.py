@@ -43,7 +43,12 @@ def exact_table(metrics: list[ToyMetrics]) -> Table:
 
 
 def draw_flow(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> Image.Image:
-    """Draws the velocities as arrows at five times, and the seed states as far as they have come by then."""
+    """Draws the velocities as arrows at five times, and the seed states as far as they have come by then.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: images B 2, points of the moons.
+    - `seed`: their seed states B 2.
+    """
     fine = integrate(field, seed, TimeGrid.uniform(32), Euler(), keep="nodes")
     figure, all_axes = _figure(1, len(TIMES), config)
     for axes, time in zip(all_axes, TIMES, strict=True):
@@ -63,7 +68,12 @@ def draw_flow(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -
 
 
 def draw_paths(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> Image.Image:
-    """Draws the paths of the states at 1, 2, 4 and 8 steps: decoding above, encoding below."""
+    """Draws the paths of the states at 1, 2, 4 and 8 steps: decoding above, encoding below.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: images B 2, points of the moons.
+    - `seed`: their seed states B 2.
+    """
     from matplotlib.collections import LineCollection
 
     figure, all_axes = _figure(2, len(STEPS), config)
@@ -94,7 +104,12 @@ def draw_errors(metrics: list[ToyMetrics]) -> Image.Image:
 
 
 def film(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> bytes:
-    """Returns an animated GIF: the seed states flow to points, and the images back to seed states."""
+    """Returns an animated GIF: the seed states flow to points, and the images back to seed states.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: images B 2, points of the moons.
+    - `seed`: their seed states B 2.
+    """
     there = integrate(field, seed, TimeGrid.uniform(FRAMES), keep="nodes")
     back = integrate(field, point, TimeGrid.uniform(FRAMES).reversed(), keep="nodes")
     frames = []

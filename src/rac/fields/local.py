@@ -59,7 +59,7 @@ class LocalFieldConfig:
     pooled: bool = False
     """Add context from the whole image in the coarsest blocks, as in TAEF2's decoder; the field is then not local."""
     time: Literal["modulation", "channel"] = "modulation"
-    """How the time enters: by a learned scale and shift of the features of every block, or as one more channel."""
+    """Way in which the time enters: a learned scale and shift of the features of every block, or one more channel."""
     embedding: int = 64
     """Width of the time's embedding."""
     interval: bool = False

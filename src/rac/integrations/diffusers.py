@@ -246,7 +246,10 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """Saves the model like every diffusers model, and a model card beside it where there is no README.md yet."""
+        """Saves the model like every diffusers model, and a model card beside it where there is no README.md yet.
+
+        The arguments are those of diffusers' `ModelMixin.save_pretrained`.
+        """
         hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
         super().save_pretrained(
             save_directory,
@@ -274,7 +277,10 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
-        """Uploads model and card to the Hugging Face hub; the card of a repository that has one stays."""
+        """Uploads model and card to the Hugging Face hub; the card of a repository that has one stays.
+
+        The arguments are those of diffusers' `PushToHubMixin.push_to_hub`.
+        """
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)

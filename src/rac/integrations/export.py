@@ -1,7 +1,7 @@
 """Export of a coder's two halves as single files for other runtimes: ONNX, or PyTorch's own exported programs.
 
 The number of steps is fixed in the file, each step unrolled; batch, height and width stay free, an image's sides as
-multiples of the factor. Files hold their own description, the same JSON in either format: see `Description`.
+multiples of the factor. Files hold their own `Description`, the same JSON in either format.
 """
 
 from __future__ import annotations

@@ -134,11 +134,11 @@ class RACObjective:
     times: TimeDistribution = "uniform"
     """Distribution of the times on the path at which `velocity` and `mean_velocity` are evaluated."""
     derivative: Derivative = "jvp"
-    """How the mean velocity is differentiated: exactly, or by central difference, for fields without forward-mode
-    derivatives (`ldm`).
+    """Derivative of the mean velocity: exact, or by central difference, for fields without forward-mode derivatives
+    (`ldm`).
     """
     memory: Memory = "recompute"
-    """What an unrolled flow stores for the backward pass.
+    """Memory of an unrolled flow for the backward pass.
 
     "store": all activations. "recompute": the states, from which activations are computed again step by step.
     "reverse": the end states alone, from which the others are retraced; this unrolls by `ReversibleHeun`, takes one
@@ -178,7 +178,7 @@ class Coding(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """How the flows of one iteration are unrolled."""
+    """Settings by which the flows of one iteration are unrolled."""
 
     objective: RACObjective
     steps: int

@@ -237,7 +237,7 @@ def klvae_f8d4() -> KLVAERecipe:
 
 
 def klvae_f8d4_sharp() -> KLVAERecipe:
-    """Second stage of that teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
+    """Second stage of the f8d4 teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
     first = klvae_f8d4()
     return replace(
         klvae_sharp(),

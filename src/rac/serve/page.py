@@ -254,7 +254,11 @@ def _limits_in_words(limits: Limits) -> str:
 
 @contextmanager
 def serving(page: Page, host: str, port: int, limits: Limits) -> Iterator[str]:
-    """Serves `page` while the context lasts, and gives its URL. `port` 0 takes a free port.
+    """Serves a page while the context lasts, and gives its URL.
+
+    - `page`: the page.
+    - `host`, `port`: the address to listen at; port 0 takes a free one.
+    - `limits`: limits on what visitors may send.
 
     Raises `RacError` if the server cannot listen at this address.
     """

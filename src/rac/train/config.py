@@ -55,7 +55,7 @@ class TrainConfig:
     device: str = field(default="auto", metadata=free_on_resume())
     """Device to train on: auto, cpu, cuda, cuda:1 or mps."""
     shard: Literal["none", "fsdp"] = field(default="none", metadata=free_on_resume())
-    """How several processes hold the weights: all on each process, or spread over them (FSDP2), to save memory."""
+    """Weights on several processes: all on each process, or spread over them (FSDP2), to save memory."""
     minutes: float = field(default=0.0, metadata=free_on_resume())
     """Stop, saved, once this call has lasted so many minutes, and leave the rest to a resume; 0: no limit.
 

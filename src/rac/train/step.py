@@ -61,7 +61,13 @@ class TrainedPart:
 
     @classmethod
     def start(cls, part: Part, settings: TrainConfig, device: torch.device, processes: Processes) -> TrainedPart:
-        """Returns the part before the first iteration, its module moved to `device`."""
+        """Returns the part before the first iteration, its module moved to `device`.
+
+        - `part`: the part of the task.
+        - `settings`: settings of the training.
+        - `device`: the device to train on.
+        - `processes`: the processes that train.
+        """
         sharded = part.shard and settings.shard == "fsdp" and processes.count > 1
         # Weights can be cut only where they lie one after the other.
         module = runtime.place(part.module, device, settings.channels_last and not sharded)
@@ -196,7 +202,13 @@ class TrainState:
     def start(
         cls, task: Task, settings: TrainConfig, device: torch.device, processes: Processes | None = None
     ) -> TrainState:
-        """Returns the state before the first iteration, with the task's modules moved to `device`."""
+        """Returns the state before the first iteration, with the task's modules moved to `device`.
+
+        - `task`: the task.
+        - `settings`: settings of the training.
+        - `device`: the device to train on.
+        - `processes`: the processes that train; None: this one alone.
+        """
         processes = processes or Processes()
         for module in task.frozen:
             runtime.place(module, device, settings.channels_last).eval().requires_grad_(False)
@@ -219,6 +231,11 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
     in them is averaged, weighted by their sizes. Statistics that are means over images, such as running means, thus
     become those of the whole batch; a module that computes with them, rather than with those of the piece in hand,
     trains alike however the batch is cut.
+
+    - `task`: the task.
+    - `state`: the state of the training, which is changed.
+    - `batch`: the images of the iteration.
+    - `settings`: settings of the training.
 
     Returns the mean unweighted terms, the weighted sum "loss" of the first part's, and the norms of the gradients:
     "gradient", and "gradient_" with its name for each further part. If these are not all finite, weights, buffers,

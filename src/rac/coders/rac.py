@@ -67,7 +67,6 @@ class RACConfig:
     """Default number of steps."""
     seed_noise: float = 0.0
     """Standard deviation of Gaussian noise about `PAD` in the sites of the seed state that the latent leaves free.
-
     Decoding is then a flow from (latent, noise) to one of the images that the latent may mean; encoding reads the
     latent's sites alone.
     """

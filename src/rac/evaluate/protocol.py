@@ -43,18 +43,14 @@ class Protocol:
     rng_seed: int = 0
     """Seed of the posterior samples."""
     steps: int | None = None
-    """Number of steps of each way that a coder walks; None: the coder's own number.
-
-    Ways taken at once have no steps.
-    """
+    """Number of steps of each way that a coder walks; None: the coder's own number. Other ways have no steps."""
     solver: SolverName = "euler"
     """Rule for each step of a flow."""
     shift: float = 1.0
     """Shift of the time grid, the `alpha` of `TimeGrid.shifted`; 1: equal steps."""
     weights: Literal["ema", "raw"] = "ema"
-    """Kind of weights that the coder has, averaged or raw, as the protocol's maker states it.
-
-    Saved coders have the average.
+    """Kind of weights that the coder has, averaged or raw, as the protocol's maker states it. Saved coders have the
+    average.
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the coder's arithmetic; metrics are always computed in float32, distances of sets in float64."""

@@ -100,9 +100,8 @@ class Ablation:
     choices: tuple[str, ...]
     """Choices of values such as "spread=nearest,shuffle", as `read_axis` takes them; every combination is a variant."""
     budget: str
-    """Length of training, as `Budget.read` takes it.
-
-    A time holds for the mean of all variants, or for each if `equal` is time.
+    """Length of training, as `Budget.read` takes it. A time holds for the mean of all variants, or for each if `equal`
+    is time.
     """
     directory: Path
     equal: Equal = "images"

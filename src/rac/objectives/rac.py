@@ -54,13 +54,9 @@ class RACWeights:
     round_trip_state: float = 0.0
     """Weight of the MSE of the round trip without contraction to a latent in between."""
     mean_velocity: float = 0.0
-    """Weight of the MSE of the mean velocity against its identity (flow/mean.py).
-
-    Needs a field built with `interval`.
-    """
+    """Weight of the MSE of the mean velocity against its identity (flow/mean.py); the field needs `interval`."""
     velocity: float = 0.0
     """Weight of the MSE of the velocity at a random time against the straight path's (arXiv 2209.03003, equation 1).
-
     Ours. Nothing is unrolled.
     """
     latent_velocity: float = 0.0
@@ -69,26 +65,22 @@ class RACWeights:
     """Weight of LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`. Ours."""
     coarse: float = 0.0
     """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. Ours.
-
     Counters tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine
     detail.
     """
     pattern: float = 0.0
-    """Weight of the mean square of the decoded image's error, averaged over all blocks of one image. Ours.
-
-    The average is taken at each of the f^2 places in a block of f x f pixels, without its mean: the grid of blocks that
-    shows in even regions.
+    """Weight of the mean square of the decoded image's error, averaged over all blocks of one image. Ours. The average
+    is taken at each of the f^2 places in a block of f x f pixels, without its mean: the grid of blocks that shows in
+    even regions.
     """
     detail: float = 0.0
-    """Weight of the MSE of the amount of fine detail in each block of f x f pixels. Ours.
-
-    The amount is the root mean square of what a 3 x 3 mean takes away. Distances, perceptual ones too, favour decoded
-    images smoother than their originals.
+    """Weight of the MSE of the amount of fine detail in each block of f x f pixels. Ours. The amount is the root mean
+    square of what a 3 x 3 mean takes away. Distances, perceptual ones too, favour decoded images smoother than their
+    originals.
     """
     adversarial: float = 0.0
-    """Weight of the adversarial term of the decoded image, that of `reconstruction`. Ours.
-
-    It is relative to all other terms: at 1 its gradient at the field's last layer is as long as theirs.
+    """Weight of the adversarial term of the decoded image, that of `reconstruction`. Ours. It is relative to all other
+    terms: at 1 its gradient at the field's last layer is as long as theirs.
     """
 
     def chosen(self) -> dict[str, float]:
@@ -138,11 +130,10 @@ class RACObjective:
     (`ldm`).
     """
     memory: Memory = "recompute"
-    """Memory of an unrolled flow for the backward pass.
-
-    "store": all activations. "recompute": the states, from which activations are computed again step by step.
-    "reverse": the end states alone, from which the others are retraced; this unrolls by `ReversibleHeun`, takes one
-    evaluation more per flow, and allows no step noise, which could not be taken off again.
+    """Memory of an unrolled flow for the backward pass. "store": all activations. "recompute": the states, from which
+    activations are computed again step by step. "reverse": the end states alone, from which the others are retraced;
+    this unrolls by `ReversibleHeun`, takes one evaluation more per flow, and allows no step noise, which could not be
+    taken off again.
     """
 
     def __post_init__(self) -> None:

@@ -346,9 +346,7 @@ def rac_64_rollout() -> RACRecipe:
 
 
 def rac_64_sizes() -> RACRecipe:
-    """Third stage of the small coder: more LPIPS; against tints, block patterns and blur; on new crops of 64, 128 and
-    224 pixels in turn. Give the second stage as --start.
-    """
+    """Third stage of the small coder: against tints, patterns, blur; 64, 128, 224 pixels. The second as --start."""
     second = rac_64_rollout()
     weights = replace(second.objective.weights, perceptual=0.4, coarse=30.0, pattern=100.0, detail=5.0)
     return replace(
@@ -391,10 +389,7 @@ def rac_taef2() -> RACRecipe:
 
 
 def rac_taef2_sharp() -> RACRecipe:
-    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core.
-
-    Give .pth as --teacher, the first as --start.
-    """
+    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give --teacher, and the first as --start."""
     first = rac_taef2()
     weights = RACWeights(velocity=0.2, latent_velocity=0.02, reconstruction=1.0, perceptual=6.0)
     return replace(
@@ -407,9 +402,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage of the TAEF2 coder: against tints and blur, on crops of 224, 128 and 256 pixels in turn; 15 minutes
-    on one core. Give the .pth file as --teacher, the second stage as --start.
-    """
+    """Third stage of the TAEF2 coder: against tints, blur; 128 to 256 pixels. Give --teacher, second as --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(
@@ -434,10 +427,7 @@ def rac_128() -> RACRecipe:
 
 
 def rac_128_rollout() -> RACRecipe:
-    """Second stage of the klvae-128 coder: the end point through 1 to 4 steps, with LPIPS.
-
-    Give the first as --start.
-    """
+    """Second stage of the klvae-128 coder: the end point through 1 to 4 steps, LPIPS. Give the first as --start."""
     first = rac_128()
     return replace(
         first,

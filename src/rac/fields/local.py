@@ -49,8 +49,8 @@ class LocalFieldConfig:
     """Channels inside the blocks of the finest level, where most of the work is done; None: as many as outside."""
     carrier: bool = True
     """Let the coarse level read and write only the channels x beyond the image's (for the spread `beside`). On the
-    straight path x = (1 - t) latent + t PAD, with velocity PAD - latent. So the coarse level reads (x - t PAD) / max(1
-    - t, 0.05), an estimate of the latent, and PAD minus this estimate is added to the network's velocity of these
+    straight path x = (1 - t) latent + t PAD, with velocity PAD - latent. So the coarse level reads an estimate of the
+    latent, (x - t PAD) / max(1 - t, 0.05), and PAD minus this estimate is added to the network's velocity of these
     channels.
     """
     clamp: float = 0.0

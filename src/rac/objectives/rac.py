@@ -64,14 +64,14 @@ class RACWeights:
     perceptual: float = 0.0
     """Weight of LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`. Ours."""
     coarse: float = 0.0
-    """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. Ours.
-    Counters tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine
+    """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. Ours. It
+    counters tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine
     detail.
     """
     pattern: float = 0.0
-    """Weight of the mean square of the decoded image's error, averaged over all blocks of one image. Ours. The average
-    is taken at each of the f^2 places in a block of f x f pixels, without its mean: the grid of blocks that shows in
-    even regions.
+    """Weight of the mean square of the block pattern: the decoded image's error, averaged over all blocks of f x f pixels
+    of one image, at each of the f^2 places in a block, without its mean; the grid of blocks that shows in even
+    regions. Ours.
     """
     detail: float = 0.0
     """Weight of the MSE of the amount of fine detail in each block of f x f pixels. Ours. The amount is the root mean

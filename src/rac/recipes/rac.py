@@ -402,7 +402,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage of the TAEF2 coder: against tints, blur; 128 to 256 pixels. Give --teacher, second as --start."""
+    """Third stage of the TAEF2 coder: against tints, blur; 128 to 256 pixels; 15 minutes. Give --teacher, --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(

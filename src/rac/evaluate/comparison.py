@@ -425,9 +425,9 @@ def steps_in_words(steps: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """Returns the name of a coder in tables.
+    """Returns the name of a coder in tables: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder.
 
-    Such as rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder, where a training run has its coder.
+    The last is where a training run has its coder.
     """
     path = Path(name).absolute()
     if path.name in hub.PRODUCTS and path.parent.name:

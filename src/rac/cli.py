@@ -21,7 +21,7 @@ from .files import home_expanded
 from .notices import spoken
 
 LEAST_COLUMNS = 40
-"""Width that help texts are laid out for at least."""
+"""Least width that help texts are laid out for."""
 
 VERBS = {
     "reconstruct": "encode and decode images; write strips, trajectories, PSNR and SSIM",
@@ -44,7 +44,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; `arguments` are those of the process where none are given. Returns the exit code."""
+    """Runs the command line, with the process's arguments if none are given, and returns the exit code."""
     with warnings.catch_warnings(), _somewhere_to_write(), spoken(), _wide_enough():
         warnings.showwarning = _warn
         # Pillow's complaints of damaged files name no file; our errors do.
@@ -115,7 +115,7 @@ def _overview() -> int:
 
 @contextmanager
 def _wide_enough() -> Iterator[None]:
-    """Let help texts be laid out for 40 columns at least: for one column the layout would take gigabytes."""
+    """Lays help texts out for 40 columns at least: for one column the layout would take gigabytes."""
     before = os.environ.get("COLUMNS")
     if shutil.get_terminal_size().columns < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
@@ -140,14 +140,14 @@ def _somewhere_to_write() -> Iterator[None]:
 
 
 def _escape_what_cannot_be_printed() -> None:
-    """Let names that the output's encoding lacks come out as escapes, and not end a batch with a traceback."""
+    """Prints names that the output's encoding lacks as escapes, so that they do not end a batch with a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(line: str, code: int) -> int:
-    """Print one line, whatever the message is made of."""
+    """Prints a message to stderr as one line, whatever line breaks it has, and returns the exit code."""
     print(f"rac: {' '.join(line.split())}", file=sys.stderr)
     return code
 

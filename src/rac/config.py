@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> JSON. Strict: an unknown or missing key is an error that names it."""
+"""Conversion of frozen dataclasses to JSON and back. Strict: an unknown or missing key is an error that names it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _converter.register_unstructure_hook(Path, str)
 
 
 def _exactly(*accepted: type) -> Callable[[Any, Any], Any]:
-    """A number stays a number and a word a word: 2.7 is no count, and "3" no number."""
+    """Returns a converter that accepts only these types: 2.7 is not a count, and "3" is not a number."""
 
     def structure(value: Any, cls: type) -> Any:
         if type(value) not in accepted:
@@ -65,12 +65,12 @@ _converter.register_structure_hook_factory(_is_tagged_union, _structure_tagged_u
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as plain dicts, lists, strings and numbers; tuples become lists."""
+    """Returns a dataclass as plain dicts, lists, strings and numbers; tuples become lists."""
     return json.loads(json.dumps(_converter.unstructure(config)))
 
 
 def json_safe(data: Any) -> Any:
-    """Return `to_json`'s form with "inf" and "nan" for the numbers that JSON lacks; `from_json` reads them."""
+    """Returns the result of `to_json` with "inf" and "nan" for the numbers that JSON lacks; `from_json` reads them."""
     if isinstance(data, dict):
         return {key: json_safe(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -79,7 +79,10 @@ def json_safe(data: Any) -> Any:
 
 
 def from_json(cls: type[T], data: Any, source: str = "config") -> T:
-    """Build `cls` from `to_json`'s form. Raises `RacError` naming `source` and every key that does not fit."""
+    """Builds a `cls` from the result of `to_json`.
+
+    Raises `RacError` naming `source` and every key that does not fit.
+    """
     if not isinstance(data, dict):
         raise RacError(f"{source} does not fit: expected the settings of a {cls.__name__}, not {data!r}")
     try:
@@ -90,12 +93,12 @@ def from_json(cls: type[T], data: Any, source: str = "config") -> T:
 
 
 def _reason(error: BaseException, cls: type | None) -> str:
-    """Our own errors say what is wrong; cattrs words the others."""
+    """Returns the reason of an error: the text of our own errors, cattrs' words for others."""
     return str(error) if isinstance(error, RacError) else format_exception(error, cls)
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises `RacError` naming the file if it is missing or not JSON."""
+    """Parses a JSON file. Raises `RacError` naming the file if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,15 +110,16 @@ def read_json(path: Path) -> Any:
 
 
 def free_on_resume(when: Callable[[Any], bool] = lambda config: True) -> dict[str, Any]:
-    """Metadata of a field that may change when a run is resumed: it moves no number, or only by rounding (a device).
+    """Returns the metadata of a field that may change when a run is resumed.
 
-    `when` is asked whether that holds for a given dataclass.
+    Such a field (a device) changes no result, or only by rounding. `when` says whether that holds for a given
+    dataclass.
     """
     return {"free_on_resume": when}
 
 
 def fixed(config: Any, data: Any) -> Any:
-    """The JSON `data` of a dataclass like `config`, without the fields that may change when a run is resumed."""
+    """Returns the JSON `data` of a dataclass like `config`, without the fields that may change on resume."""
     if not is_dataclass(config) or not isinstance(data, dict):
         return data
     known = {field.name: field.metadata.get("free_on_resume", lambda config: False) for field in fields(config)}
@@ -126,7 +130,7 @@ def fixed(config: Any, data: Any) -> Any:
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ, as "training.lr 0.001, was 0.0003"; nested names are joined by dots."""
+    """Returns the differences of two JSON values, such as "training.lr 0.001, was 0.0003"; dots join nested names."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = [*ours, *(key for key in theirs if key not in ours)]
         return [d for k in keys for d in differences(ours.get(k), theirs.get(k), f"{name}.{k}" if name else k)]

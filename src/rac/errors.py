@@ -8,19 +8,19 @@ from __future__ import annotations
 
 
 class RacError(ValueError):
-    """Something the caller gave, or the machine refused, that the caller can mend."""
+    """An error that the caller can mend: something that was given, or that the machine refused."""
 
 
 class ImageError(RacError):
-    """A picture file that cannot be read or written as asked."""
+    """Error for a picture file that cannot be read or written as asked."""
 
 
 class WeightsError(RacError):
-    """A name, directory or file of weights that cannot be loaded or saved."""
+    """Error for a name, directory or file of weights that cannot be loaded or saved."""
 
 
 class ConvergenceWarning(UserWarning):
-    """An implicit step did not reach its tolerance; the result carries the residual."""
+    """Warning that an implicit step did not reach its tolerance; the result carries the residual."""
 
 
 def install_extra(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and saying in one line why not."""
+"""Writing files completely or not at all, and explaining in one line why the system refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import RacError
 
 MARKER = ".rac-output"
-"""The file that tells a folder of results from one of pictures: a search for pictures passes such folders over."""
+"""Name of the file that marks a folder of results; a search for pictures skips such folders."""
 try:
     import fcntl
 except ImportError:  # Windows
@@ -19,10 +19,10 @@ except ImportError:  # Windows
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[RacError] = RacError) -> None:
-    """Write `data` to `path`: complete, or not at all.
+    """Writes `data` to `path`, completely or not at all.
 
     The bytes go to a temporary sibling that then takes the name, so a full disk or Ctrl-C leaves neither half a
-    file nor a damaged older one. Raises `error` where the system refuses.
+    file nor a damaged older one. Raises `error` if the system refuses.
     """
     path = Path(path)
     with explained(path, error):
@@ -30,10 +30,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, error: type[RacError]
 
 
 def cache_folder(kind: str) -> Path | None:
-    """Returns the folder for what can be made again, of one `kind`, or None where there is no home directory.
+    """Returns the cache folder for files of one `kind`, which can be made again; None if there is no home directory.
 
     It lies in RAC_CACHE_DIR or, without that, in `rac` in XDG_CACHE_HOME or ~/.cache. It need not exist, and writing to
-    it may fail: whoever keeps something there goes on without.
+    it may fail: callers then go on without a cache.
     """
     given = os.environ.get("RAC_CACHE_DIR")
     base = given or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "rac")
@@ -44,7 +44,7 @@ def cache_folder(kind: str) -> Path | None:
 
 
 def make_folder(path: str | os.PathLike[str], error: type[RacError] = RacError) -> Path:
-    """Create the folder `path` with its parents, unless it is there. Raises `error` where refused."""
+    """Creates the folder `path` with its parents, unless it exists. Raises `error` if the system refuses."""
     path = Path(path)
     with explained(path, error):
         path.mkdir(parents=True, exist_ok=True)
@@ -52,9 +52,10 @@ def make_folder(path: str | os.PathLike[str], error: type[RacError] = RacError) 
 
 
 def make_output(path: str | os.PathLike[str]) -> Path:
-    """Creates the folder `path` for results, with its parents, and marks it, so that a search for pictures passes it.
+    """Creates the folder `path` for results, with its parents, and marks it, so that a search for pictures skips it.
 
-    A folder that holds other files already is left unmarked, see `check_output`. Raises `RacError` where refused.
+    A folder that holds other files already is left unmarked; `check_output` covers that case. Raises `RacError` if the
+    system refuses.
     """
     folder = make_folder(home_expanded(path))
     if not any(folder.iterdir()):
@@ -65,7 +66,7 @@ def make_output(path: str | os.PathLike[str]) -> Path:
 def check_output(path: str | os.PathLike[str], searched: Sequence[Path]) -> None:
     """Raises `RacError` if results in the folder `path` would be found by a search for pictures in `searched`.
 
-    That is so where it lies in one of them and holds files that rac did not write.
+    They would be if it lies in one of these folders and holds files that rac did not write.
     """
     folder = home_expanded(path)
     if not folder.is_dir() or (folder / MARKER).exists() or not any(folder.iterdir()):
@@ -79,7 +80,10 @@ def check_output(path: str | os.PathLike[str], searched: Sequence[Path]) -> None
 
 
 def home_expanded(path: str | os.PathLike[str]) -> Path:
-    """`path` with ~ replaced by the home folder. Raises `RacError` where there is none, as in some containers."""
+    """Returns `path` with ~ replaced by the home folder.
+
+    Raises `RacError` if there is no home folder, as in some containers.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -88,7 +92,7 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def explained(path: Path, error: type[RacError] = RacError) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into one `error` with the mend in it."""
+    """Turns the system's refusal to write `path`, within the block, into one `error` that says how to mend it."""
     try:
         yield
     except OSError as refusal:
@@ -97,10 +101,10 @@ def explained(path: Path, error: type[RacError] = RacError) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Keep out of `folder` every other process that asks for it in this way, until the block or this process ends.
+    """Locks `folder` against other processes that call this, until the block or this process ends.
 
-    Nothing is written. Raises `RacError` with the text `refusal` if another process is in it. Where the system knows no
-    such lock (Windows, some network disks), the block runs without.
+    Nothing is written. Raises `RacError` with the text `refusal` if another process holds the lock. Where the system
+    knows no such lock (Windows, some network disks), the block runs without.
     """
     handle = None
     try:

@@ -129,7 +129,12 @@ def read_rgb(
     name: str | None = None,
     shrink: int = 1,
 ) -> Rgb:
-    """Reads a picture like `read_picture`, and returns it with a description of the conversion; logs nothing."""
+    """Reads a picture like `read_picture`, and returns it with a description of the conversion; logs nothing.
+
+    - `source`, `max_pixels`, `name`, `shrink`: as for `read_picture`.
+
+    Raises `ImageError` as `read_image`.
+    """
     name = _name(source, name)
     with _decoding(name), _opened(source, name, max_pixels) as picture:
         _refuse_animation(picture, name)

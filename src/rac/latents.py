@@ -75,8 +75,10 @@ class Statistics(nn.Module):
     ) -> Self:
         """Returns statistics in diffusers' terms: latent = ((raw - shift) * scale - mean) / std.
 
-        `mean` and `std` have one number per channel, in the units of the scaled latent; None: 0 and 1. Raises
-        `RacError` for a scale of 0, a std that is not positive, and values that are not finite.
+        - `scale`, `shift`: one number each, for all channels.
+        - `mean`, `std`: one number per channel, in the units of the scaled latent; None: 0 and 1.
+
+        Raises `RacError` for a scale of 0, a std that is not positive, and values that are not finite.
         """
         if std is not None and not min(std) > 0:
             raise RacError(f"std must be positive in every channel, not {min(std)}")

@@ -1,6 +1,6 @@
-"""What the library tells while it works: the logger `rac`, which a library keeps quiet and the command line prints.
+"""Messages of the library: the logger `rac`, which a library keeps quiet and the command line prints.
 
-A program that wants to hear it adds a handler to `logging.getLogger("rac")`, as to any other logger.
+A program that wants them adds a handler to `logging.getLogger("rac")`, as to any other logger.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _said: set[str] = set()
 
 
 def warn_once(kind: str, message: str) -> None:
-    """Log `message` as a warning, unless another one of this `kind` was logged before in this run of the program."""
+    """Logs `message` as a warning, unless another one of this `kind` was logged before in this run of the program."""
     if kind not in _said:
         _said.add(kind)
         log.warning(message)
@@ -25,7 +25,10 @@ def warn_once(kind: str, message: str) -> None:
 
 @contextmanager
 def spoken() -> Iterator[None]:
-    """Prints what is logged meanwhile on stderr, a line each that begins with `rac: `, as a new run of the program."""
+    """Prints messages logged within the block on stderr, each a line that begins with `rac: `.
+
+    The block counts as a new run of the program, for `warn_once`.
+    """
     _said.clear()
     handler = _Stderr()
     log.addHandler(handler)
@@ -36,7 +39,7 @@ def spoken() -> Iterator[None]:
 
 
 class _Stderr(logging.Handler):
-    """Looks `sys.stderr` up for each line, so that whoever replaces it gets the lines."""
+    """A handler that looks `sys.stderr` up for each line, so that whoever replaces it gets the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"rac: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How far a long task is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long tasks on stderr: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 SECONDS = 5.0
-"""Between the lines of `counting` where there is no terminal; work that is done sooner goes without."""
+"""Seconds between the lines of `counting` without a terminal; work that is done sooner prints none."""
 
 T = TypeVar("T")
 
 
 class ProgressFn(Protocol):
-    """A function that a long task calls to report how far it is."""
+    """A function that a long task calls to report its progress."""
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """Report `done` of `total`, which is None where it is not known."""
+        """Reports `done` of `total`, which is None if it is not known."""
         ...
 
 
 @contextmanager
 def counting(what: str) -> Iterator[ProgressFn]:
-    """Give a function that reports the progress of the task called `what`, with the time that is left."""
+    """Gives a function that shows the progress of the task called `what`, with the time that is left."""
     began = shown = time.monotonic()
     with _bar() as bar:
         task = bar.add_task(what, total=None)
@@ -46,7 +46,7 @@ def counting(what: str) -> Iterator[ProgressFn]:
 
 
 def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, None]:
-    """Give the items one by one, showing which one is in hand and how many are left.
+    """Yields the items one by one, showing which one is in hand and how many are left.
 
     Without a terminal that is a line at most every two seconds.
     """
@@ -62,7 +62,7 @@ def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, 
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, such as 0:02:10."""
+    """Returns seconds as hours, minutes and seconds, such as 0:02:10."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""Pictures of any mode -> 8-bit RGB, and what that took.
+"""Conversion of pictures of any mode to 8-bit RGB, with a description of what it took.
 
 Pillow hands over what a file holds in some twenty modes. Some of them hide how many bits a value has, and some
 hold values whose range no file states; those are refused.
@@ -32,28 +32,28 @@ _MODES = {
 
 
 class Rgb(NamedTuple):
-    """A picture in 8-bit RGB."""
+    """A picture in 8-bit RGB, and how it was converted."""
 
     picture: Image.Image
     was: str
-    """What the file holds, such as "16-bit grey with transparency"; empty for 8-bit RGB."""
+    """Original form of the picture, such as "16-bit grey with transparency"; empty for 8-bit RGB."""
     done: str
-    """What was done to it, such as "scaled to 8 bits, laid on white"; empty for 8-bit RGB."""
+    """Conversion of the picture, such as "scaled to 8 bits, laid on white"; empty for 8-bit RGB."""
 
 
 class Stored(NamedTuple):
-    """How a file stores its values, as far as the mode that Pillow gives does not tell."""
+    """Storage of a file's values, as far as Pillow's mode does not tell."""
 
     bits: int
-    """Bits of a value, those of the deepest channel; 8 where nothing says otherwise."""
+    """Number of bits of a value in the deepest channel; 8 where nothing says otherwise."""
     white: int | None = None
     """The value of white in grey of more than 8 bits; None where the format does not state it."""
     inverted: bool = False
-    """Whether 0 stands for that white, and the greatest value for black."""
+    """Whether 0 stands for white, and the greatest value for black."""
 
 
 def stored(picture: Image.Image) -> Stored:
-    """How the file of a picture stores its values. The picture is opened, but not loaded yet."""
+    """Returns how the file of a picture stores its values. The picture is opened, but not loaded yet."""
     deep_grey = picture.mode in _INTEGERS
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         bits = max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
@@ -66,14 +66,14 @@ def stored(picture: Image.Image) -> Stored:
 
 
 def _bits(codec: str, extents: object, offset: int, arguments: Any) -> int:
-    """Bits of a value by what Pillow would tell its decoder, the only place where it shows them."""
+    """Returns the bits of a value from Pillow's arguments for its decoder, the only place where they show."""
     if codec in ("ppm", "ppm_plain") and isinstance(arguments, tuple):
         return int(arguments[1]).bit_length()
     return 16 if re.search(r";16[BLN]", str(arguments)) else 8  # BGR;16 has 5 or 6 bits a value
 
 
 def mend_planes(picture: Image.Image) -> None:
-    """Let Pillow read the planes of an uncompressed 16-bit TIFF, which is opened, but not loaded yet.
+    """Lets Pillow read the planes of an uncompressed 16-bit TIFF, which is opened, but not loaded yet.
 
     By itself it reads such planes (R, G and B one after the other) as if they had 8 bits, which gives stripes.
     """
@@ -89,13 +89,13 @@ def _deep_plane(tile: Any, order: str) -> Any:
 
 
 def to_rgb(picture: Image.Image, how: Stored, name: str) -> Rgb:
-    """8-bit RGB of a loaded picture, whatever its mode; 8-bit RGB itself comes back unchanged.
+    """Converts a loaded picture of any mode to 8-bit RGB; 8-bit RGB itself comes back unchanged.
 
     Grey is repeated in three channels, palettes are looked up, more than 8 bits are scaled to 8, transparent parts are
     laid on white, CMYK is computed without its colour profile. `name` stands for the picture in errors.
 
     Raises:
-        ImageError: the mode holds values whose range is not known: floats, integers of 32 bits, signed ones.
+        ImageError: The mode holds values whose range is not known: floats, integers of 32 bits, signed ones.
     """
     if picture.mode not in _MODES or (picture.mode in _INTEGERS and how.white is None):
         raise ImageError(f"{name} is of mode {picture.mode}, whose range is not known; save it as 8-bit RGB")

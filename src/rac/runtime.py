@@ -1,4 +1,4 @@
-"""What the machine does: devices, precision, memory layout, threads, and where randomness comes from.
+"""Devices, precision, memory layout, threads and random generators.
 
 The only module that chooses any of these. float32 on the CPU is right everywhere; the rest is speed.
 """
@@ -21,7 +21,7 @@ from .errors import RacError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest one present.
+    """Returns the device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest one present.
 
     Where several processes were started on this machine, each takes the CUDA device of its own number. Raises
     `RacError` for a name torch does not know and for a device this machine (or this torch) lacks.
@@ -42,13 +42,13 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
-    """Run matrix products and convolutions in bfloat16 if `bf16`; weights and reductions stay float32."""
+    """Runs matrix products and convolutions in bfloat16 if `bf16`; weights and reductions stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """New tensors are float32 and on the CPU inside, whatever torch's defaults are."""
+    """Makes new tensors float32 and on the CPU within the block, whatever torch's defaults are."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -60,7 +60,10 @@ def plain_defaults() -> Iterator[None]:
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Without gradients, in full float32, by algorithms that do not depend on timing or on an autocast outside."""
+    """Runs the block without gradients, in full float32, by deterministic algorithms.
+
+    They do not depend on timing, nor on an autocast outside.
+    """
     precision = torch.get_float32_matmul_precision()
     with (
         torch.no_grad(),
@@ -76,7 +79,7 @@ def reproducible() -> Iterator[None]:
 
 
 def choose_kernels(device: torch.device) -> None:
-    """Let cuDNN time its algorithms and keep the fastest for each shape: training meets the same shapes all the time.
+    """Lets cuDNN time its algorithms and keep the fastest for each shape: training meets the same shapes all the time.
 
     No effect elsewhere than on CUDA. Convolutions in float32 use TF32 there by torch's own default.
     """
@@ -85,23 +88,23 @@ def choose_kernels(device: torch.device) -> None:
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """How 4-dimensional tensors lie in memory; channels last is faster for convolutions in bfloat16."""
+    """Returns the memory format of 4-dimensional tensors; channels last is faster for convolutions in bfloat16."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def place(module: nn.Module, device: torch.device, channels_last: bool = False) -> nn.Module:
-    """Move `module` itself to `device` and lay its weights out as asked; gives it back."""
+    """Moves `module` itself to `device`, its weights in the memory layout asked for, and returns it."""
     move: Any = module.to  # its stubs do not know memory_format
     move(device=device, memory_format=memory_format(channels_last))
     return module
 
 
 MEASURED = -1
-"""The number of threads that asks for a measurement."""
+"""Number of threads that stands for the fastest measured."""
 
 
 def set_threads(count: int) -> None:
-    """Let torch compute with `count` threads in this process; 0 leaves its choice, -1 takes what is fastest here.
+    """Lets torch compute with `count` threads in this process; 0 leaves its choice, -1 takes the fastest number here.
 
     Torch's choice is all cores, so where several processes were started on this machine, 0 is at most an equal share.
     Raises `RacError` below -1.
@@ -118,22 +121,22 @@ def set_threads(count: int) -> None:
 
 
 def processes() -> int:
-    """How many processes torchrun, or accelerate, started together, on all machines; 1 without them."""
+    """Returns the number of processes that torchrun, or accelerate, started on all machines; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:
-    """How many of them on this machine."""
+    """Returns the number of processes that torchrun, or accelerate, started on this machine; 1 without them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this process is the only one, or the first of those that were started together: the one that talks."""
+    """Returns whether this process is the only one, or the first of those started together, which prints."""
     return processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def seconds_by_threads(work: Callable[[], object], rounds: int = 5) -> dict[int, float]:
-    """Median seconds that `work` takes with 1, 2, 4, ... threads, up to one for each processor this process may use.
+    """Measures the median seconds that `work` takes with 1, 2, 4, ... threads, up to one for each available processor.
 
     More threads are not always faster: where others compute too, all wait for the one that waits. The counts take
     turns, so that a busy moment hits them alike. The number of threads is afterwards what it was.
@@ -155,19 +158,19 @@ def seconds_by_threads(work: Callable[[], object], rounds: int = 5) -> dict[int,
 
 
 def _cores() -> int:
-    """Processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _convolve() -> None:
-    """What networks here do most: a convolution and its derivative."""
+    """Computes what networks here do most: a convolution and its derivative."""
     image, weight = torch.ones(4, 64, 32, 32), torch.ones(64, 64, 3, 3, requires_grad=True)
     with torch.enable_grad():
         torch.autograd.grad(nn.functional.conv2d(image, weight, padding=1).sum(), weight)
 
 
 def derived_seed(rng_seed: int, *stream: int | str) -> int:
-    """A 63-bit seed that is a pure function of `rng_seed` and the names and numbers that tell streams apart."""
+    """Returns a 63-bit seed that is a pure function of `rng_seed` and the names and numbers of a stream."""
     key = "/".join(map(str, (rng_seed, *stream)))
     return (
         int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
@@ -175,7 +178,7 @@ def derived_seed(rng_seed: int, *stream: int | str) -> int:
 
 
 def generator(rng_seed: int, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator for one stream, such as `generator(rng_seed, "crop", 17)`.
+    """Returns a fresh generator for one stream, such as `generator(rng_seed, "crop", 17)`.
 
     Nothing has to be stored to go on after an interruption: the numbers of iteration 17 come from 17.
     """

@@ -1,4 +1,4 @@
-"""Directories that hold a module: config.json and safetensors, written whole or not at all, read strictly."""
+"""Directories that hold a module: config.json and safetensors, written completely or not at all, read strictly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .files import explained, make_folder
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 DIFFUSERS = "diffusion_pytorch_model"
-"""What the names of weight files begin with that diffusers wrote."""
+"""Prefix of the names of weight files written by diffusers."""
 
 
 def write_directory(
@@ -36,10 +36,19 @@ def write_directory(
     *,
     exact: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Writes `config` to config.json and `tensors` to the file `weights`, floats as `dtype` where one is given.
+    """Writes a configuration and tensors to `directory`, completely or not at all.
 
-    `exact` are further tensors, which keep their type. Both files are complete before either takes its name; files of
-    these names are replaced, others in the directory stay. Raises `WeightsError` where the system refuses.
+    Both files are complete before either takes its name; files of these names are replaced, others in the directory
+    stay.
+
+    - `directory`: where to write.
+    - `config`: the JSON of config.json.
+    - `tensors`: the tensors of the file `weights`.
+    - `weights`: the name of that file.
+    - `dtype`: the type that floats in `tensors` are stored as; None: their own.
+    - `exact`: further tensors, which keep their type.
+
+    Raises `WeightsError` if the system refuses.
     """
     folder = make_folder(directory, WeightsError)
     with explained(folder / weights, WeightsError):
@@ -55,7 +64,7 @@ def write_directory(
 
 
 def as_type(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Returns `tensors` with their floats as `dtype`; None: as they are."""
+    """Returns `tensors` with their floats as `dtype`; None leaves them as they are."""
     return {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
@@ -63,7 +72,10 @@ def as_type(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file, on disk when this returns (not atomic: write to a name that nobody reads yet)."""
+    """Writes one safetensors file, which is on disk when this returns.
+
+    Not atomic: write to a name that nobody reads yet.
+    """
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # Not save_file: it makes files that only their owner can read.
     with open(path, "wb") as file:
@@ -74,7 +86,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def as_weights_error() -> Iterator[None]:
-    """Turns a `RacError` of the block into a `WeightsError` of the same words."""
+    """Turns a `RacError` of the block into a `WeightsError` with the same message."""
     try:
         yield
     except WeightsError:
@@ -94,7 +106,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of one safetensors file. Raises `WeightsError` if it is missing, cut or foreign."""
+    """Reads the tensors and the metadata of one safetensors file.
+
+    Raises `WeightsError` if it is missing, cut short or no safetensors file.
+    """
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; expected a safetensors file there")
     try:
@@ -108,7 +123,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_weights(directory: Path, stem: str = "model") -> tuple[dict[str, Tensor], str]:
-    """Reads the tensors of `stem`.safetensors, of its shards or of its only variant; and the name of the file.
+    """Reads the tensors of `stem`.safetensors, its shards or its only variant, and returns the file's name as well.
 
     Raises `WeightsError` where there are none, or several variants, and for pickled weights.
     """
@@ -142,7 +157,7 @@ def read_weights(directory: Path, stem: str = "model") -> tuple[dict[str, Tensor
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into `module`. Raises `WeightsError` naming one that is missing, unknown or of another shape."""
+    """Copies `tensors` into `module`. Raises `WeightsError` naming one that is missing, unknown or of another shape."""
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
@@ -161,7 +176,7 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of a state dict: equal if and only if names, shapes, types and values are."""
+    """Returns a hash of a state dict that is equal if and only if names, shapes, types and values are."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

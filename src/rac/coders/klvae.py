@@ -31,10 +31,7 @@ class KLVAEConfig:
     norm_groups: int = 4
     """Groups of the group normalisation; must divide every width."""
     middle_attention: bool = False
-    """Self-attention at latent resolution, as in the SD-VAE.
-
-    Without it the coder stays local, and works at any size.
-    """
+    """Self-attention at latent resolution, as in the SD-VAE; without it the coder is local, and works at any size."""
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:

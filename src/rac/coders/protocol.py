@@ -198,7 +198,10 @@ class Coder(nn.Module, ABC):
     ) -> Trajectory:
         """Returns the states B C H W on the way from the image state back to the seed state.
 
-        Arguments and errors are those of `encode`. Raises `RacError` also for a coder that encodes at once.
+        - `image`: the images, B 3 H W in [-1, 1].
+        - `steps`, `solver`, `walk`: as for `encode`.
+
+        Raises `RacError` as `encode`, and for a coder that encodes at once.
         """
         flow = self.coded(image, self._chosen("encode", steps, solver, walk), keep="nodes").flow
         if flow is None:
@@ -294,7 +297,10 @@ class Coder(nn.Module, ABC):
     ) -> Trajectory:
         """Returns the states B C h*f w*f on the way from the latent to the image.
 
-        Arguments and errors are those of `decode`. Raises `RacError` also for a coder that decodes at once.
+        - `latent`: the latents, B c h w.
+        - `steps`, `solver`, `walk`, `noise`: as for `decode`.
+
+        Raises `RacError` as `decode`, and for a coder that decodes at once.
         """
         flow = self.decoded(latent, self._chosen("decode", steps, solver, walk), noise, keep="nodes").flow
         if flow is None:

@@ -58,16 +58,15 @@ class RACConfig:
     state_channels: int = 4
     """Channels C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
-    """How a latent is laid out in the seed state, as `rac.states.StateSpec` lists the ways."""
+    """Layout of a latent in the seed state, one of those of `rac.states.StateSpec`."""
     contraction: Literal["inverse", "projector"] = "inverse"
-    """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
+    """Way from a seed state to a latent: the spread's own inverse, or a learned projector."""
     teacher: str | None = None
     """Name or directory of the teacher it was trained on; not needed to use the coder."""
     steps: int = 4
     """Default number of steps."""
     seed_noise: float = 0.0
     """Standard deviation of Gaussian noise about `PAD` in the sites of the seed state that the latent leaves free.
-
     Decoding is then a flow from (latent, noise) to one of the images that the latent may mean; encoding reads the
     latent's sites alone.
     """

@@ -122,7 +122,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is stored of each crop, and the size of the files."""
+    """Contents and size of the files of prepared crops."""
 
     centre_crops: bool = False
     """Store the centres of all pictures, once each, instead of random crops."""
@@ -376,6 +376,11 @@ def plan_of(
     config: DataConfig, rng_seed: int, latents: Latents | None = None, layout: Layout | None = None
 ) -> dict[str, Any]:
     """Returns the origin of `config.cached_crops` crops as JSON, as far as it is known without the pictures.
+
+    - `config`: where pictures are, and how crops are drawn.
+    - `rng_seed`: chooses the crops.
+    - `latents`: the coder whose latents to prepare; None: no latents.
+    - `layout`: contents and size of the files; None: the defaults.
 
     Raises `RacError` for several sizes, for one that does not fit the coder, and where there is nothing to prepare.
     """

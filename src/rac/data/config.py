@@ -12,7 +12,7 @@ from ..images import check_size
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, and how crops are drawn from them."""
+    """Settings of the training images: where they come from, and how crops are drawn from them."""
 
     paths: tuple[Path, ...] = ()
     """Folders of images (searched through), tar shards (also folders of them, and patterns such as
@@ -31,7 +31,9 @@ class DataConfig:
     smallest_crop: int | None = None
     """Smallest side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
-    """Largest side of that region. None: the picture's short side. Sides are drawn log-uniformly between the two."""
+    """Greatest side of the region that is cropped. None: the picture's short side. Sides are drawn log-uniformly
+    between `smallest_crop` and this.
+    """
     flip: bool = True
     """Mirror every other crop, at random."""
     held_out: int = 8

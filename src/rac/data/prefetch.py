@@ -18,10 +18,16 @@ T = TypeVar("T")
 def ahead(
     work: Callable[[int], T], items: Iterable[int], workers: int, patience: float = 600.0
 ) -> Generator[T, None, None]:
-    """Yields the result of `work` for each item, in order, made ahead by `workers` threads (0: none).
+    """Yields the result of `work` for each item, in order, made ahead by threads.
 
-    A few results wait at a time. Threads, not processes: decoding and resampling run outside Python's lock. Raises
-    whatever `work` raises, and `RacError` if a thread ends or none of them delivers for `patience` seconds.
+    A few results wait at a time. Threads, not processes: decoding and resampling run outside Python's lock.
+
+    - `work`: the function.
+    - `items`: its arguments.
+    - `workers`: number of threads; 0: none.
+    - `patience`: seconds to wait for a result.
+
+    Raises whatever `work` raises, and `RacError` if a thread ends or none of them delivers for `patience` seconds.
     """
     if workers == 0:
         yield from map(work, items)

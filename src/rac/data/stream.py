@@ -547,7 +547,13 @@ def centre_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def cut(picture: Image.Image, region: Region, size: int, shrink: int = 1) -> NDArray[np.uint8]:
-    """Cuts `region` out of a picture decoded at 1 / `shrink`, resampled with antialiasing to size size 3 pixels."""
+    """Cuts a region out of a picture, resampled with antialiasing to size size 3 pixels.
+
+    - `picture`: the picture, decoded at 1 / `shrink` of its size.
+    - `region`: the square to cut, in pixels of the full size.
+    - `size`: side of the result.
+    - `shrink`: the fraction at which the picture was decoded.
+    """
     left, top, side, mirror = region
     box = (left / shrink, top / shrink, (left + side) / shrink, (top + side) / shrink)
     pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))

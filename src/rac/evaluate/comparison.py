@@ -1,4 +1,4 @@
-"""Coders side by side under one protocol: how good, how large, how costly and how fast each is."""
+"""Comparison of coders under one protocol: how good, how large, how costly and how fast each is."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class ComparisonProgress(Interface):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Reconstructor):
-    """A coder in one setting: at so many steps, decoding its own latents or its teacher's."""
+    """A coder in one setting: its number of steps, and whose latents it decodes."""
 
     name: str
-    """As it was named: a shipped name, a directory, a name on the hub."""
+    """Name that the coder was given by: a shipped name, a directory, a name on the hub."""
     title: str
-    """What it is called in tables."""
+    """Name of the coder in tables."""
 
     @property
     def label(self) -> str:
@@ -62,17 +62,17 @@ class Candidate(Reconstructor):
 
     @property
     def family(self) -> str:
-        """What all numbers of steps of one coder share."""
+        """Key that all numbers of steps of one coder share."""
         return f"{self.title}{_SOURCES[self.protocol.latents]}"
 
     @property
     def walked(self) -> bool:
-        """Whether it takes steps."""
+        """Whether the coder takes steps."""
         return self.steps is not None
 
     @property
     def decoder_label(self) -> str:
-        """The label of its decoder alone, which is one for both sources of latents."""
+        """The label of the decoder alone, the same for both sources of latents."""
         return replace(self, protocol=replace(self.protocol, latents="own")).label
 
 
@@ -86,15 +86,16 @@ def candidates(
     titles: Mapping[str, str] | None = None,
     device: str = "auto",
 ) -> list[Candidate]:
-    """Returns each coder in every setting that it has.
+    """Returns a candidate for each setting of each coder: numbers of steps, and sources of latents.
 
     - `coders`: names for `rac.load`, or coders by name.
+    - `protocol`: the protocol that they are evaluated under.
     - `steps`: a coder with a flow is a candidate once for each of these numbers, other coders once.
     - `latents`: a coder with a teacher is a candidate once for each of these sources, other coders with their own.
-    - `teachers`: teachers by the names that coders give them; others are loaded by that name, with a warning where they
+    - `teachers`: teachers by the names that coders give them; others are loaded by that name, with a warning if they
       cannot be.
-    - `titles`: what tables call the coders; None: their short names.
-    - `device`: where named coders and teachers are loaded to.
+    - `titles`: names of the coders in tables; None: their short names.
+    - `device`: the device that named coders and teachers are loaded to.
 
     Raises `RacError` for steps below 1, a name given twice or unknown, and where no coder has the teacher whose latents
     are asked for.
@@ -133,7 +134,7 @@ def _load(name: str, device: str) -> Coder:
 
 
 def _teachers(coders: Mapping[str, Coder], given: Mapping[str, Coder], device: str) -> dict[str, Coder]:
-    """The teacher of each coder that has one; loaded once, however many share it or compete with it."""
+    """Returns the teacher of each coder that has one; loaded once, however many coders share it or compete with it."""
     found: dict[str, Coder | None] = {**coders, **given}
     for coder in coders.values():
         if coder.teacher is not None and coder.teacher not in found:
@@ -155,7 +156,7 @@ def _warn_of_untrained(candidate: Candidate, source: LatentSource) -> None:
 
 
 def _metrics(candidate: Candidate) -> tuple[str, ...]:
-    """The protocol's metrics, with those about the coder's own latents where it has them."""
+    """Returns the protocol's metrics, with those of the coder's own latents if it has them."""
     plain = tuple(metric for metric in candidate.protocol.metrics if metric not in LATENT_METRICS)
     if candidate.protocol.latents == "teacher" or not candidate.walked:
         return plain
@@ -167,17 +168,17 @@ def _metrics(candidate: Candidate) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class CodingCost:
-    """What one image costs to encode and decode."""
+    """Cost of encoding and decoding one image."""
 
     parameters: int
-    """Number of the coder's parameters; its teacher, where that encodes, is not counted."""
+    """Number of the coder's parameters; those of a teacher that encodes for it are not counted."""
     macs_per_step: int
     """MACs of one evaluation while decoding; a coder without a flow decodes in one."""
     decoding_macs: int
     macs: int
     """MACs of encoding and decoding together."""
     side: tuple[int, int]
-    """Height and width of the image this is about."""
+    """Height and width of the image."""
 
 
 @torch.no_grad()
@@ -198,7 +199,7 @@ def coding_cost(reconstructor: Reconstructor, image: Tensor) -> CodingCost:
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate, evaluated."""
+    """One row of a comparison: a candidate, evaluated."""
 
     label: str
     family: str
@@ -208,23 +209,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All candidates under one protocol on the same images."""
+    """Results of all candidates under one protocol on the same images."""
 
     rows: tuple[Row, ...]
     robustness: tuple[RobustnessCurve, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics that at least one row has, in order."""
+        """Names of the metrics that at least one row has, in order."""
         return list(dict.fromkeys(name for row in self.rows for name in row.result.metrics))
 
     def table(self) -> Table:
-        """Returns one row for each candidate, for people."""
+        """Returns a table for people, one row for each candidate."""
         columns = ("coder", *(metric_title(name) for name in self.metrics), *_COST_COLUMNS)
         return Table(columns, tuple(self._cells(row) for row in self.rows))
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all. Raises `RacError`."""
+        """Writes the comparison as JSON, completely or not at all. Raises `RacError` if the file cannot be written."""
         text = json.dumps(json_safe(to_json(self)), indent=2, allow_nan=False)
         write_bytes(path, (text + "\n").encode())
 
@@ -263,16 +264,19 @@ def compare(
         print(comparison.table().to_markdown())
         comparison.save("comparison.json")
 
-    - `coders`: names for `rac.load`, coders by name, or what `candidates` gave; those bring their settings along.
+    - `coders`: names for `rac.load`, coders by name, or the result of `candidates`, which have settings of their own.
     - `images`: a set, or folders, tar files or pictures; nothing: scikit-image's photographs.
     - `protocol`: a protocol, the name of one of `PROTOCOLS`, or a JSON file.
-    - `steps`, `latents`, `device`: see `candidates`.
-    - `reference`: what metrics of sets compare the reconstructions with; None: `images` themselves.
-    - `robustness`: images whose latents are decoded with noise, for each teacher; 0: none.
+    - `steps`: a coder with a flow is evaluated once with each of these numbers of steps.
+    - `latents`: a coder with a teacher is evaluated once on each of these sources of latents.
+    - `reference`: the set that metrics of sets compare the reconstructions with; None: `images` themselves.
+    - `robustness`: number of images whose latents are decoded with noise, for each teacher; 0: none.
     - `suite`: loaded networks of the protocol's metrics; None: loads them.
     - `batch`: images at a time; changes no number.
-    - `command`: what results record as the command; None: this process's command line.
-    - `progress`: called with what is being done, and how far it is; `done`: with each row as soon as it is there.
+    - `device`: the device that named coders and teachers are loaded to.
+    - `command`: the command that results record; None: this process's command line.
+    - `progress`: called with the task in hand, and how far it is.
+    - `done`: called with each row as soon as it is finished.
 
     Raises `RacError` as `candidates`, `ImageSet.read` and `evaluate`.
     """
@@ -334,7 +338,13 @@ def evaluate_candidate(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Row:
-    """Evaluates one candidate and counts its cost. Arguments and errors are those of `evaluate`."""
+    """Evaluates one candidate and counts its cost.
+
+    - `candidate`: the coder in its setting.
+    - `images`, `suite`, `reference`, `batch`, `command`, `progress`: as for `evaluate`.
+
+    Raises `RacError` as `evaluate`.
+    """
     protocol = candidate.protocol
     first = next(images.batches(1)).images.to(candidate.device)
     # Before the images that are timed, so that no speed is that of a cold start.
@@ -362,7 +372,7 @@ def _robustness(
     batch: int,
     report: ComparisonProgress,
 ) -> Iterable[RobustnessCurve]:
-    """One curve for each teacher: it, and all who decode its latents."""
+    """Computes one curve for each teacher, for it and all coders that decode its latents."""
     if not set(suite.metrics) & set(IMAGE_METRICS):
         return
     for name, teacher in teachers_of(field).items():
@@ -391,7 +401,10 @@ def teachers_of(field: Iterable[Candidate]) -> dict[str, Coder]:
 
 
 def _titles(names: Sequence[str]) -> dict[str, str]:
-    """A short name for each, or all of it where those collide. Raises `RacError` for a name given twice."""
+    """Returns a short name for each coder, or the full one where short ones collide.
+
+    Raises `RacError` for a name given twice.
+    """
     if twice := [name for name in names if names.count(name) > 1]:
         raise RacError(f"{twice[0]} is given twice; give each coder once")
     short = [short_name(name) for name in names]
@@ -402,12 +415,15 @@ def _titles(names: Sequence[str]) -> dict[str, str]:
 
 
 def steps_in_words(steps: int) -> str:
-    """Returns such as "1 step" and "4 steps"."""
+    """Returns a number of steps in words, such as "1 step" and "4 steps"."""
     return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def short_name(name: str) -> str:
-    """What tables call a coder: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder, as a training run has it."""
+    """Returns the name of a coder in tables: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder.
+
+    The last is where a training run has its coder.
+    """
     path = Path(name).absolute()
     if path.name in hub.PRODUCTS and path.parent.name:
         return path.parent.name
@@ -415,7 +431,7 @@ def short_name(name: str) -> str:
 
 
 def file_name(label: str) -> str:
-    """A label as part of a file's name."""
+    """Returns a label in a form that can be part of a file's name."""
     return re.sub(r"[^\w.]+", "-", label).strip("-")
 
 
@@ -432,22 +448,22 @@ _LOWER_IS_BETTER = ("lpips", "FID", "KID")
 
 
 def metric_title(name: str) -> str:
-    """As it stands in tables."""
+    """Returns the name of a metric in tables."""
     return _TITLES.get(name, name)
 
 
 def axis_title(name: str) -> str:
-    """As it stands beside a plot, with an arrow to where it is better."""
+    """Returns the name of a metric beside a plot, with an arrow in the direction of better values."""
     return f"{metric_title(name)} {'↓' if lower_is_better(name) else '↑'}"
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a smaller value of the metric is a better one."""
+    """Returns whether smaller values of the metric are better."""
     return any(part in name for part in _LOWER_IS_BETTER)
 
 
 def metric_text(name: str, value: float) -> str:
-    """A metric with the digits that mean something."""
+    """Returns the value of a metric with its significant digits."""
     if math.isnan(value):
         return "-"
     if name.startswith("psnr") or "FID" in name:
@@ -456,13 +472,13 @@ def metric_text(name: str, value: float) -> str:
 
 
 def extremes(result: Result, count: int) -> tuple[list[int], list[int]]:
-    """Places of the `count` worst and the `count` best images by PSNR, the most extreme first."""
+    """Returns the places of the `count` worst and the `count` best images by PSNR, the most extreme first."""
     order = sorted(range(len(result.images)), key=lambda index: result.per_image["psnr"][index])
     return order[:count], order[::-1][:count]
 
 
 def pick(images: ImageSet, places: Sequence[int]) -> dict[int, Tensor]:
-    """The images 1 3 H W at these places."""
+    """Returns the images 1 3 H W at these places."""
     found: dict[int, Tensor] = {}
     wanted = set(places)
     for place, part in enumerate(images.batches(1)):
@@ -472,7 +488,7 @@ def pick(images: ImageSet, places: Sequence[int]) -> dict[int, Tensor]:
 
 
 def quality(rows: Sequence[Row], metric: str, x: Callable[[Row], Any]) -> dict[str, list[tuple[Any, float]]]:
-    """For each family: (x, metric) of its rows that have both, in rising x."""
+    """Returns, for each family, the points (x, metric) of its rows that have both, in rising x."""
     found: dict[str, list[tuple[Any, float]]] = {}
     for row in rows:
         if metric in row.result.metrics:

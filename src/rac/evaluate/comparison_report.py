@@ -40,22 +40,22 @@ from .result import Result
 from .robustness import RobustnessCurve, noised_latents
 
 EXTREMES = 3
-"""Images shown of the worst, and of the best."""
+"""Number of worst images, and of best images, that are shown."""
 VIEWS = 3
-"""Pictures whose latents are shown."""
+"""Number of pictures whose latents are shown."""
 VIEW_SIDE = 256
-"""They are shown up to this size, whatever the protocol's, as a latent of few places shows little."""
+"""Largest side of the pictures whose latents are shown, whatever the protocol's: a small latent shows little."""
 WALKS = 24
-"""Images, and places of one image, whose trajectories are drawn."""
+"""Number of images, and of places of one image, whose trajectories are drawn."""
 WALK_NUMBERS = 2**26
-"""Trajectories of fewer images are taken if their states held more numbers than this."""
+"""Limit on the numbers in all states of the trajectories; beyond it, fewer images are taken."""
 ERROR_QUANTILE = 0.995
-"""Error maps end at this quantile of all errors shown: a few bright specks would leave the rest black."""
+"""Quantile of all errors shown at which error maps end: a few bright specks would leave the rest black."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """All that the report is about."""
+    """Data of a report: the pictures' paths, the candidates, their comparison and the images compared."""
 
     data: tuple[Path, ...]
     candidates: Sequence[Candidate]
@@ -69,7 +69,7 @@ class Material:
 
     @cached_property
     def default_steps(self) -> list[Candidate]:
-        """One candidate of each family: at the coder's own number of steps, or the nearest that was judged."""
+        """One candidate of each family: at the coder's own number of steps, or the nearest that was evaluated."""
         families: dict[str, Candidate] = {}
         for candidate in self.candidates:
             best = families.setdefault(candidate.family, candidate)
@@ -80,12 +80,12 @@ class Material:
 
     @cached_property
     def highlighted(self) -> Candidate:
-        """Whose best and worst images are shown: the first family with a flow, or the first."""
+        """The candidate whose best and worst images are shown: the first family with a flow, or the first."""
         return next((candidate for candidate in self.default_steps if candidate.walked), self.default_steps[0])
 
     @cached_property
     def colours(self) -> dict[str, str]:
-        """One for each family: coders without a flow are black and grey."""
+        """A colour for each family: coders without a flow are black and grey."""
         found: dict[str, str] = {}
         flows, plain = (
             iter(PALETTE * len(self.default_steps)),
@@ -96,16 +96,16 @@ class Material:
         return found
 
     def result_of(self, candidate: Candidate) -> Result:
-        """What came out for it."""
+        """Returns the result of a candidate."""
         return self.rows[list(self.candidates).index(candidate)].result
 
     def of_family(self, family: str) -> list[Candidate]:
-        """The candidates of a family, one for each number of steps."""
+        """Returns the candidates of a family, one for each number of steps."""
         return [candidate for candidate in self.candidates if candidate.family == family]
 
 
 def introduction(material: Material) -> str:
-    """What was measured, on what, and how to get it again."""
+    """Returns a text that says what was measured, on what, and how to reproduce it."""
     result = material.rows[0].result
     reference, preprocessing = result.reference, result.protocol.preprocessing
     size = (
@@ -120,7 +120,7 @@ def introduction(material: Material) -> str:
 
 
 def sections(material: Material, pictures: bool, progress: Callable[[int, int | None], None]) -> list[Section]:
-    """Those for which there is something to show; without `pictures`, only tables and plots of metrics."""
+    """Returns the sections that have something to show; without `pictures`, only tables and plots of metrics."""
     makers = [_quality, _robustness]
     if pictures:
         makers += [_best_and_worst, _step_by_step, _latents, _trajectories]
@@ -199,7 +199,7 @@ def _robustness_plot(curve: RobustnessCurve) -> Figure:
 
 
 def _robustness_table(curve: RobustnessCurve) -> Table:
-    """The first metric, by decoder and sigma."""
+    """Returns a table of the first metric, by decoder and sigma."""
     metric, rows = next(iter(curve.metrics.items()))
     columns = (f"{metric_title(metric)} at sigma", *(f"{sigma:g}" for sigma in curve.sigmas))
     return Table(columns, tuple((name, *(metric_text(metric, y) for y in values)) for name, values in rows.items()))
@@ -207,7 +207,7 @@ def _robustness_table(curve: RobustnessCurve) -> Table:
 
 @torch.no_grad()
 def _robustness_strips(material: Material, curve: RobustnessCurve) -> Figure:
-    """What the teacher and the same flow at its fewest and its most steps make of one image."""
+    """Draws one image decoded from noised latents, by the teacher and by a flow at its fewest and its most steps."""
     teacher = next(candidate.teacher for candidate in material.candidates if candidate.coder.teacher == curve.teacher)
     assert teacher is not None
     students = [candidate for candidate in material.candidates if candidate.coder.teacher == curve.teacher]
@@ -253,7 +253,7 @@ def _best_and_worst(material: Material) -> Section:
 
 
 def _step_by_step(material: Material) -> Section | None:
-    """One image at every number of steps: the highlighted coder's median image."""
+    """Returns a section on one image at every number of steps: the highlighted coder's median image."""
     family = material.of_family(material.highlighted.family)
     result = material.result_of(material.highlighted)
     if len(family) < 2 or "psnr" not in result.per_image:
@@ -277,12 +277,12 @@ def _by_each(candidates: Sequence[Candidate], image: Tensor) -> dict[str, Tensor
 
 
 def _errors(image: Tensor, made: dict[str, Tensor]) -> list[Tensor]:
-    """Root mean square over the channels, H W, in the range of [-1, 1]."""
+    """Returns the root mean square error over the channels, H W, in the range of [-1, 1]."""
     return [(one - image)[0].square().mean(dim=0).sqrt() for one in made.values()]
 
 
 def _full_scale(errors: Sequence[Tensor]) -> float:
-    """Where the colours of error maps end: one scale for all, to two digits."""
+    """Returns the end of the error maps' colours, to two digits: one scale for all."""
     largest = float(torch.cat([error.flatten() for error in errors]).quantile(ERROR_QUANTILE))
     return float(f"{max(largest, 1e-6):.1g}")
 
@@ -327,7 +327,10 @@ def _latents(material: Material) -> Section | None:
 
 
 def _all_latents(shown: Sequence[Candidate], images: Sequence[Tensor]) -> dict[str, tuple[int, list[Tensor], str]]:
-    """Title -> factor, a latent for each image, and whose axes they are shown on: a RAC's are its teacher's."""
+    """Returns, by title, the factor, a latent for each image, and the name of the coder whose axes they are shown on.
+
+    A RAC's latents are shown on its teacher's axes.
+    """
     found: dict[str, tuple[int, list[Tensor], str]] = {}
     for candidate in shown:
         basis = candidate.family
@@ -345,7 +348,10 @@ def _latents_of(
 
 
 def _agreement(material: Material) -> Table | None:
-    """Explained variance and offset per channel of each RAC's latents, at its own number of steps."""
+    """Returns a table of explained variance and offset per channel of each RAC's latents.
+
+    Each RAC takes its own number of steps.
+    """
     rows = []
     for candidate, row in zip(material.candidates, material.rows, strict=True):
         values = row.result.per_channel.get("explained variance")
@@ -362,7 +368,7 @@ def _agreement(material: Material) -> Table | None:
 
 
 def _views(data: Sequence[Path]) -> dict[str, Tensor]:
-    """The first pictures, cropped to squares of up to `VIEW_SIDE`; larger ones to a multiple of 32."""
+    """Reads the first pictures, cropped to squares of up to `VIEW_SIDE`; larger ones to a multiple of 32."""
     found = {}
     for file in islice(find_pictures(data), VIEWS):
         picture = read_picture(io.BytesIO(file.read()), name=file.name)
@@ -391,7 +397,7 @@ def _trajectories(material: Material) -> Section | None:
 
 
 def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
-    """Left: whole states of several images. Right: the channels of one image's state at several places."""
+    """Plots trajectories: left, states of several images; right, channels of one image's state at several places."""
     image = next(material.references.batches(WALKS)).images.to(candidate.device)
     walks = _walks(candidate, image[:1])
     numbers = sum(state.numel() for state in walks[0].states)
@@ -418,7 +424,7 @@ def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
 
 
 def _walks(candidate: Candidate, image: Tensor) -> list[Trajectory]:
-    """The flow that decodes, and the one that encodes if there is one."""
+    """Returns the flow that decodes, and the one that encodes if there is one."""
     back, there = candidate.walk("encode"), candidate.walk("decode")
     coded = candidate.coder.coded(image, back, keep="nodes")
     decoded = candidate.coder.decoded(coded.latent, there, keep="nodes")
@@ -426,12 +432,12 @@ def _walks(candidate: Candidate, image: Tensor) -> list[Trajectory]:
 
 
 def _points(walk: Trajectory, take: Callable[[Tensor], Tensor]) -> Tensor:
-    """Nodes, things, D."""
+    """Returns the points of a trajectory, nodes x things x D, that `take` chooses from its states."""
     return torch.stack([take(state).float().cpu() for state in walk.states])
 
 
 def _some_places(state: Tensor) -> Tensor:
-    """The channels of the first image's state at `WALKS` places, evenly over it: N C."""
+    """Returns the channels of the first image's state at `WALKS` places, evenly over it: N C."""
     places = state[0].flatten(1)
     chosen = torch.linspace(0, places.shape[1] - 1, WALKS + 2, device=state.device)[1:-1].long()
     return places[:, chosen].T

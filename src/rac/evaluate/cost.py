@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates (MACs), batch 1.
+"""Cost of networks: parameters and multiply-accumulates (MACs), batch 1.
 
 MACs are half of torch's floating point operations; the papers print them as "GFLOPs". Convolutions, linear layers and
 the two products of attention count; normalisation, activations and additions do not.
@@ -22,7 +22,7 @@ SD_WIDTHS = (128, 256, 512, 512)
 """Widths of the SD-VAE's encoder and decoder, at strides 1, 2, 4, 8."""
 
 SCALED_WIDTHS = {0.1: (40, 81, 162, 162), 0.2: (57, 114, 229, 229), 0.3: (70, 140, 281, 281)}
-"""The narrowest decoders, all widths in one proportion and rounded, with that fraction of its parameters.
+"""Widths of SD-VAE decoders with the given fraction of its parameters, all in one proportion, rounded.
 
 They share no divisor that group normalisation could use, so they are for counting; `fields.LdmFieldConfig.scaled`
 rounds to widths that train.
@@ -48,7 +48,7 @@ class MacCounter:
 
     @property
     def macs(self) -> int:
-        """All that were counted, the products of attention included."""
+        """MACs counted so far, the products of attention included."""
         return sum(self._flops().values()) // 2
 
     @property
@@ -63,7 +63,7 @@ class MacCounter:
 
 
 def _fused_attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """FLOPs of softmax(q k') v from the shapes B heads L d, as torch counts it on other devices."""
+    """Returns the FLOPs of softmax(q k') v from the shapes B heads L d, as torch counts them on other devices."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[-2] * (width + value[-1])
 
@@ -74,24 +74,24 @@ class Cost:
 
     parameters: int
     macs: int
-    """The products of attention included."""
+    """MACs of one evaluation, the products of attention included."""
     attention_macs: int = 0
 
     @property
     def gmacs(self) -> float:
-        """10^9 MACs."""
+        """MACs of one evaluation in units of 10^9."""
         return self.macs / 1e9
 
     @property
     def gmacs_without_attention(self) -> float:
-        """10^9 MACs of convolutions and linear layers alone."""
+        """MACs of convolutions and linear layers alone, in units of 10^9."""
         return (self.macs - self.attention_macs) / 1e9
 
 
 def count(module: nn.Module, *shapes: Sequence[int]) -> Cost:
-    """Cost of `module` called with float tensors of the given shapes. Nothing is computed; `module` stays as it is.
+    """Returns the cost of `module` called with float tensors of the given shapes.
 
-    A field is called as `count(field, (1, C, H, W), (1,))`.
+    Nothing is computed; `module` stays as it is. A field is called as `count(field, (1, C, H, W), (1,))`.
     """
     abstract = copy.deepcopy(module).to("meta").eval()
     inputs = [torch.empty(tuple(shape), device="meta") for shape in shapes]
@@ -101,7 +101,7 @@ def count(module: nn.Module, *shapes: Sequence[int]) -> Cost:
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of parameters, frozen ones included."""
+    """Returns the number of parameters, frozen ones included."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -110,17 +110,17 @@ def parameters(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class CostRow:
-    """One line of the reference table."""
+    """One line of a table of costs."""
 
     name: str
     parameters: int
     cost: Cost | None = None
-    """None where a whole is listed whose halves have rows of their own."""
+    """Cost of the network; None for a whole whose halves have rows of their own."""
     note: str = ""
 
 
 def reference_rows(side: int = 256) -> list[CostRow]:
-    """Well-known autoencoders, RAC's scaled decoders and the nano field, for images of `side` x `side`, batch 1.
+    """Counts well-known autoencoders, RAC's scaled decoders and the nano field, for `side` x `side` images, batch 1.
 
     The networks are diffusers' classes, built without weights; nothing is downloaded.
     """
@@ -141,7 +141,13 @@ def reference_rows(side: int = 256) -> list[CostRow]:
 
 
 def halves(name: str, network: Any, spec: LatentSpec, side: int = 256) -> list[CostRow]:
-    """Encoder, decoder and whole of an autoencoder whose network has an `encoder` and a `decoder`."""
+    """Returns rows for the encoder, the decoder and the whole of an autoencoder.
+
+    - `name`: the name in the rows.
+    - `network`: a module with an `encoder` and a `decoder`.
+    - `spec`: the shape of its latents.
+    - `side`: side of the images.
+    """
     encoder = count(network.encoder, (1, 3, side, side))
     decoder = count(network.decoder, (1, spec.channels, side // spec.factor, side // spec.factor))
     total = parameters(network)
@@ -156,8 +162,7 @@ def halves(name: str, network: Any, spec: LatentSpec, side: int = 256) -> list[C
 def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
     """Returns a row for each network of a coder, for images of `side` x `side` or of the only size it takes.
 
-    Several networks are followed by a row for the whole. The note of a flow's network says what
-    all steps cost.
+    Several networks are followed by a row for the whole. The note of a flow's network states the cost of all steps.
     """
     side = side if coder.spec.side is None else coder.spec.side * coder.spec.factor
     networks = coder.networks()
@@ -178,13 +183,27 @@ def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
 
 
 def field_row(name: str, field: nn.Module, state_channels: int, side: int = 256, note: str = "") -> CostRow:
-    """One evaluation of a field on states of `side` x `side`."""
+    """Returns a row for one evaluation of a field.
+
+    - `name`: the name in the row.
+    - `field`: the field.
+    - `state_channels`: channels of its states.
+    - `side`: side of its states.
+    - `note`: a remark in the row.
+    """
     cost = count(field, (1, state_channels, side, side), (1,))
     return CostRow(name, cost.parameters, cost, note)
 
 
 def flow_row(name: str, field: nn.Module, state_channels: int, steps: int, side: int = 256) -> CostRow:
-    """A field on states of `side` x `side`, with what a walk of `steps` costs in its note."""
+    """Returns a row for one evaluation of a field, with the cost of a whole flow in its note.
+
+    - `name`: the name in the row.
+    - `field`: the field.
+    - `state_channels`: channels of its states.
+    - `steps`: number of steps of the flow.
+    - `side`: side of its states.
+    """
     row = field_row(name, field, state_channels, side)
     assert row.cost is not None
     walk = "1 step" if steps == 1 else f"{steps} steps"
@@ -210,7 +229,7 @@ def _scaled(fraction: float, widths: tuple[int, ...], side: int) -> CostRow:
 
 
 def _kl(widths: tuple[int, ...], latent_channels: int, attend: bool = False, quant: bool = True) -> Any:
-    """An AutoencoderKL of the SD-VAE family; `attend` adds attention to the blocks at the latent's resolution."""
+    """Builds an AutoencoderKL of the SD-VAE family; `attend` adds attention to blocks at the latent's resolution."""
     from diffusers import AutoencoderKL
 
     down, up = _blocks("DownEncoderBlock2D", widths), _blocks("UpDecoderBlock2D", widths)
@@ -229,7 +248,7 @@ def _kl(widths: tuple[int, ...], latent_channels: int, attend: bool = False, qua
 
 
 def _on_meta(kind: Callable[..., Any], **settings: Any) -> Any:
-    """A network without weights."""
+    """Builds a network without weights."""
     with torch.device("meta"):
         return kind(**settings)
 

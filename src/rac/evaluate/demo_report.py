@@ -27,10 +27,12 @@ INTRODUCTION = (
 
 
 def sections(coder: RAC, teacher: Coder | None, photographs: dict[str, Tensor], results: Results) -> list[Section]:
-    """The report's sections.
+    """Returns the report's sections.
 
-    `results` are what `reconstructions` gave for each of `photographs`, images 1 3 H W by name. The flow of the
-    first of them is shown, from the teacher's latent where there is a teacher.
+    - `coder`, `teacher`: the coder, and its teacher if it could be loaded.
+    - `photographs`: images 1 3 H W by name. The flow of the first one is shown, from the teacher's latent if there is a
+      teacher.
+    - `results`: the results of `reconstructions` for each of them.
     """
     image = next(iter(photographs.values()))
     with torch.no_grad():
@@ -52,7 +54,7 @@ def _there_and_back(photographs: dict[str, Tensor], results: Results) -> Section
 
 
 def _on_the_way(coder: RAC, image: Tensor, latent: Tensor) -> Section:
-    """States while decoding and while encoding."""
+    """Returns a section on the states while decoding and while encoding."""
     with torch.no_grad():
         decoding = coder.trajectory(latent, max(STEPS))
         encoding = coder.encode_trajectory(image, max(STEPS))
@@ -64,7 +66,7 @@ def _on_the_way(coder: RAC, image: Tensor, latent: Tensor) -> Section:
 
 
 def _back_to_the_latent(coder: RAC, latent: Tensor) -> Section:
-    """How far each way back ends from the latent that was decoded."""
+    """Returns a section on how far each way back ends from the latent that was decoded."""
     found = reversals(coder, latent, coder.config.steps)
     table = Table(
         ("way back", "starts from", "evaluations", "largest error in the latent", "residual"),

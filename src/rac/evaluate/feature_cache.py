@@ -1,4 +1,4 @@
-"""Features of images, kept on disk: looking at 50,000 images through an Inception takes longer than all that follows.
+"""A cache of image features on disk: Inception on 50,000 images takes longer than all that follows.
 
 Optional, and never in the way: where there is no home directory, or no right to write, nothing is kept.
 """
@@ -22,20 +22,23 @@ from ..representations import Extractor, Features, extract, join
 from ..storage import read_tensors
 
 LIMIT_GB = 8.0
-"""Files in the folder together; beyond it those that were not read for the longest time are removed."""
+"""Limit on the size of all files in the folder, in GB; beyond it, those not read for the longest time are removed."""
 
 _PARTS = ("pooled", "spatial", "logits")
 
 
 class FeatureCache:
-    """What an extractor saw in images, found again by each image's own hash.
+    """A cache of an extractor's features of images, found again by each image's own hash.
 
     A file holds the features of one set. It lies in the folder `features` of the cache (`rac.files.cache_folder`), and
     its name is a hash of the extractor's kind, its weights and `key`: features of other weights are never taken.
     """
 
     def __init__(self, extractor: Extractor, key: str | None) -> None:
-        """`key` leads to the file: the hash of a set of images, or whatever its images follow from. None: no file."""
+        """Opens the file of an extractor and a key.
+
+        `key` identifies the images: the hash of a set, or whatever its images follow from. None: no file.
+        """
         self.extractor = extractor
         self._path = None if key is None else _file(extractor, key)
         self._rows: dict[bytes, int] = {}
@@ -45,7 +48,10 @@ class FeatureCache:
             self._read(self._path)
 
     def features(self, digests: Sequence[bytes], images: Tensor) -> Features:
-        """Returns the features of images B 3 H W in [-1, 1] whose hashes are `digests`: kept ones, or made now."""
+        """Returns the features of images B 3 H W in [-1, 1], from the cache or computed now.
+
+        `digests` are the hashes of the images.
+        """
         rows = [self._rows.get(digest, -1) for digest in digests]
         if self._kept is not None and min(rows) >= 0:
             return _rows_of(self._kept, torch.tensor(rows))
@@ -55,12 +61,12 @@ class FeatureCache:
         return found
 
     def known(self, digests: Sequence[bytes]) -> Features | None:
-        """Returns the features of all of these images, if all of them were kept."""
+        """Returns the features of all of these images if all of them are in the cache, otherwise None."""
         rows = [self._rows.get(digest, -1) for digest in digests]
         return None if self._kept is None or min(rows) < 0 else _rows_of(self._kept, torch.tensor(rows))
 
     def save(self) -> None:
-        """Write what is new, whole or not at all; does nothing where that cannot be."""
+        """Writes new features, completely or not at all; does nothing if that is not possible."""
         if self._path is None or not self._new:
             return
         features = join([*([] if self._kept is None else [self._kept]), *self._new.values()])

@@ -1,4 +1,4 @@
-"""How near an image is to its reference: PSNR, SSIM and MS-SSIM, one value per image.
+"""Metrics of one image and its reference: PSNR, SSIM and MS-SSIM, one value per image.
 
 All compare images in [-1, 1], clamped but not rounded to 8 bits: numbers do not depend on a file format, and lie
 within a few hundredths of a dB of those of the written files up to about 40 dB.
@@ -26,7 +26,7 @@ MS_SSIM_SIDE = 176
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal to noise ratio in dB of B 3 H W images in [-1, 1] -> B; infinite where they are equal.
+    """Returns the peak signal to noise ratio in dB of B 3 H W images in [-1, 1], B; infinite where they are equal.
 
     The squared error is averaged over an image's pixels and channels. Raises `RacError` if the shapes differ.
     """
@@ -36,7 +36,7 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(image: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of B 3 H W images in [-1, 1] -> B, at most 1; NaN for sides below 11 pixels.
+    """Returns the structural similarity of B 3 H W images in [-1, 1], B, at most 1; NaN for sides below 11 pixels.
 
     Wang et al. 2004: Gaussian window of 11 x 11 with sigma 1.5, K = (0.01, 0.03), averaged over channels; windows that
     leave the image do not count, as in scikit-image. Raises `RacError` if the shapes differ.
@@ -55,7 +55,7 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def ms_ssim(image: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity at five scales of B 3 H W images in [-1, 1] -> B; NaN for sides below 176 pixels.
+    """Returns the structural similarity at five scales of B 3 H W images in [-1, 1], B; NaN for sides below 176 pixels.
 
     Wang, Simoncelli and Bovik 2003, with its weights: contrast at each scale, luminance at the last; negative ones
     count as 0. Windows that leave the image do not count (in torchmetrics' own they do, at the last scale). Raises

@@ -44,12 +44,12 @@ _FILTERS = {
 }
 
 KEEP_MB = 512
-"""Memory for decoded references; larger sets are read from their files again each time."""
+"""Memory in megabytes for decoded images; larger sets are read from their files again each time."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes one or more images.
+    """The way from a picture to one or more images: crop, size and filter.
 
     - `centre`: its largest central square, resized to `size` once, antialiased.
     - `adm`: as the public ImageNet references were made (Dhariwal and Nichol, arXiv 2105.05233): halved by box filter
@@ -62,7 +62,7 @@ class Preprocessing:
     """Side of the images; None, with crop `none` only: each picture's own size."""
     crop: Crop = "none"
     resize: Resize = "bicubic"
-    """The filter of `centre` and of `adm`'s second step; all are antialiased, on 8-bit pixels."""
+    """Filter of `centre` and of `adm`'s second step; all are antialiased, on 8-bit pixels."""
 
     def __post_init__(self) -> None:
         if self.crop not in ("centre", "adm", "tiles", "none"):
@@ -75,7 +75,10 @@ class Preprocessing:
             raise RacError(f"size {self.size} must be at least 1")
 
     def cut(self, picture: Image.Image, name: str) -> list[Image.Image]:
-        """The images of an RGB picture. Raises `RacError` if it is smaller than `size`, which would enlarge it."""
+        """Returns the images of an RGB picture.
+
+        Raises `RacError` if it is smaller than `size`, which would enlarge it.
+        """
         size = self.size
         if size is None:
             return [picture]
@@ -100,22 +103,22 @@ class Preprocessing:
 
 
 class Batch(NamedTuple):
-    """Some references of one size."""
+    """Some images of a set, of one size."""
 
     names: tuple[str, ...]
     images: Tensor
-    """B 3 H W in [-1, 1]."""
+    """The images, B 3 H W in [-1, 1]."""
     labels: tuple[str | None, ...] | None = None
-    """Class of each image, if the set knows any."""
+    """Class of each image, if the set has classes."""
 
 
 @dataclass(frozen=True)
 class ReferenceRecord:
-    """Which images a result is about, or compares with."""
+    """Identity of the set of images that a result is about, or compares with."""
 
     name: str
     count: int | None
-    """Number of images; None where a file of moments does not say."""
+    """Number of images; None if a file of moments does not state it."""
     hash: str
 
 
@@ -139,7 +142,13 @@ class ImageSet:
         progress: Callable[[int], None] | None = None,
         labels: Sequence[str | None] | None = None,
     ) -> None:
-        """`source` gives names and pixels (H W 3, uint8) anew at each call, always the same; all are read once here."""
+        """Reads all images once.
+
+        - `name`: the name of the set.
+        - `source`: returns names and pixels (H W 3, uint8) anew at each call, always the same.
+        - `progress`: called with the number of images read.
+        - `labels`: the class of each image; None: no classes.
+        """
         self.name = name
         self._source = source
         self._features: dict[str, Features] = {}
@@ -177,11 +186,16 @@ class ImageSet:
         count: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> ImageSet:
-        """The first `count` images (all if None) of folders, tar files or single pictures; `find_pictures` orders them.
+        """Reads the first `count` images of folders, tar files or pictures, in the order of `find_pictures`.
 
         Without paths: scikit-image's photographs. Pictures of other modes are converted as `read_image` does. Raises
         `RacError` for an empty folder, for fewer images than `count` or than 2, and for a picture that is damaged, too
         small or, where nothing is cropped, of another size; it names the file.
+
+        - `paths`: the folders, tar files and pictures.
+        - `preprocessing`: how pictures become images.
+        - `count`: number of images to read; None: all.
+        - `progress`: called with the number of images read.
         """
         files = find_pictures(paths)
         name = collection_name(paths)
@@ -196,20 +210,20 @@ class ImageSet:
 
     @classmethod
     def of(cls, images: Tensor, name: str, labels: Sequence[str | None] | None = None) -> ImageSet:
-        """Makes a set of images N 3 H W in [-1, 1] that are in memory already, rounded to 8 bits."""
+        """Returns a set of images N 3 H W in [-1, 1] that are in memory already, rounded to 8 bits."""
         named = [(f"{index:05d}", to_pixels(image)) for index, image in enumerate(images)]
         return cls(name, lambda: iter(named), labels=labels)
 
     @property
     def record(self) -> ReferenceRecord:
-        """What a result keeps of this set."""
+        """The identity of this set, as results keep it."""
         return ReferenceRecord(self.name, len(self), self.hash)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All images in their order, up to `size` together; neighbours of different size do not share a batch."""
+        """Yields all images in their order, up to `size` together; a batch has images of one size only."""
         done = 0
         for _, alike in groupby(self._source(), key=lambda named: named[1].shape):
             while part := list(islice(alike, size)):
@@ -227,8 +241,12 @@ class ImageSet:
     ) -> Features:
         """Returns the features of all images in their order, computed once for each kind of extractor.
 
-        They are kept in memory, and on disk by the hashes of the images, the extractor and its weights. `progress` is
-        called with the number of images done.
+        They are kept in memory, and on disk by the hashes of the images, the extractor and its weights.
+
+        - `extractor`: the network.
+        - `batch`: images at a time.
+        - `device`: where to compute.
+        - `progress`: called with the number of images done.
         """
         key = f"{type(extractor).__name__} {extractor.path}"
         if key not in self._features:
@@ -266,16 +284,17 @@ class FeatureMoments:
 
     name: str
     hash: str
-    """SHA-256 of the file."""
+    """SHA-256 of the file of moments."""
     pooled: Gaussian
     spatial: Gaussian | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> FeatureMoments:
-        """Read an .npz file with `mu` D and `sigma` D D, such as those published with ADM (Dhariwal and Nichol, arXiv
-        2105.05233) and with pytorch-fid; ADM's `mu_s` and `sigma_s` are those of the spatial features.
+        """Reads an .npz file of moments with `mu` D and `sigma` D D.
 
-        Raises `RacError` for a file that is missing, is no .npz, lacks them, or holds pickled objects.
+        Such are published with ADM (Dhariwal and Nichol, arXiv 2105.05233) and with pytorch-fid; ADM's `mu_s` and
+        `sigma_s` are those of the spatial features. Raises `RacError` for a file that is missing, is no .npz, lacks
+        them, or holds pickled objects.
         """
         path = Path(path).expanduser()
         try:
@@ -298,11 +317,11 @@ class FeatureMoments:
 
     @property
     def record(self) -> ReferenceRecord:
-        """What a result keeps of this reference."""
+        """The identity of this reference, as results keep it."""
         return ReferenceRecord(self.name, None, self.hash)
 
     def check(self, metrics: Collection[str], extractor: Extractor) -> None:
-        """Raise `RacError` if one of `metrics` needs more than moments, or other features."""
+        """Raises `RacError` if one of `metrics` needs more than moments, or other features."""
         for metric in ("kernel", "precision-recall"):
             if metric in metrics:
                 raise RacError(
@@ -325,7 +344,7 @@ class FeatureMoments:
 def read_reference(
     path: Path, preprocessing: Preprocessing, progress: Callable[[int], None] | None = None
 ) -> ImageSet | FeatureMoments:
-    """Read what a set is compared with: an .npz file of moments, or pictures as `ImageSet.read` takes them."""
+    """Reads the reference of set metrics: an .npz file of moments, or pictures as `ImageSet.read` takes them."""
     if path.suffix == ".npz":
         return FeatureMoments.read(path)
     return ImageSet.read([path], preprocessing, progress=progress)

@@ -1,4 +1,4 @@
-"""How well a coder's latents stand in for its teacher's."""
+"""Metrics of how well a coder's latents replace its teacher's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import RacError
 
 
 class LatentAgreement:
-    """Per channel, over all images and places: what one coder's latents say of another's.
+    """Agreement of two coders' latents, per channel, over all images and places.
 
     Sums are kept in float64, so neither batches nor order matter.
     """
@@ -18,7 +18,7 @@ class LatentAgreement:
         self._sums: Tensor | None = None
 
     def update(self, latent: Tensor, teacher_latent: Tensor) -> None:
-        """Count in latents B c h w of the same images. Raises `RacError` if the shapes differ."""
+        """Adds latents B c h w of the same images to the sums. Raises `RacError` if the shapes differ."""
         if latent.shape != teacher_latent.shape or latent.ndim != 4:
             raise RacError(
                 f"compare latents of one shape B c h w, not {tuple(latent.shape)} and {tuple(teacher_latent.shape)}; "
@@ -30,16 +30,16 @@ class LatentAgreement:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def explained_variance(self) -> Tensor:
-        """1 - Var(latent - teacher_latent) / Var(teacher_latent) -> c, at most 1.
+        """Returns 1 - Var(latent - teacher_latent) / Var(teacher_latent), c, at most 1.
 
-        1: equal up to a constant, which `offset` tells. 0: no better than the channel's mean. Below: worse than that.
+        1: equal up to a constant, which `offset` gives. 0: no better than the channel's mean. Below: worse than that.
         NaN where the teacher's channel is constant.
         """
         variance, error_variance = self._variances()
         return torch.where(variance > 0, 1 - error_variance / variance, torch.nan)
 
     def offset(self) -> Tensor:
-        """Mean of latent - teacher_latent over the teacher's standard deviation -> c."""
+        """Returns the mean of latent - teacher_latent over the teacher's standard deviation, c."""
         variance, _ = self._variances()
         return self._totals()[3] / self._totals()[0] / variance.sqrt()
 

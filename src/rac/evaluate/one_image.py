@@ -1,5 +1,7 @@
-"""One image through coders: what comes out, how good it is, what it cost. For `rac reconstruct`, `rac demo` and the
-page of `rac serve`."""
+"""Reconstructions of one image by several coders: the images, their quality and cost.
+
+Used by `rac reconstruct`, `rac demo` and the page of `rac serve`.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +28,36 @@ from .image_sets import Batch
 from .robustness import noised_latents
 
 NOISED_STEPS = (1, 2, 4, 8)
-"""Numbers of steps that decode a noised latent."""
+"""Numbers of steps at which a noised latent is decoded."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One coder's version of one image."""
+    """A reconstruction of one image by one coder, with its quality and cost."""
 
     name: str
-    """What made it, such as "rac-64, 4 steps"."""
+    """Name of the coder and its setting, such as "rac-64, 4 steps"."""
     image: Tensor
-    """1 3 H W, of the original's size."""
+    """The reconstruction, 1 3 H W, of the original's size."""
     psnr: float
-    """dB."""
+    """PSNR in dB."""
     ssim: float
-    """NaN for sides below 11 pixels."""
+    """SSIM; NaN for sides below 11 pixels."""
     seconds: float
-    """Time of all that was computed for it, counting included."""
+    """Time of all that was computed for the reconstruction, counting included."""
     evaluations: int
-    """How often a network was asked, encoding and decoding together."""
+    """Network evaluations, encoding and decoding together."""
     macs: int
-    """Multiply-accumulates of all of these together, at this size."""
+    """Multiply-accumulates of all evaluations together, at this size."""
     from_teacher: bool = False
-    """Whether it was decoded from the teacher's latent, and not from the coder's own."""
+    """Whether the teacher's latent was decoded, and not the coder's own."""
     encoding: Trajectory | None = None
-    """The flow from the image to the seed state; None where it was not asked for, or there is none."""
+    """The flow from the image to the seed state; None if it was not kept, or there is none."""
     decoding: Trajectory | None = None
-    """The flow from the seed state to the image; None where it was not asked for, or there is none."""
+    """The flow from the seed state to the image; None if it was not kept, or there is none."""
 
     def without_flows(self) -> Reconstruction:
-        """Returns the same without the states of its flows, which take much memory."""
+        """Returns the reconstruction without the states of its flows, which take much memory."""
         return replace(self, encoding=None, decoding=None)
 
 
@@ -69,9 +71,18 @@ def reconstructions(
 ) -> list[Reconstruction]:
     """Encodes and decodes an image 1 3 H W, once at each number of steps if the coder takes any.
 
-    With a teacher, its own reconstruction comes first and, at the end, what `coder` decodes from the teacher's latent.
-    The reconstruction of most steps keeps its flows. Where `coder` was trained to decode only and has a teacher, the
-    teacher's latents are all that it decodes. Raises `RacError` for steps below 1 and for images too small to pad.
+    With a teacher, its own reconstruction comes first, and last the one that `coder` decodes from the teacher's latent.
+    The reconstruction of most steps keeps its flows. Where `coder` was trained to decode only and has a teacher, it
+    decodes only the teacher's latents.
+
+    - `coder`: the coder.
+    - `image`: the image, 1 3 H W in [-1, 1].
+    - `steps`: the numbers of steps.
+    - `solver`: the rule of each step; None: Euler's.
+    - `teacher`: the coder's teacher, if it is at hand.
+    - `name`: the name of the coder in the results.
+
+    Raises `RacError` for steps below 1 and for images too small to pad.
     """
     found = [] if teacher is None else [_measured("teacher", image, partial(_coded, teacher, image))]
     numbers: Sequence[int | None] = steps if _walked(coder) else (None,)
@@ -93,7 +104,7 @@ def reconstructions(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A coder to show, and its teacher where that could be loaded."""
+    """A coder to show, and its teacher if that could be loaded."""
 
     name: str
     coder: Coder
@@ -103,10 +114,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """An image, encoded and decoded."""
+    """An image with its reconstructions and the coder's flows."""
 
     versions: tuple[Reconstruction, ...]
-    """The teacher's, if there is one, then the coder's."""
+    """The teacher's reconstruction, if there is one, then the coder's."""
     encoding: Trajectory | None
     """The coder's flow from the image to the seed state; None for a coder that encodes at once."""
     decoding: Trajectory | None
@@ -114,7 +125,7 @@ class Reconstructed:
 
 
 def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
-    """Puts an image 1 3 H W through the teacher and the coder; the numbers are those of `reconstructions`.
+    """Encodes and decodes an image 1 3 H W by the teacher and the coder; the numbers are those of `reconstructions`.
 
     A coder that was trained to decode only decodes the teacher's latent.
 
@@ -138,6 +149,11 @@ def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0
     A coder that decodes in steps does so at each of `NOISED_STEPS`. The latent is the teacher's, or the coder's own
     where there is none; latents have a deviation of about 1. The noise is that of `robustness` for an image called
     "picture". Seconds, evaluations and MACs are of decoding alone.
+
+    - `loaded`: the coder and its teacher.
+    - `image`: the image, 1 3 H W in [-1, 1].
+    - `sigma`: standard deviation of the noise.
+    - `rng_seed`: seed of the noise.
     """
     source = loaded.coder if loaded.teacher is None else loaded.teacher
     (latent,) = noised_latents(source, Batch(("picture",), image), [sigma], rng_seed)
@@ -154,7 +170,7 @@ def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0
 # ------------------------------------------------------------------------------------------- how it is measured
 
 _Made = tuple[Decoded, Trajectory | None]
-"""What decoding gave, the evaluations of encoding counted in, and the flow of encoding."""
+"""Result of decoding, with the evaluations of encoding counted in, and the flow of encoding."""
 
 
 def _coded(
@@ -165,7 +181,7 @@ def _coded(
     keep: bool = False,
     encoder: Coder | None = None,
 ) -> _Made:
-    """Encode, by `encoder` if one is given, and decode."""
+    """Encodes an image, by `encoder` if one is given, and decodes it."""
     back = coder.walk("encode", steps, solver)
     there = coder.walk("decode", steps, solver)
     coded = coder.coded(image, back, keep="nodes" if keep else "end") if encoder is None else encoder.coded(image)
@@ -211,13 +227,13 @@ def _named(name: str, steps: int | None) -> str:
 COLUMNS = ("coder", "PSNR dB", "SSIM", "evaluations", "GMACs")
 
 Results = Mapping[str, Sequence[Reconstruction]]
-"""For each image's name, what each coder made of it."""
+"""Reconstructions of each image, by the image's name."""
 
 
 def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Image.Image:
     """Draws a strip of the original and its reconstructions, PSNR and SSIM below.
 
-    They are those from their coders' own latents; all of them where the coder has none of its own.
+    It shows reconstructions from their coders' own latents; all of them if the coder has none of its own.
     """
     own = [one for one in made if not one.from_teacher]
     shown = made if len(own) == 1 else own
@@ -226,7 +242,7 @@ def comparison(image: Tensor, made: Sequence[Reconstruction], title: str) -> Ima
 
 
 def per_image(results: Results) -> Table:
-    """Returns every number, unrounded, one row per image and coder: for programs."""
+    """Returns a table for programs: every number, unrounded, one row per image and coder."""
     rows = [
         (name, one.name, repr(one.psnr), repr(one.ssim), str(one.evaluations), str(one.macs))
         for name, made in results.items()
@@ -236,7 +252,7 @@ def per_image(results: Results) -> Table:
 
 
 def means(results: Results) -> Table:
-    """Returns the means over images, one row per coder: for people."""
+    """Returns a table for people: the means over images, one row per coder."""
     rows = []
     for same in zip(*results.values(), strict=True):
         psnr, ssim = _mean([one.psnr for one in same]), _mean([one.ssim for one in same])

@@ -11,25 +11,28 @@ from torch import Tensor
 from ..errors import RacError
 
 COLOUR_SPREAD = 2.5
-"""Standard deviations to either side that colours tell apart."""
+"""Standard deviations to either side of the mean that colours distinguish."""
 
 
 @dataclass(frozen=True)
 class PrincipalAxes:
-    """The directions in which points D vary most, in falling order."""
+    """Principal axes of points: the directions in which points of dimension D vary most, in falling order."""
 
     mean: Tensor
-    """D."""
+    """Mean of the points, D."""
     axes: Tensor
-    """k D, orthonormal. The sign, which is arbitrary, is such that an axis's largest entry is positive."""
+    """The axes, k D, orthonormal. The sign, which is arbitrary, is such that an axis's largest entry is positive."""
     deviations: Tensor
-    """k: standard deviation along each axis."""
+    """Standard deviation along each axis, k."""
     shares: Tensor
-    """k: share of all variance along each axis."""
+    """Share of all variance along each axis, k."""
 
     @classmethod
     def fit(cls, points: Tensor, count: int) -> PrincipalAxes:
-        """The first `count` axes (fewer if there are not so many) of points N D. Raises `RacError` below 2 points."""
+        """Returns the first `count` axes (fewer if there are not so many) of points N D.
+
+        Raises `RacError` below 2 points.
+        """
         if points.ndim != 2 or len(points) < 2:
             raise RacError(f"principal axes need at least 2 points N D, not shape {tuple(points.shape)}")
         points = points.detach().float().cpu()
@@ -42,17 +45,17 @@ class PrincipalAxes:
         return cls(mean, axes * signs, variances[:count].sqrt(), shares[:count])
 
     def project(self, points: Tensor) -> Tensor:
-        """Points ... D -> coordinates ... k."""
+        """Returns the coordinates ... k of points ... D."""
         return (points.detach().float().cpu() - self.mean) @ self.axes.T
 
 
 def latent_axes(latents: Sequence[Tensor]) -> PrincipalAxes:
-    """The first three axes of the channels of latents, each B c h w of any size, over all images and places."""
+    """Returns the first three axes of the channels of latents, each B c h w of any size, over all images and places."""
     return PrincipalAxes.fit(torch.cat([_places(latent) for latent in latents]), 3)
 
 
 def latent_colours(latent: Tensor, axes: PrincipalAxes, factor: int) -> Tensor:
-    """A latent 1 c h w as an image 3 h*f w*f in [-1, 1]: red, green and blue are its first three axes.
+    """Returns a latent 1 c h w as an image 3 h*f w*f in [-1, 1]: red, green and blue are its first three axes.
 
     Grey is the mean, full colour `COLOUR_SPREAD` standard deviations of the latents the axes were fitted to.
     """
@@ -65,5 +68,5 @@ def latent_colours(latent: Tensor, axes: PrincipalAxes, factor: int) -> Tensor:
 
 
 def _places(latent: Tensor) -> Tensor:
-    """B c h w -> B*h*w c."""
+    """Reshapes latents B c h w to points B*h*w c."""
     return latent.movedim(1, -1).flatten(0, -2)

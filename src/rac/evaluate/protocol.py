@@ -1,4 +1,4 @@
-"""Named protocols: all that a metric depends on, as a value.
+"""Named protocols: everything that a metric depends on, as a value.
 
 A metric means nothing without the images, their crop, the sample of the posterior, the features, the steps. All of it
 is one value here, a `Protocol`, and travels with every `Result`.
@@ -20,7 +20,10 @@ from .suite import IMAGE_METRICS, LATENT_METRICS, SET_METRICS, SHORTEST_SIDE
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that a metric depends on, the coder's weights apart. Raises `RacError` for what does not go together."""
+    """Everything that a metric depends on, except the coder's weights.
+
+    Raises `RacError` for settings that do not go together.
+    """
 
     name: str
     preprocessing: Preprocessing
@@ -28,25 +31,27 @@ class Protocol:
     count: int | None = None
     """Number of reference images; None: all there are."""
     reference: str | None = None
-    """Hash of the one set of reference images it is meant for (`ImageSet.hash`); None: any."""
+    """Hash of the only set of reference images that the protocol is meant for (`ImageSet.hash`); None: any set."""
     metrics: tuple[str, ...] = ("psnr", "ssim")
-    """Some of `IMAGE_METRICS`, `SET_METRICS` and `LATENT_METRICS`."""
+    """Names of metrics, from `IMAGE_METRICS`, `SET_METRICS` and `LATENT_METRICS`."""
     extractor: ExtractorName | None = None
-    """The network whose features metrics of sets compare."""
+    """Name of the network whose features metrics of sets compare."""
     latents: Literal["own", "teacher"] = "own"
-    """Whether the coder decodes the latents it encoded, or its teacher's."""
+    """Whether the coder decodes latents that it encoded itself, or its teacher's."""
     posterior: Literal["mean", "sample"] = "mean"
-    """What is decoded of a posterior: its mean, or a sample."""
+    """The latent that is taken from a posterior: its mean, or a sample."""
     rng_seed: int = 0
     """Seed of the posterior samples."""
     steps: int | None = None
-    """Number of steps of each way that a coder walks; None: the coder's own number. Ways taken at once have none."""
+    """Number of steps of each way that a coder walks; None: the coder's own number. Other ways have no steps."""
     solver: SolverName = "euler"
     """Rule for each step of a flow."""
     shift: float = 1.0
-    """Shift of the time grid, see `TimeGrid.shifted`; 1: equal steps."""
+    """Shift of the time grid, the `alpha` of `TimeGrid.shifted`; 1: equal steps."""
     weights: Literal["ema", "raw"] = "ema"
-    """Which of a training's weights the coder has, as whoever made it says; saved coders have the average."""
+    """Kind of weights that the coder has, averaged or raw, as the protocol's maker states it. Saved coders have the
+    average.
+    """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the coder's arithmetic; metrics are always computed in float32, distances of sets in float64."""
     rounded: bool = True
@@ -112,9 +117,10 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def protocol_named(name: str) -> Protocol:
-    """Returns the protocol called `name`, or that of a JSON file: a protocol, or a result to repeat on its images.
+    """Returns the protocol called `name`, or the one in a JSON file.
 
-    Raises `RacError` for a name that is not known, and for a file that holds neither.
+    The file holds a protocol, or a result, which is then repeated on its images. Raises `RacError` for a name that is
+    not known, and for a file that holds neither.
     """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
@@ -134,7 +140,7 @@ _FORMER_WORDS = {"figures": "metrics", "framing": "preprocessing", "judges": "we
 
 
 def in_todays_words(data: Any) -> Any:
-    """A protocol's or a result's JSON with the keys of earlier versions renamed."""
+    """Renames the keys of earlier versions in the JSON of a protocol or a result."""
     if not isinstance(data, dict):
         return data
     return {

@@ -1,4 +1,4 @@
-"""Reconstructing images under a protocol: `evaluate` gives a result to keep, `measure` the numbers alone."""
+"""Evaluation of reconstructions under a protocol: `evaluate` gives a result to keep, `measure` the numbers alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Reconstructor:
     coder: Coder
     protocol: Protocol
     teacher: Coder | None = None
-    """The coder whose latents are decoded where the protocol says so."""
+    """The coder whose latents are decoded if the protocol says so."""
 
     def walk(self, way: Way) -> Walk | None:
         """Returns the time grid and solver of `way`, or None where the coder takes it at once."""
@@ -74,9 +74,9 @@ class Reconstructor:
         return crop(self.decode(self.encode(image)).float(), (image.shape[-2], image.shape[-1])).clamp(-1, 1)
 
     def one_pass(self, batch: Batch) -> Pass:
-        """Encodes each image once and decodes it once; what latent metrics need besides is made of the same flows.
+        """Encodes each image once and decodes it once; latent metrics use the same flows.
 
-        `batch` lies on the coder's device. Raises `RacError` where the coder gives NaN.
+        `batch` lies on the coder's device. Raises `RacError` if the coder gives NaN.
         """
         image, metrics = batch.images, self.protocol.metrics
         size = (image.shape[-2], image.shape[-1])
@@ -101,7 +101,7 @@ class Reconstructor:
         return Pass(self._as_file(reconstruction), own_latent, teacher_latent, state_round_trip, seconds)
 
     def _source(self, batch: Batch) -> tuple[Tensor, Coded | None, Tensor | None]:
-        """The latent to decode, and what the coder or the teacher made on the way to it."""
+        """Returns the latent to decode, and the results of the coder or the teacher on the way to it."""
         own, image = self.encoder is self.coder, batch.images
         if self.protocol.posterior == "sample":
             with self._arithmetic():
@@ -115,7 +115,7 @@ class Reconstructor:
         return latent, coded if own else None, None if own else latent
 
     def _noise(self, names: Sequence[str], like: Tensor) -> Tensor:
-        """A draw for each image that depends on its name alone, so neither on order nor on batches."""
+        """Returns noise for each image that depends on its name alone, so neither on order nor on batches."""
         streams = [generator(self.protocol.rng_seed, "posterior", name) for name in names]
         return torch.stack([torch.randn(like.shape[1:], generator=stream) for stream in streams]).to(like)
 
@@ -136,16 +136,16 @@ class Reconstructor:
 
 
 class Pass(NamedTuple):
-    """What came of one batch of images."""
+    """Reconstructions of one batch of images, and the latents that metrics need."""
 
     images: Tensor
     """The reconstructions, B 3 H W in [-1, 1], rounded to 8 bits if the protocol says so."""
     own_latent: Tensor | None
-    """B c h w, the coder's own latent; None where nothing asks for it."""
+    """The coder's own latent, B c h w; None if no metric needs it."""
     teacher_latent: Tensor | None
-    """B c h w, the teacher's; None where nothing asks for it."""
+    """The teacher's latent, B c h w; None if no metric needs it."""
     state_round_trip: Tensor | None
-    """B 3 H W, the image encoded and decoded without contraction to a latent; None where nothing asks for it."""
+    """The image encoded and decoded without contraction to a latent, B 3 H W; None if no metric needs it."""
     seconds: float
     """Time of the encoding and the decoding."""
 
@@ -179,17 +179,19 @@ def evaluate(
 ) -> Result:
     """Evaluates `coder`, on the device where it is and in evaluation mode, by its reconstructions of `images`.
 
-    - `images`: read with the protocol's preprocessing and count.
-    - `name`: what the result calls the coder.
-    - `teacher`: needed where the protocol asks for its latents.
-    - `reference`: what metrics of sets compare the reconstructions with; None: `images` themselves.
+    - `coder`: the coder.
+    - `images`: the images, read with the protocol's preprocessing and count.
+    - `protocol`: the metrics, and all that they depend on.
+    - `name`: the name of the coder in the result.
+    - `teacher`: needed if the protocol decodes its latents.
+    - `reference`: the set that metrics of sets compare the reconstructions with; None: `images` themselves.
     - `suite`: the loaded networks of the metrics; None: loads those that the protocol needs.
     - `batch`: images at a time. Neither it nor the order of the images changes a number.
-    - `command`: what the result records as the command; None: this process's command line.
+    - `command`: the command that the result records; None: this process's command line.
     - `progress`: called with (images done, images in all).
 
     Raises `RacError` if the protocol cannot be kept: other images than it names, too few or too small ones, no teacher,
-    no posterior to draw from, a reference that lacks what a metric needs; and where the coder gives NaN.
+    no posterior to draw from, a reference that lacks what a metric needs; and if the coder gives NaN.
     """
     coder_hash = weights_hash(coder.state_dict())
     suite = suite or MetricSuite.load(protocol.metrics, protocol.extractor, next(coder.parameters()).device)
@@ -234,10 +236,12 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     coder_hash: str | None = None,
 ) -> Measurement:
-    """Measures what `evaluate` reports, without hashing the coder's weights: for galleries during training.
+    """Measures the metrics of `evaluate` without hashing the coder's weights: for galleries during training.
 
-    `coder_hash` lets features of the reconstructions be kept on disk; the other arguments, and the errors, are those of
-    `evaluate`.
+    - `coder_hash`: lets features of the reconstructions be kept on disk; None: they are not.
+    - `coder`, `images`, `protocol`, `teacher`, `reference`, `suite`, `batch`, `progress`: as for `evaluate`.
+
+    Raises `RacError` as `evaluate`.
     """
     reconstructor = Reconstructor(coder=coder, protocol=protocol, teacher=teacher)
     device = reconstructor.device
@@ -295,7 +299,7 @@ def _check(
 
 
 def _cache(suite: MetricSuite, images: ImageSet, protocol: Protocol, coder_hash: str | None) -> FeatureCache | None:
-    """The features of these reconstructions: kept on disk where it is known whose they are."""
+    """Returns a cache for the features of these reconstructions, on disk if `coder_hash` says whose they are."""
     if suite.extractor is None:
         return None
     # Features are found again by each image's own hash, so the key only has to lead to the right file.
@@ -304,7 +308,7 @@ def _cache(suite: MetricSuite, images: ImageSet, protocol: Protocol, coder_hash:
 
 
 class _Tally:
-    """What is collected batch by batch, and the metrics of all of it."""
+    """Collects values batch by batch, and computes the metrics of all of them."""
 
     def __init__(self, protocol: Protocol, suite: MetricSuite, cache: FeatureCache | None) -> None:
         self._protocol, self._suite, self._cache = protocol, suite, cache

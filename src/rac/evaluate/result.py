@@ -1,4 +1,4 @@
-"""What an evaluation gives: the metrics, and all one needs to get them again."""
+"""The result of an evaluation: the metrics, and everything needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -19,40 +19,43 @@ from .protocol import Protocol, in_todays_words
 
 @dataclass(frozen=True)
 class Result:
-    """What came out, and all one needs to get it again. Written and read as JSON."""
+    """Metrics of a coder, and everything needed to reproduce them. Written and read as JSON."""
 
     coder: str
-    """As it was named."""
+    """Name that the coder was evaluated under."""
     coder_hash: str
-    """Hash of its weights."""
+    """Hash of the coder's weights."""
     protocol: Protocol
     steps: int | None
     """Number of steps of each way that is walked; None for a coder that takes both at once."""
     reference: ReferenceRecord
     metrics: dict[str, float]
-    """The name of a metric of sets says whose features it is made of: only `rFID` is an FID."""
+    """Metrics by name. The name of a metric of sets says which features it uses: only `rFID` is an FID."""
     images_per_second: float
-    """Through the coder, there and back, in this run on this machine."""
+    """Rate of encoding and decoding images, in this run on this machine."""
     per_channel: dict[str, tuple[float, ...]]
     """Metrics of the latents, by channel."""
     per_image: dict[str, tuple[float, ...]]
     """Metrics of each image, in the order of `images`."""
     images: tuple[str, ...]
     weight_files: dict[str, str]
-    """Weight files of the metrics, and the SHA-256 of each."""
+    """Names of the metrics' weight files, and the SHA-256 of each."""
     versions: dict[str, str]
     command: str
     compared_with: ReferenceRecord | None = None
-    """What metrics of sets compare with; None: the images themselves."""
+    """The reference that metrics of sets compare with; None: the images themselves."""
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all; infinite and undefined values as strings. Raises `RacError`."""
+        """Writes the result as JSON, completely or not at all; infinite and undefined values as strings.
+
+        Raises `RacError` if the file cannot be written.
+        """
         text = json.dumps(json_safe(to_json(self)), indent=2, allow_nan=False)
         write_bytes(path, (text + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """Read what `save` wrote, results of earlier versions included. Raises `RacError`."""
+        """Reads a file written by `save`, of this or an earlier version. Raises `RacError`."""
         data = read_json(Path(path))
         if isinstance(data, dict):
             data = in_todays_words(data)
@@ -61,7 +64,7 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what metrics may depend on."""
+    """Returns the versions of the software that metrics may depend on."""
     from .. import __version__
 
     packages = {package: metadata.version(package) for package in ("torch", "torchmetrics", "numpy", "pillow")}
@@ -69,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """What was typed to start this program, without the folder it lies in."""
+    """Returns the command line of this program, without the folder that it lies in."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

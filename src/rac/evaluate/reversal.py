@@ -1,4 +1,4 @@
-"""How well a RAC's flow is undone: by reversed Euler, by fixed point, by a reversible solver."""
+"""Accuracy of undoing a RAC's flow: by reversed Euler, by fixed point, by a reversible solver."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..states import expand, image_of, image_state
 
 @dataclass(frozen=True)
 class Reversal:
-    """One way back from a decoded state to its latent."""
+    """Accuracy of one way back from a decoded state to its latent."""
 
     name: str
     start: str
-    """What the way back began from: the whole state, or the image alone."""
+    """Starting point of the way back: the whole state, or the image alone."""
     error: float
     """Largest absolute difference between the latent found and the one decoded."""
     evaluations: int
     """Field evaluations of the way back."""
     residual: float | None = None
-    """For fixed points: the largest residual of a step."""
+    """Largest residual of a step, for fixed points; otherwise None."""
     converged: bool = True
 
 
 @torch.no_grad()
 def reversals(coder: RAC, latent: Tensor, steps: int) -> list[Reversal]:
-    """Decode `latent`, 1 c h w, in `steps` steps, and find it again in several ways.
+    """Decodes `latent`, 1 c h w, in `steps` steps, and finds it again in several ways.
 
     From the whole final state the way back can be exact. From the image alone, which is what an encoder has, the
     state's other channels are only known to be near their constant, and what they held is lost.
@@ -61,7 +61,7 @@ def reversals(coder: RAC, latent: Tensor, steps: int) -> list[Reversal]:
 
 @torch.no_grad()
 def euler_errors(coder: RAC, latent: Tensor, steps: Sequence[int]) -> list[float]:
-    """For each number of steps: the root mean square by which reversed Euler misses the seed state it came from."""
+    """Returns, for each number of steps, the root mean square by which reversed Euler misses the seed state."""
     seed, rule = expand(latent, coder.states), _own_rule(coder)
     errors = []
     for number in steps:
@@ -80,7 +80,7 @@ def _own_rule(coder: RAC) -> Solver:
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
-    """Order of convergence: minus the least-squares slope of log error over log steps."""
+    """Returns the order of convergence: minus the least-squares slope of log error over log steps."""
     x, y = [math.log(number) for number in steps], [math.log(error) for error in errors]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     across = sum((a - mean_x) ** 2 for a in x)

@@ -20,23 +20,23 @@ from .image_sets import Batch, ImageSet
 from .suite import IMAGE_METRICS, MetricSuite
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-"""Standard deviations of the noise; that of a latent is about 1."""
+"""Standard deviations of the noise; latents have a deviation of about 1."""
 
 Decoder = Callable[[Tensor], Tensor]
-"""Latent B c h w -> image."""
+"""A function that decodes a latent B c h w to an image."""
 
 
 @dataclass(frozen=True)
 class RobustnessCurve:
-    """Mean metrics over the images, for each decoder and sigma."""
+    """Mean metrics over the images, for each decoder and each sigma of the noise."""
 
     teacher: str
-    """Name of the coder whose latents they are."""
+    """Name of the coder whose latents are decoded."""
     images: int
     rng_seed: int
     sigmas: tuple[float, ...]
     metrics: dict[str, dict[str, tuple[float, ...]]]
-    """Metric -> decoder -> one value for each sigma."""
+    """Values by metric and decoder, one for each sigma."""
 
 
 def robustness_curve(
@@ -52,12 +52,21 @@ def robustness_curve(
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> RobustnessCurve:
-    """Decodes latent + sigma * noise by every decoder, for the first `images` of `image_set`.
+    """Decodes latent + sigma * noise by every decoder, and compares the results with the original images.
 
     The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
-    for all sigmas. Results are compared with the original images by the image metrics of `suite`. `name` is the
-    teacher's.
-    `progress` is called with (images done, images in all).
+    for all sigmas.
+
+    - `decoders`: the decoders by name.
+    - `teacher`: the coder whose latents are decoded.
+    - `image_set`: the images.
+    - `suite`: the networks of the image metrics.
+    - `name`: the teacher's name.
+    - `images`: number of images, from the first on.
+    - `sigmas`: standard deviations of the noise.
+    - `rng_seed`: seed of the noise.
+    - `batch`: images at a time.
+    - `progress`: called with (images done, images in all).
     """
     suite = replace(suite, metrics=tuple(metric for metric in suite.metrics if metric in IMAGE_METRICS))
     device = next(teacher.parameters()).device
@@ -84,7 +93,13 @@ def robustness_curve(
 
 
 def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_seed: int = 0) -> Iterator[Tensor]:
-    """Yields, for each sigma, the teacher's latents of the images plus sigma times their noise."""
+    """Yields, for each sigma, the teacher's latents of the images plus sigma times their noise.
+
+    - `teacher`: the coder that encodes.
+    - `part`: the images.
+    - `sigmas`: standard deviations of the noise.
+    - `rng_seed`: seed of the noise, which depends on it and the image's name alone.
+    """
     with reproducible():
         latent = teacher.encode(part.images).float()
     streams = [generator(rng_seed, "correction", name) for name in part.names]

@@ -1,7 +1,7 @@
-"""How near one set of images is to another, told by their features, N D each.
+"""Distances between two sets of images, computed from their features, N D each.
 
 All of it in float64, over all images at once and without random subsets, so that neither the order of the images nor
-their batches matter. `suite` says what a distance may be called (FID, FID-768).
+their batches matter. `suite` gives a distance its name (FID, FID-768).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from ..errors import RacError
 
 CHUNK = 2048
-"""Rows of a matrix of pairs that are held at once."""
+"""Number of rows of a matrix of pairs that are held at once."""
 
 
 class Gaussian(NamedTuple):
     """A normal distribution over D features."""
 
     mean: Tensor
-    """D."""
+    """Mean, D."""
     root: Tensor
-    """K D with root^T root = covariance."""
+    """Root of the covariance, K D: root^T root = covariance."""
 
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
-        """The one with the mean and the covariance (over N - 1) of features N D.
+        """Returns the distribution with the mean and the covariance (over N - 1) of features N D.
 
         Raises `RacError` unless N > D: the covariance of fewer has directions without any variance, and distances to
         it say more about N than about the images.
@@ -41,7 +41,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
-        """Makes the one with mean D and covariance D D, which may be singular; in float64.
+        """Returns the distribution with mean D and covariance D D, which may be singular; in float64.
 
         Raises `RacError` for other shapes, values that are not finite, and a matrix that is no covariance: not
         symmetric, or with negative variances beyond rounding.
@@ -65,7 +65,7 @@ class Gaussian(NamedTuple):
 
 
 def require_more_images(count: int, width: int) -> None:
-    """Raise `RacError` unless `count` images are more than `width` features."""
+    """Raises `RacError` unless there are more images (`count`) than features (`width`)."""
     if count <= width:
         raise RacError(
             f"a Frechet distance over {width} features needs more than {width} images, not {count}; "
@@ -74,10 +74,11 @@ def require_more_images(count: int, width: int) -> None:
 
 
 def frechet(one: Gaussian, other: Gaussian) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2): Heusel et al. (arXiv 1706.08500), equation 6.
+    """Returns the Frechet distance of two normal distributions: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
-    tr((C1 C2)^1/2) is the sum of the singular values of R1 R2^T, where C = R^T R. So no square root of a matrix is
-    taken, which loses half the digits where covariances are close to singular.
+    Heusel et al. (arXiv 1706.08500), equation 6. tr((C1 C2)^1/2) is the sum of the singular values of R1 R2^T, where C
+    = R^T R. So no square root of a matrix is taken, which loses half the digits where covariances are close to
+    singular.
     """
     if one.mean.shape != other.mean.shape:
         raise RacError(f"distances need equal features, not {len(one.mean)} and {len(other.mean)} of them")
@@ -89,7 +90,7 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """KID: the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, of N D against M D features.
+    """Returns the KID: the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, of N D and M D features.
 
     The unbiased estimator, so it may be negative, and is comparable at any N. Over all pairs, where others average over
     random subsets: the expectation is the same. Reconstructions are no independent draw: beside their originals they
@@ -104,7 +105,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    """Two shares, in [0, 1]."""
+    """Precision and recall of a set of images, both in [0, 1]."""
 
     precision: float
     """Share of the images that lie among the references: quality."""
@@ -113,10 +114,11 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> PrecisionRecall:
-    """Improved precision and recall of N D against M D features: Kynkaanniemi et al. (arXiv 1904.06991), equation 1.
+    """Returns improved precision and recall of N D and M D features.
 
-    A point lies among others if it is no further from one of them than that one's k-th nearest neighbour of its own
-    kind, itself not counted. Raises `RacError` unless both sets have more than `neighbours` images.
+    Kynkaanniemi et al. (arXiv 1904.06991), equation 1. A point lies among others if it is no further from one of them
+    than that one's k-th nearest neighbour of its own kind, itself not counted. Raises `RacError` unless both sets have
+    more than `neighbours` images.
     """
     features, reference = _checked(features, reference)
     if min(len(features), len(reference)) <= neighbours:
@@ -130,7 +132,7 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean divergence of p(class | image) from p(class), for logits N K: 1 to K, higher is better.
+    """Returns exp of the mean divergence of p(class | image) from p(class), for logits N K: 1 to K, higher is better.
 
     Salimans et al. (arXiv 1606.03498), section 4; over all images as one split (the literature's ten splits of
     5,000 give a slightly lower score), so that it does not depend on their order.
@@ -142,7 +144,7 @@ def inception_score(logits: Tensor) -> float:
 
 
 def _checked(*features: Tensor) -> list[Tensor]:
-    """Features as float64 on the CPU. Raises `RacError` for one image, unequal widths, NaN, other shapes."""
+    """Returns features as float64 on the CPU. Raises `RacError` for one image, unequal widths, NaN, other shapes."""
     for each in features:
         if each.ndim != 2 or len(each) < 2:
             raise RacError(f"features of a set are N D with N at least 2, not of shape {tuple(each.shape)}")
@@ -163,7 +165,7 @@ def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
-    """Distance of each point to its k-th nearest neighbour among the others."""
+    """Returns the distance of each point to its k-th nearest neighbour among the others."""
     # The nearest of all is the point itself, at a distance of 0.
     parts = [_distances(part, points).kthvalue(neighbours + 1, dim=1).values for part in points.split(CHUNK)]
     return torch.cat(parts)

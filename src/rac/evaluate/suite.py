@@ -21,20 +21,26 @@ from .image_sets import FeatureMoments, ImageSet
 from .set_metrics import Gaussian, frechet, inception_score, kernel_distance, precision_recall, require_more_images
 
 ImageMetric = Literal["psnr", "ssim", "ms-ssim", "lpips-alex", "lpips-vgg16"]
-"""One value per image, of which the mean is reported under the same name."""
+"""Names of metrics with one value per image, whose mean is reported under the same name."""
 
 SetMetric = Literal["frechet", "spatial-frechet", "kernel", "score", "precision-recall"]
-"""One value for a set: FID, sFID, KID, IS, precision and recall, each followed by the name of its features."""
+"""Names of metrics with one value for a set.
+
+They are FID, sFID, KID, IS, precision and recall, each followed by the name of its features.
+"""
 
 LatentMetric = Literal["explained-variance", "state-round-trip"]
-"""How a RAC's latents agree with its teacher's; the PSNR of going back and there without contraction."""
+"""Names of metrics of a RAC's latents.
+
+They are their agreement with the teacher's, and the PSNR of encoding and decoding without contraction.
+"""
 
 IMAGE_METRICS: tuple[ImageMetric, ...] = get_args(ImageMetric)
 SET_METRICS: tuple[SetMetric, ...] = get_args(SetMetric)
 LATENT_METRICS: tuple[LatentMetric, ...] = get_args(LatentMetric)
 
 SHORTEST_SIDE: dict[str, int] = {"ssim": SSIM_WINDOW, "ms-ssim": MS_SSIM_SIDE, "lpips-alex": 31, "lpips-vgg16": 16}
-"""The shortest side, in pixels, of images that a metric applies to."""
+"""Shortest side, in pixels, of the images that a metric applies to."""
 
 _BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg16": "vgg16"}
 
@@ -45,7 +51,7 @@ class MetricSuite:
 
     metrics: tuple[str, ...]
     lpips: Mapping[str, LPIPS] = field(default_factory=dict)
-    """By metric."""
+    """LPIPS networks by metric."""
     extractor: Extractor | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     """Names of the weight files, and the SHA-256 of each."""
@@ -58,9 +64,14 @@ class MetricSuite:
         device: torch.device | str = "cpu",
         weights: Mapping[str, Path] | None = None,
     ) -> MetricSuite:
-        """Load the networks that `metrics` need, and no others.
+        """Loads the networks that `metrics` need, and no others.
 
-        `weights` gives files by hand, under "lpips-alex", "lpips-vgg16" or the extractor's name. Raises `WeightsError`.
+        - `metrics`: names of metrics.
+        - `extractor`: name of the network whose features metrics of sets compare.
+        - `device`: the device to load to.
+        - `weights`: weight files to use, under "lpips-alex", "lpips-vgg16" or the extractor's name.
+
+        Raises `WeightsError` for weights that are missing or do not fit.
         """
         given = weights or {}
         lpips, paths = {}, []
@@ -78,9 +89,9 @@ class MetricSuite:
         return cls(tuple(metrics), lpips, loaded, files)
 
     def check(self, images: ImageSet, reference: ImageSet | FeatureMoments | None = None) -> None:
-        """Raise `RacError`, before anything is computed, if a metric cannot be computed of these images.
+        """Raises `RacError`, before anything is computed, if a metric does not apply to these images.
 
-        `reference` is what sets are compared with; None: `images` themselves.
+        `reference` is the set that metrics of sets compare with; None: `images` themselves.
         """
         shortest = min(min(size) for size in images.sizes)
         for metric in self.metrics:
@@ -127,7 +138,7 @@ class MetricSuite:
             require_more_images(len(reference), extractor.spatial_width)
 
     def of_images(self, image: Tensor, reference: Tensor) -> dict[str, Tensor]:
-        """The image metrics of B 3 H W images in [-1, 1], B values each, float32 on the CPU."""
+        """Returns the image metrics of B 3 H W images in [-1, 1], B values each, float32 on the CPU."""
         measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "psnr": psnr,
             "ssim": ssim,
@@ -144,8 +155,10 @@ class MetricSuite:
     def of_sets(
         self, features: Features, reference: Features | FeatureMoments, kind: Literal["r", "g"] = "r"
     ) -> dict[str, float]:
-        """Returns the metrics of sets, named after their features; `kind` tells reconstructions (rFID) from
-        generations (gFID)."""
+        """Returns the metrics of sets, named after their features.
+
+        `kind` tells reconstructions (rFID) from generations (gFID).
+        """
         return {} if self.extractor is None else set_metrics_of(self.metrics, self.extractor, features, reference, kind)
 
 
@@ -156,9 +169,15 @@ def set_metrics_of(
     reference: Features | FeatureMoments,
     kind: Literal["r", "g"] = "r",
 ) -> dict[str, float]:
-    """Returns the metrics of a set of images beside a reference, of which the Inception Score alone needs none.
+    """Returns the metrics of a set of images beside a reference; the Inception Score alone needs no reference.
 
-    Raises `RacError` where the reference lacks what a metric needs.
+    - `metrics`: names of metrics.
+    - `extractor`: the network that the features are from.
+    - `features`: features of the images.
+    - `reference`: features of the reference, or their moments.
+    - `kind`: "r" for reconstructions (rFID), "g" for generations (gFID).
+
+    Raises `RacError` if the reference lacks what a metric needs.
     """
     found: dict[str, float] = {}
     label = extractor.label

@@ -1,4 +1,4 @@
-"""Training the variants of a recipe alike: the same images in the same order, the same rng, the same budget.
+"""Ablations: training variants of a recipe on the same images in the same order, with equal seeds and equal budgets.
 
 Where the budget is a time, it becomes a number of images before anything is trained, by the measured speed of every
 variant. The speeds are kept, so an ablation that is broken off and resumed ends as if it had not been.
@@ -24,13 +24,13 @@ from ..train import read_log
 from .sweep import Axis, read_axis, variants
 
 TRIAL = 8
-"""Iterations by which a variant is tried, and its speed roughly known."""
+"""Number of iterations of each variant's first trial, after which its speed is roughly known."""
 TRIAL_SECONDS = 10.0
-"""Where a time has to become a number of images, its speed is then measured for so long; a tenth of short budgets."""
+"""Seconds for which a speed is measured when a time has to become a number of images; a tenth of short budgets."""
 GALLERIES = 10
-"""Points of the learning curves of held-out images, at least, beside the first."""
+"""Least number of points of the learning curves of held-out images, beside the first."""
 LOG_LINES = 50
-"""Points of the learning curves of the losses, at least."""
+"""Least number of points of the learning curves of the losses."""
 
 PLAN = "ablation.json"
 
@@ -39,14 +39,14 @@ Equal = Literal["images", "time"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What each variant may spend on training: so many iterations of the unchanged recipe, or so many seconds."""
+    """Budget of each variant: so many iterations of the unchanged recipe, or so many seconds."""
 
     iterations: int | None = None
     seconds: float | None = None
 
     @classmethod
     def read(cls, text: str) -> Budget:
-        """Read such as "500", "90s", "10m" or "1.5h". Raises `RacError`."""
+        """Parses a budget such as "500", "90s", "10m" or "1.5h". Raises `RacError`."""
         time = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
         if time and float(time[1]) > 0:
             return cls(seconds=float(time[1]) * {"s": 1, "m": 60, "h": 3600}[time[2]])
@@ -57,7 +57,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Training:
-    """One variant's training, and all that it leaves behind."""
+    """The training of one variant, and the files that it writes."""
 
     label: str
     recipe: Recipe
@@ -65,22 +65,22 @@ class Training:
 
     @property
     def coder(self) -> Path:
-        """Where its coder is."""
+        """Folder of the trained coder."""
         return self.folder / self.recipe.product
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Its records, see `rac.train.read_log`."""
+        """Records of the training's log, as `rac.train.read_log` gives them."""
         return read_log(self.folder / "log.jsonl")
 
     @property
     def images(self) -> int:
-        """Seen while training, repeated ones counted again."""
+        """Number of images seen while training, repeated ones counted again."""
         return self.recipe.train.iterations * self.recipe.train.batch
 
     @property
     def seconds(self) -> float:
-        """Spent on training, galleries and interruptions left out."""
+        """Seconds spent on training, without galleries and interruptions."""
         seconds, seen = 0.0, 0
         for record in self.log:
             if "train" in record:
@@ -91,16 +91,21 @@ class Training:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Variants of a recipe, and how long to train them. Raises `RacError` for what does not go together."""
+    """An ablation: variants of a recipe, and how long to train them.
+
+    Raises `RacError` for settings that do not go together.
+    """
 
     recipe: Recipe
     choices: tuple[str, ...]
-    """Such as "spread=nearest,shuffle", see `read_axis`; every combination is a variant."""
+    """Choices of values such as "spread=nearest,shuffle", as `read_axis` takes them; every combination is a variant."""
     budget: str
-    """See `Budget`. A time holds for the mean of all variants, or for each if `equal` is time."""
+    """Length of training, as `Budget.read` takes it. A time holds for the mean of all variants, or for each if `equal`
+    is time.
+    """
     directory: Path
     equal: Equal = "images"
-    """What all variants get the same number of."""
+    """Quantity that all variants get the same amount of."""
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -116,16 +121,16 @@ class Ablation:
 
     @cached_property
     def trained(self) -> dict[str, Recipe]:
-        """The recipes of the trainings, their length still to be set, by label.
+        """Recipes of the trainings by label, their length still to be set.
 
-        The number of steps that a finished coder takes shapes no weight, so varying it asks for no further training.
+        The number of steps that a finished coder takes affects no weight, so varying it needs no further training.
         """
         found = variants(self.recipe, [axis for axis in self._axes if axis.name != self.recipe.steps_field])
         return {variant.label or "as the recipe": variant.recipe for variant in found}
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Numbers of steps at which each trained coder is judged; none for coders without a flow."""
+        """Numbers of steps at which each trained coder is evaluated; empty for coders without a flow."""
         name = self.recipe.steps_field
         if name is None:
             return ()
@@ -133,7 +138,7 @@ class Ablation:
         return varied[0] if varied else (getattr(self.recipe, name),)
 
     def varies(self, *names: str) -> bool:
-        """Whether any of these fields takes several values."""
+        """Returns whether any of these fields takes several values."""
         return any(axis.name in names for axis in self._axes)
 
     @property
@@ -142,7 +147,7 @@ class Ablation:
         return any(axis.name.startswith("data.") or axis.name == "train.rng_seed" for axis in self._axes)
 
     def enter(self, resume: bool) -> None:
-        """Make the directory, or check that it holds this very ablation. Raises `RacError`."""
+        """Makes the directory, or checks that it holds this very ablation. Raises `RacError`."""
         path = self.directory / PLAN
         if resume and not path.exists():
             raise RacError(f"{self.directory} holds no ablation to resume (no {PLAN}); leave out --resume to start one")
@@ -158,7 +163,7 @@ class Ablation:
         self._keep({})
 
     def measured(self, note: Callable[[str], None]) -> dict[str, float]:
-        """Seconds of training per image, by label: as measured in the first place, now if that is still to be done.
+        """Returns the seconds of training per image, by label: as measured before, or now if that is still to be done.
 
         Every variant is tried, so that one which cannot be trained at all stops the others before they start. Raises
         `RacError` naming it.
@@ -172,7 +177,7 @@ class Ablation:
         return speeds
 
     def trainings(self, seconds_per_image: Mapping[str, float]) -> list[Training]:
-        """All of them, their lengths set by the budget."""
+        """Returns all trainings, their lengths set by the budget."""
         images = self._images(seconds_per_image)
         found = []
         for number, (label, recipe) in enumerate(self.trained.items(), 1):
@@ -182,7 +187,7 @@ class Ablation:
         return found
 
     def train(self, training: Training) -> None:
-        """Train, or go on. A finished training is left as it is. Raises as `rac.train.fit`."""
+        """Trains, or continues, one training. A finished training is left as it is. Raises as `rac.train.fit`."""
         begun = (training.folder / "recipe.json").exists()
         if not begun:  # a killed process can leave a folder with nothing to resume in it
             shutil.rmtree(training.folder, ignore_errors=True)
@@ -199,7 +204,7 @@ class Ablation:
         return dict.fromkeys(seconds_per_image, budget.seconds / mean)
 
     def _try(self, label: str, recipe: Recipe) -> float:
-        """Seconds per image."""
+        """Tries a variant, and returns its seconds per image."""
         budget, batch = Budget.read(self.budget), recipe.train.batch
         try:
             rough = self._timed(recipe, TRIAL)
@@ -211,7 +216,7 @@ class Ablation:
             raise RacError(f"{label}: {error}") from None
 
     def _timed(self, recipe: Recipe, iterations: int) -> float:
-        """Seconds per image in the second half of a training that is thrown away."""
+        """Returns the seconds per image in the second half of a training that is thrown away."""
         folder = self.directory / "trial"
         shutil.rmtree(folder, ignore_errors=True)
         train = replace(
@@ -229,17 +234,17 @@ class Ablation:
         return 1 / speeds[-1]
 
     def _crops(self, recipe: Recipe) -> Path:
-        """Where prepared crops are kept: in one folder for all variants that prepare the same."""
+        """Returns the folder of prepared crops: one folder for all variants that prepare the same."""
         made_from = json.dumps(list(recipe.prepares().values()), sort_keys=True)
         return self.directory / "crops" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
     def _asked(self) -> dict[str, Any]:
-        """All that shapes the result, as JSON."""
+        """Returns everything that affects the result, as JSON."""
         recipe = fixed(self.recipe, to_json(self.recipe))
         return {"recipe": recipe, "vary": list(self.choices), "budget": self.budget, "equal": self.equal}
 
     def _compared(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """What was asked for, without what may change on resume."""
+        """Returns the result of `_asked` without what may change on resume."""
         return {**asked, "recipe": fixed(self.recipe, asked["recipe"])}
 
     def _keep(self, seconds_per_image: Mapping[str, float]) -> None:
@@ -248,12 +253,12 @@ class Ablation:
 
 
 def file_name(label: str) -> str:
-    """A label as part of a file's name, on any system."""
+    """Returns a label in a form that can be part of a file's name, on any system."""
     return re.sub(r"[^\w.=]+", "-", label).strip("-.")
 
 
 def _lasting(recipe: Recipe, iterations: int) -> Recipe:
-    """The recipe at this length, and looked at often enough for curves."""
+    """Returns the recipe at this length, with galleries and log lines often enough for curves."""
     train = replace(
         recipe.train,
         iterations=iterations,

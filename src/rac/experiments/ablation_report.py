@@ -21,30 +21,33 @@ from ..report.plots import PALETTE, Series, line_panels
 from .ablation import Ablation, Training
 
 SHOWN = 6
-"""Images of each strip."""
+"""Number of images of each strip."""
 CURVES = {"psnr": "PSNR dB ↑", "psnr_round_trip": "PSNR dB, round trip ↑"}
-"""Metrics of the held-out images that are drawn over training, and what stands beside the axis."""
+"""Metrics of the held-out images that are drawn over training, with the labels of their axes."""
 
 
 @dataclass
 class Strips:
-    """The same few images, as every variant makes them."""
+    """Strips of the same few images, as every variant reconstructs them."""
 
     names: list[str]
     images: list[Tensor]
-    """1 3 H W each."""
+    """The images, 1 3 H W each."""
     rows: list[Image.Image] = field(default_factory=list)
 
     @classmethod
     def start(cls, images: ImageSet) -> Strips:
-        """Begin with the first few images, as they are."""
+        """Returns a first strip: the first few images themselves."""
         parts = list(islice(images.batches(1), SHOWN))
         names, shown = [part.names[0] for part in parts], [part.images for part in parts]
         panels = [Panel(image, name) for name, image in zip(names, shown, strict=True)]
         return cls(names, shown, [strip(panels, "originals")])
 
     def add(self, candidate: Candidate) -> None:
-        """A strip of what `candidate` makes of them, below the others; the teacher's above the first one."""
+        """Adds a strip of the reconstructions of `candidate` below the others.
+
+        The first one added by a coder with a teacher puts a strip of the teacher's above it.
+        """
         device = next(candidate.coder.parameters()).device
         if candidate.teacher is not None and len(self.rows) == 1:
             self._add("the teacher", candidate.teacher.reconstruct, device)
@@ -61,20 +64,20 @@ class Strips:
 
 @dataclass(frozen=True)
 class Showing:
-    """All that the report is about."""
+    """Data of a report: the ablation, its trainings and what came of them."""
 
     name: str
-    """The recipe's."""
+    """Name of the recipe."""
     ablation: Ablation
     trainings: Sequence[Training]
     failures: Mapping[str, str]
-    """Why trainings did not end, by label."""
+    """Reasons of trainings that failed, by label."""
     comparison: Comparison
     strips: Strips
 
 
 def introduction(showing: Showing) -> str:
-    """What was asked for, what all variants share, and how to get it again."""
+    """Returns a text that says what was asked for, what all variants share, and how to reproduce it."""
     ablation, result = showing.ablation, showing.comparison.rows[0].result
     most = max(training.images for training in showing.trainings)
     if ablation.budget.isdigit():
@@ -92,7 +95,7 @@ def introduction(showing: Showing) -> str:
 
 
 def summary(showing: Showing) -> Table:
-    """A row for each variant: metrics and cost. The best value of each metric has a star."""
+    """Returns a table with a row for each variant: metrics and cost. The best value of each metric has a star."""
     table = showing.comparison.table()
     best = {name: _best(showing.comparison, name) for name in showing.comparison.metrics}
     rows = []
@@ -107,7 +110,7 @@ def summary(showing: Showing) -> Table:
 
 
 def training_table(showing: Showing) -> Table:
-    """A row for each training: what it had, and what it took."""
+    """Returns a table with a row for each training: its settings and its cost."""
     rows = []
     for training in showing.trainings:
         train, seconds = training.recipe.train, training.seconds
@@ -119,7 +122,7 @@ def training_table(showing: Showing) -> Table:
 
 
 def sections(showing: Showing) -> list[Section]:
-    """The report, from the numbers to the pictures."""
+    """Returns the sections of the report, from the numbers to the pictures."""
     strips = Figure(sheet(showing.strips.rows), "strips", "PSNR of each image below it.")
     found = [
         Section("Quality and cost", _QUALITY, [summary(showing)]),
@@ -133,7 +136,7 @@ def sections(showing: Showing) -> list[Section]:
 
 
 def markdown_report(title: str, text: str, contents: Sequence[Section]) -> str:
-    """The report as Markdown; its pictures are the files beside it."""
+    """Returns the report as Markdown; its pictures are the files beside it."""
     parts = [f"# {title}", text]
     for section in contents:
         parts += [f"## {section.heading}", section.text]
@@ -146,7 +149,7 @@ def markdown_report(title: str, text: str, contents: Sequence[Section]) -> str:
 
 
 def _curves(showing: Showing) -> list[Figure]:
-    """Held-out metrics and the loss, over the images seen."""
+    """Plots held-out metrics and the loss, over the images seen."""
     trained = [training for training in showing.trainings if training.label not in showing.failures]
     panels: dict[str, list[Series]] = {}
     for number, training in enumerate(trained):
@@ -157,7 +160,7 @@ def _curves(showing: Showing) -> list[Figure]:
 
 
 def _points(training: Training) -> dict[str, tuple[list[float], list[float]]]:
-    """Curves by the label of their axis."""
+    """Returns the points of a training's curves, by the label of their axis."""
     batch = training.recipe.train.batch
     found: dict[str, tuple[list[float], list[float]]] = {}
     for record in training.log:

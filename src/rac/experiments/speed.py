@@ -1,4 +1,4 @@
-"""How fast coders encode, decode and train on this machine, and how much of it they use.
+"""Speed of coders on this machine, encoding, decoding and training, and how much of the machine they use.
 
 Rates are medians over rounds. The share is of the best rate that a plain convolution reached in the same run and
 precision, so that it says more about the coder than about the machine.
@@ -30,7 +30,7 @@ from ..train.task import PartTerms, Task
 
 @dataclass(frozen=True)
 class Setting:
-    """On what, and for how long."""
+    """Conditions of a measurement: device, precision and length."""
 
     device: torch.device
     bf16: bool = False
@@ -41,7 +41,7 @@ class Setting:
     """Least number of rounds, after one for warming up."""
 
     def now(self) -> float:
-        """The time, once the device has done what it was asked."""
+        """Returns the time, once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -49,20 +49,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """One job of one coder."""
+    """Speed of one job of one coder."""
 
     images: int
-    """In a round."""
+    """Number of images in a round."""
     seconds: float
-    """Of a round, the median."""
+    """Median seconds of a round."""
     flops: int
     """Floating point operations of a round: two for each multiply-accumulate of convolutions and matrix products."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of a round by what they went into, the medians."""
+    """Median seconds of a round by the parts of the work."""
 
     @property
     def images_per_second(self) -> float:
-        """Rate."""
+        """Number of images per second."""
         return self.images / self.seconds
 
     @property
@@ -72,7 +72,7 @@ class Speed:
 
 
 def timed(work: Callable[[], object], setting: Setting) -> list[float]:
-    """Seconds of each round of `work`, the first one left out."""
+    """Returns the seconds of each round of `work`, the first one left out."""
     work()
     taken: list[float] = []
     start = setting.now()
@@ -85,7 +85,7 @@ def timed(work: Callable[[], object], setting: Setting) -> list[float]:
 
 @torch.no_grad()
 def best_convolution(setting: Setting) -> float:
-    """GFLOP/s of the fastest of a few plain 3 x 3 convolutions, of the widths and sizes coders have."""
+    """Returns the GFLOP/s of the fastest of a few plain 3 x 3 convolutions, of the widths and sizes coders have."""
     best, share = 0.0, replace(setting, seconds=setting.seconds / 4)
     dtype, layout = torch.bfloat16 if setting.bf16 else torch.float32, runtime.memory_format(setting.bf16)
     for channels, side in ((64, 64), (128, 64), (256, 32), (512, 16)):
@@ -99,7 +99,13 @@ def best_convolution(setting: Setting) -> float:
 
 @torch.no_grad()
 def coding_speeds(coder: Coder, images: Tensor, setting: Setting, steps: int | None = None) -> dict[str, Speed]:
-    """ "encode" and "decode" of `coder` on images B 3 H W; `steps` are for the ways that are walked."""
+    """Measures "encode" and "decode" of a coder.
+
+    - `coder`: the coder.
+    - `images`: a batch, B 3 H W in [-1, 1].
+    - `setting`: conditions of the measurement.
+    - `steps`: number of steps of the ways that are walked; None: the coder's own.
+    """
     runtime.place(coder, setting.device, setting.bf16)
     images = images.to(setting.device, memory_format=runtime.memory_format(setting.bf16))
     back, there = coder.walk("encode", steps), coder.walk("decode", steps)
@@ -118,11 +124,15 @@ def coding_speeds(coder: Coder, images: Tensor, setting: Setting, steps: int | N
 
 
 def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: Setting) -> Speed:
-    """One iteration of `task` at a time, on batches of `stream`, and what its time goes into.
+    """Measures one iteration of `task` at a time, on batches of `stream`, and the parts of its time.
 
     The parts are "data"; "teacher", what frozen networks make of each batch beforehand; "field", forward (for coders
     without one "forward" alone); "terms", the rest of the loss; "backward", with recomputation and clipping;
     "optimiser", with the averages.
+
+    - `task`, `stream`: the task, and its images.
+    - `settings`: settings of the training.
+    - `setting`: conditions of the measurement.
     """
     settings = replace(settings, bf16=setting.bf16, channels_last=setting.bf16)
     state = TrainState.start(task, settings, setting.device)
@@ -167,14 +177,14 @@ class _Clock:
         self._add(name, self._now() - start)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Let the task complete the batch."""
+        """Completes the batch by the task."""
         if batch.latents is not None or self.encoder is None:
             return self._task.prepare(batch)
         with self.part("teacher"):
             return self._task.prepare(batch)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
-        """Yield the terms of the task; what passes between them is the backward pass."""
+        """Yields the terms of the task; the time between them is the backward pass."""
         supply = self._task.terms(batch, draws, iteration)
         self._begun = self._now()
         while True:
@@ -189,7 +199,7 @@ class _Clock:
             yield terms
 
     def taken(self) -> dict[str, float]:
-        """The parts of the step that just ended, in their order."""
+        """Returns the seconds of the step that just ended, by part, in their order."""
         self._add("optimiser", self._now() - self._stepping)
         seconds, self._seconds = self._seconds, {}
         asked = seconds.get("field")

@@ -22,20 +22,20 @@ class Variant:
     """A recipe with some fields changed."""
 
     label: str
-    """The changes as they were written, such as "spread=nearest, train.lr=1e-3"."""
+    """Changes as they were written, such as "spread=nearest, train.lr=1e-3"."""
     recipe: Recipe
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A field, by its dotted name, and the values it takes in turn: as they were written, and as what they are."""
+    """A field, by its dotted name, and the values it takes in turn, as texts and as values."""
 
     name: str
     values: Mapping[str, Any]
 
 
 def read_axis(choice: str, recipe: Recipe) -> Axis:
-    """Read such as "spread=nearest,shuffle" or "objective.steps=1:1,4:4", where colons join what is one tuple.
+    """Parses a choice such as "spread=nearest,shuffle" or "objective.steps=1:1,4:4", where colons join one tuple.
 
     Raises `RacError` for a field the recipe lacks, for values that are not of its type, and for fewer than two.
     """
@@ -54,7 +54,10 @@ def read_axis(choice: str, recipe: Recipe) -> Axis:
 
 
 def read_setting(choice: str, recipe: Recipe) -> tuple[str, Any]:
-    """Read such as "train.lr=1e-3": a field's dotted name and its value. Raises `RacError` as `read_axis` does."""
+    """Parses a setting such as "train.lr=1e-3": a field's dotted name and its value.
+
+    Raises `RacError` as `read_axis`.
+    """
     name, equals, text = choice.partition("=")
     if not equals:
         raise RacError(f"{choice!r} sets nothing; write a field and its value, such as train.lr=1e-3")
@@ -62,7 +65,7 @@ def read_setting(choice: str, recipe: Recipe) -> tuple[str, Any]:
 
 
 def variants(recipe: Recipe, axes: Sequence[Axis]) -> list[Variant]:
-    """Every combination of the axes' values; the last axis changes fastest.
+    """Returns every combination of the axes' values; the last axis changes fastest.
 
     Raises `RacError` for a field that is varied twice and for combinations that a setting refuses, naming them.
     """
@@ -81,7 +84,7 @@ def variants(recipe: Recipe, axes: Sequence[Axis]) -> list[Variant]:
 
 
 def changed(config: C, settings: Mapping[str, Any]) -> C:
-    """A dataclass with fields replaced, nested ones by dotted names.
+    """Returns a dataclass with fields replaced, nested ones by dotted names.
 
     Each nested dataclass is rebuilt once, so that values which only fit together can change together.
     """
@@ -96,7 +99,7 @@ def changed(config: C, settings: Mapping[str, Any]) -> C:
 
 
 def _kind(name: str, config: Any, path: str = "") -> Any:
-    """The type of the field `name`. Raises `RacError` if there is none, and for a group of fields."""
+    """Returns the type of the field `name`. Raises `RacError` if there is none, and for a group of fields."""
     head, dot, rest = name.partition(".")
     known = [field.name for field in fields(config)]
     if head not in known:
@@ -115,7 +118,7 @@ def _kind(name: str, config: Any, path: str = "") -> Any:
 
 
 def _parsed(text: str, kind: Any, name: str) -> Any:
-    """`text` as a value of type `kind`. Raises `RacError`."""
+    """Returns `text` as a value of type `kind`. Raises `RacError` if it is none."""
     try:
         return _value(text.strip(), kind)
     except ValueError:
@@ -123,7 +126,7 @@ def _parsed(text: str, kind: Any, name: str) -> Any:
 
 
 def _value(text: str, kind: Any) -> Any:
-    """Raises `ValueError` where `text` is no `kind`."""
+    """Returns `text` as a value of type `kind`. Raises `ValueError` if it is none."""
     origin, options = get_origin(kind), get_args(kind)
     if origin is Literal:
         return {str(option): option for option in options}[text] if text in map(str, options) else _refuse()
@@ -148,7 +151,7 @@ def _refuse() -> Any:
 
 
 def _words(kind: Any) -> str:
-    """A type, for people."""
+    """Returns the name of a type, for people."""
     origin, options = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(str, options))

@@ -27,12 +27,12 @@ STEPS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """What is trained, and for how long; the defaults take some 10 seconds on one core."""
+    """Settings of the training; the defaults take some 10 seconds on one core."""
 
     cell: float = 0.5
-    """Side of a cell: how coarse the latents are. The moons are some 3 wide and 1.7 high."""
+    """Side of a cell, which sets how coarse the latents are. The moons are some 3 wide and 1.7 high."""
     seed_noise: float = 0.15
-    """Deviation of the seed state about its cell's centre, in cells. 0: every cell becomes one point."""
+    """Standard deviation of the seed state about its cell's centre, in cells. 0: every cell becomes one point."""
     iterations: int = 2_000
     batch: int = 512
     width: int = 96
@@ -50,7 +50,7 @@ class ToyConfig:
 
 
 def moons(count: int, rng: torch.Generator) -> Tensor:
-    """Points of two interleaved half circles with a little noise, count 2, about the origin."""
+    """Draws points of two interleaved half circles with a little noise, count 2, about the origin."""
     angle = math.pi * torch.rand(count, generator=rng)
     upper = torch.rand(count, generator=rng) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
@@ -59,12 +59,15 @@ def moons(count: int, rng: torch.Generator) -> Tensor:
 
 
 def to_latent(point: Tensor, cell: float) -> Tensor:
-    """Point B 2 -> latent B 2, the whole numbers of its cell: the teacher's encoder, and what contracts seed states."""
+    """Returns the latents B 2 of points B 2: the whole numbers of their cells.
+
+    This is the teacher's encoder, and the contraction of seed states.
+    """
     return (point / cell).round()
 
 
 def seed_state(latent: Tensor, config: ToyConfig, rng: torch.Generator) -> Tensor:
-    """Latent B 2 -> seed state B 2: the cell's centre and noise, which `to_latent` takes off again."""
+    """Returns the seed state B 2 of latents B 2: the cell's centre and noise, which `to_latent` removes again."""
     noise = torch.randn(latent.shape, generator=rng).clamp(-1.9, 1.9)  # at 0.25 cells it stays inside
     return config.cell * (latent + config.seed_noise * noise)
 
@@ -86,7 +89,7 @@ class ToyField(nn.Module):
         )  # fmt: skip
 
     def forward(self, state: Tensor, time: Tensor) -> Tensor:
-        """See the class."""
+        """Returns the velocity B 2 at `state` B 2 and `time` B."""
         place = state / self.cell
         # One wave to a cell, and no faster one: a field that is steep between cells cannot be walked back.
         wave = 2 * math.pi * place
@@ -96,9 +99,10 @@ class ToyField(nn.Module):
 def train(
     config: ToyConfig, rng_seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[ToyField, float]:
-    """A field trained on the moons, its weights averaged over the last iterations, and the loss at the end.
+    """Trains a field on the moons, and returns it, its weights averaged over the last iterations, with the final loss.
 
-    Equal seeds give equal fields. `progress` hears (iterations done, of all). Velocity matching, as the recipe `rac`.
+    Equal seeds give equal fields. `progress` is called with (iterations done, of all). Velocity matching, as the recipe
+    `rac`.
     """
     torch.manual_seed(rng_seed % 2**64)  # torch takes no larger ones
     field = ToyField(config.cell, config.width)
@@ -128,30 +132,36 @@ def train(
 
 @dataclass(frozen=True)
 class ToyMetrics:
-    """What a field is worth at one number of steps; distances are in the plane, root mean squares over the points."""
+    """Metrics of a field at one number of steps; distances are in the plane, root mean squares over the points."""
 
     steps: int
     latents_found: float
-    """Share of the points whose cell encoding finds."""
+    """Share of the points that are encoded to their own cell."""
     image_error: float
-    """From a point to what its encoded cell, without noise, decodes to."""
+    """Distance from a point to the decoding of its encoded cell, without noise."""
     state_error: float
-    """From a point to itself, there and back without going through the latent."""
+    """Distance from a point to itself, encoded and decoded without going through the latent."""
     euler: float
-    """From a seed state to itself, decoded by Euler and walked back by reversed Euler."""
+    """Distance from a seed state to itself, decoded by Euler and walked back by reversed Euler."""
     fixed_point: float
-    """The same, each of Euler's steps undone by fixed-point iteration."""
+    """Distance from a seed state to itself, decoded by Euler and each step undone by fixed-point iteration."""
     undone: float
     """Share of the seed states that the fixed point finds again to 1e-5."""
     reversible: float
-    """The same by the reversible solver, which retraces its own steps."""
+    """Distance from a seed state to itself, by the reversible solver, which retraces its own steps."""
 
 
 @torch.no_grad()
 def measure(
     field: ToyField, config: ToyConfig, point: Tensor, rng: torch.Generator, steps: Sequence[int] = STEPS
 ) -> list[ToyMetrics]:
-    """Metrics for points B 2 of the moons. Computed in float64, so that what is left is not rounding."""
+    """Measures a field on points B 2 of the moons, in float64, so that rounding does not count.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: the points.
+    - `rng`: draws the noise.
+    - `steps`: numbers of steps.
+    """
     exact = copy.deepcopy(field).double()
     point = point.double()
     latent = to_latent(point, config.cell)

@@ -16,12 +16,12 @@ from .toy import STEPS, ToyConfig, ToyField, ToyMetrics, to_latent
 
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRAMES = 24
-"""Of the film, each way."""
+"""Number of frames of the film, each way."""
 INK, PALE = "#1c1c1e", "#b8b8bd"
 
 
 def table(metrics: list[ToyMetrics]) -> Table:
-    """For people."""
+    """Returns a table of the metrics for people."""
     columns = (
         *("steps", "latents found", "point, by its latent", "point, by its state"),
         *("seed: reversed Euler", "fixed point", "undone to 1e-5", "reversible Heun"),
@@ -37,13 +37,18 @@ def table(metrics: list[ToyMetrics]) -> Table:
 
 
 def exact_table(metrics: list[ToyMetrics]) -> Table:
-    """Every metric, unrounded: for programs."""
+    """Returns a table for programs: every metric, unrounded."""
     names = tuple(ToyMetrics.__dataclass_fields__)
     return Table(names, tuple(tuple(repr(getattr(one, name)) for name in names) for one in metrics))
 
 
 def draw_flow(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> Image.Image:
-    """The velocities as arrows at five times, and where the seed states have come by then."""
+    """Draws the velocities as arrows at five times, and the seed states as far as they have come by then.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: images B 2, points of the moons.
+    - `seed`: their seed states B 2.
+    """
     fine = integrate(field, seed, TimeGrid.uniform(32), Euler(), keep="nodes")
     figure, all_axes = _figure(1, len(TIMES), config)
     for axes, time in zip(all_axes, TIMES, strict=True):
@@ -63,7 +68,12 @@ def draw_flow(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -
 
 
 def draw_paths(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> Image.Image:
-    """Ways of the states at 1, 2, 4 and 8 steps: decoding above, encoding below."""
+    """Draws the paths of the states at 1, 2, 4 and 8 steps: decoding above, encoding below.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: images B 2, points of the moons.
+    - `seed`: their seed states B 2.
+    """
     from matplotlib.collections import LineCollection
 
     figure, all_axes = _figure(2, len(STEPS), config)
@@ -85,7 +95,7 @@ def draw_paths(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) 
 
 
 def draw_errors(metrics: list[ToyMetrics]) -> Image.Image:
-    """How far the way back ends from the seed state, over the number of steps."""
+    """Plots the distance from the end of the way back to the seed state, over the number of steps."""
     steps = [one.steps for one in metrics]
     named = {"reversed Euler": "euler", "fixed point": "fixed_point", "reversible Heun": "reversible"}
     # Rounding can be none at all, which a logarithmic axis has no place for.
@@ -94,7 +104,12 @@ def draw_errors(metrics: list[ToyMetrics]) -> Image.Image:
 
 
 def film(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -> bytes:
-    """An animated GIF: the seed states flow to points, and the images back to seed states."""
+    """Returns an animated GIF: the seed states flow to points, and the images back to seed states.
+
+    - `field`, `config`: the field, and the settings of its training.
+    - `point`: images B 2, points of the moons.
+    - `seed`: their seed states B 2.
+    """
     there = integrate(field, seed, TimeGrid.uniform(FRAMES), keep="nodes")
     back = integrate(field, point, TimeGrid.uniform(FRAMES).reversed(), keep="nodes")
     frames = []
@@ -126,7 +141,7 @@ def _figure(rows: int, columns: int, config: ToyConfig, width: float = 3.0) -> t
 
 
 def _lattice(axes: Any, config: ToyConfig) -> None:
-    """The borders between cells, which lie halfway between their centres."""
+    """Draws the borders between cells, which lie halfway between their centres."""
     borders = [config.cell * (k + 0.5) for k in range(-int(3 / config.cell), int(3 / config.cell) + 1)]
     axes.set_xticks([border for border in borders if abs(border) < 1.95])
     axes.set_yticks([border for border in borders if abs(border) < 1.25])
@@ -135,7 +150,7 @@ def _lattice(axes: Any, config: ToyConfig) -> None:
 
 
 def _points(axes: Any, state: Tensor, point: Tensor, config: ToyConfig) -> None:
-    """States, in the colours of the cells their images lie in."""
+    """Draws states in the colours of the cells their images lie in."""
     import matplotlib
 
     ramp = matplotlib.colormaps["tab20"]

@@ -90,7 +90,7 @@ class TinyFieldConfig:
 
     kind: Literal["tiny"] = "tiny"
     widths: tuple[int, ...] = (64, 64, 64, 64)
-    """Channels at strides f, f/2, ..., the last of which is the output's resolution (`patch` pixels)."""
+    """Channels at strides f, f/2, ..., `patch`; with `patch` 1 the last stride is the output's resolution."""
     blocks: tuple[int, ...] = (3, 3, 3, 1)
     """Number of residual blocks at each of the strides of `widths`."""
     patch: int = 1

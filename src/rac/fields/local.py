@@ -48,18 +48,17 @@ class LocalFieldConfig:
     hidden: int | None = None
     """Channels inside the blocks of the finest level, where most of the work is done; None: as many as outside."""
     carrier: bool = True
-    """Let the coarse level read and write only the channels x beyond the image's (for the spread `beside`).
-
-    On the straight path x = (1 - t) latent + t PAD, with velocity PAD - latent. So the coarse level reads
-    (x - t PAD) / max(1 - t, 0.05), an estimate of the latent, and PAD minus this estimate is added to the network's
-    velocity of these channels.
+    """Let the coarse level read and write only the channels x beyond the image's (for the spread `beside`). On the
+    straight path x = (1 - t) latent + t PAD, with velocity PAD - latent. So the coarse level reads an estimate of the
+    latent, (x - t PAD) / max(1 - t, 0.05), and PAD minus this estimate is added to the network's velocity of these
+    channels.
     """
     clamp: float = 0.0
     """Bound of the soft clamp on the coarse level's input, as in TAESD's decoders; 0: none."""
     pooled: bool = False
     """Add context from the whole image in the coarsest blocks, as in TAEF2's decoder; the field is then not local."""
     time: Literal["modulation", "channel"] = "modulation"
-    """How the time enters: by a learned scale and shift of the features of every block, or as one more channel."""
+    """Way in which the time enters: a learned scale and shift of the features of every block, or one more channel."""
     embedding: int = 64
     """Width of the time's embedding."""
     interval: bool = False

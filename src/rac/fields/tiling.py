@@ -33,10 +33,14 @@ RADII = (8, 32, 128)
 def reach(module: M, function: Callable[[M, Tensor], Tensor], channels: int, block: int) -> int | None:
     """Returns how many blocks beyond a block its output depends on; None if unbounded or dependent on the place.
 
-    `function(module, x)` calls the module on x, 1 `channels` H W, whose sides are multiples of `block`. A copy of the
-    module is called, in float64 and with even weights, so that nothing hides behind a weight of zero: a NaN in one
-    block spreads to all that depends on it. The answer is then tested on a piece cut out of a longer input, which
-    a network that knows its place (relative position) or strides beyond a block does not pass.
+    A copy of the module is called, in float64 and with even weights, so that nothing hides behind a weight of zero: a
+    NaN in one block spreads to all that depends on it. The answer is then tested on a piece cut out of a longer input,
+    which a network that knows its place (relative position) or strides beyond a block does not pass.
+
+    - `module`: the network.
+    - `function`: calls the network: function(module, x), x 1 `channels` H W with sides that are multiples of `block`.
+    - `channels`: channels of the input.
+    - `block`: side of a block in pixels of the input.
     """
     if any(isinstance(part, _OVER_ALL) for part in module.modules()):
         return None  # the NaN would say so too, at some cost for large networks
@@ -106,7 +110,7 @@ def _holds(function: Callable[[Tensor], Tensor], channels: int, block: int, bloc
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image is cut into tiles.
+    """Cutting of an image into tiles.
 
     Raises `RacError` for tiles of no block, and for blends over more than half a tile.
     """
@@ -152,8 +156,11 @@ class _Part:
 def in_tiles(function: Function, tiling: Tiling, block_in: int, block_out: int) -> Function:
     """Returns a function that applies `function` to an image tile by tile, and puts the results together.
 
-    `block_in` and `block_out` are the pixels of a block's side in its input and in its output. Further
-    arguments, such as the time, go to each tile as they are. Only the input and the output are ever held whole.
+    Only the input and the output are ever held whole.
+
+    - `function`: function of an image. Further arguments, such as the time, go to each tile as they are.
+    - `tiling`: how the image is cut.
+    - `block_in`, `block_out`: pixels of a block's side in its input and in its output.
     """
 
     def tiled(whole: Tensor, *others: Tensor) -> Tensor:

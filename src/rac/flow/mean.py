@@ -53,6 +53,12 @@ def total_derivative(
 def mean_velocity_target(
     field: Field, source: Tensor, target: Tensor, time: Tensor, end: Tensor, how: Derivative = "jvp"
 ) -> Tensor:
-    """Returns the target of u(s_t, t, end - t): v + (end - t) du/dt on the straight path, detached."""
+    """Returns the target of u(s_t, t, end - t): v + (end - t) du/dt on the straight path, detached.
+
+    - `field`: the mean-velocity field.
+    - `source`, `target`: the ends of the path, B C H W.
+    - `time`, `end`: the two ends of the interval, B.
+    - `how`: how the derivative is taken, as for `total_derivative`.
+    """
     interval = (end - time).view(-1, *[1] * (source.ndim - 1))
     return (target - source).detach() + interval * total_derivative(field, source, target, time, end, how)

@@ -39,8 +39,13 @@ def retraced(field: nn.Module, state: Tensor, grid: TimeGrid, *, keep: Literal["
     many steps there are: each earlier pair follows from the next one by the solver's own inverse, and one evaluation at
     a time is differentiated. Gradients, to the state and to the field's parameters, are those of plain autograd up to
     rounding (in bfloat16: of the field's), at the price of one more forward pass; a bound condition (`Conditioned`)
-    gets its gradient too. With `keep="nodes"` the states at all nodes are returned as well, and take memory as long as
-    they are used. There are no second derivatives.
+    gets its gradient too. There are no second derivatives.
+
+    - `field`: the velocity field, a module.
+    - `state`: B C H W, at `grid.nodes[0]`.
+    - `grid`: the time nodes.
+    - `keep`: "end" returns only the last state; "nodes" the states at all nodes, which take memory as long as they are
+      used.
 
     Raises `RacError` for a field that is not a module, whose parameters could not be found.
     Kidger et al., Efficient and Accurate Gradients for Neural SDEs (arXiv 2105.13493), algorithms 1 and 2.

@@ -1,1 +1,1 @@
-"""Other people's formats and frameworks. Nothing inside the library imports this room but the verbs."""
+"""Foreign formats and frameworks. Within the library, only the commands import this package."""

@@ -1,7 +1,8 @@
-"""A RAC in diffusers' clothes: `vae=AutoencoderRAC...` in any pipeline that takes an AutoencoderKL.
+"""A RAC as a diffusers model: `vae=AutoencoderRAC...` in any pipeline that takes an AutoencoderKL.
 
-Outside it is its teacher, raw latents in and out under the teacher's own scaling factor, shift and statistics; inside
-they are normalised as the RAC wants them. A directory that it saves is a diffusers model, and `rac.load` takes it too.
+Outside it behaves like its teacher, raw latents in and out under the teacher's own scaling factor, shift and
+statistics; inside they are normalised as the RAC needs them. A directory that it saves is a diffusers model, and
+`rac.load` takes it too.
 
 A saved pipeline names this module beside the class. diffusers (0.42) does not import what a pipeline names, so import
 `rac.integrations.diffusers` before `from_pretrained`, or hand the coder over as `vae=`; no `trust_remote_code` is
@@ -43,7 +44,7 @@ from ..latents import LatentSpec
 
 @dataclass
 class AutoencoderRACOutput(BaseOutput):
-    """What `AutoencoderRAC.encode` returns."""
+    """Result of `AutoencoderRAC.encode`."""
 
     latent_dist: DiagonalGaussianDistribution
     """A distribution without spread: `mode()`, `mean` and every `sample()` are the raw latent."""
@@ -55,7 +56,7 @@ class AutoencoderRACOutput(BaseOutput):
 
 
 class AutoencoderRAC(ModelMixin, ConfigMixin):
-    """A RAC where pipelines expect an autoencoder.
+    """A RAC in the form of an autoencoder of diffusers, for its pipelines.
 
     Make one with `from_rac`, or read a saved one with `from_pretrained`. `config` has what pipelines ask for, as the
     teacher has it: `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`, `latent_channels`,
@@ -98,9 +99,10 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_rac(cls, coder: Coder | str | Path) -> AutoencoderRAC:
-        """Dress up a RAC, or one that `rac.load` finds by name or directory. The weights are copied, and frozen.
+        """Makes a diffusers model of a RAC, or of one that `rac.load` finds by name or directory.
 
-        Raises `RacError` for another kind of coder, and for a factor that is no power of two.
+        The weights are copied, and frozen. Raises `RacError` for another kind of coder, and for a factor that is no
+        power of two.
         """
         if not isinstance(coder, Coder):
             coder = hub.load(coder)
@@ -113,7 +115,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
 
     @property
     def num_inference_steps(self) -> int:
-        """Steps each way where a call names none; set it to change them. Saved with the model."""
+        """Default number of steps each way; set it to change it. Saved with the model."""
         return self.config.num_inference_steps
 
     @num_inference_steps.setter
@@ -122,14 +124,18 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
 
     @property
     def spec(self) -> LatentSpec:
-        """What one must know of the teacher's latents."""
+        """Shape and statistics of the teacher's latents."""
         return self.coder.spec
 
     @apply_forward_hook
     def encode(
         self, x: Tensor, return_dict: bool = True, num_inference_steps: int | None = None
     ) -> AutoencoderRACOutput | tuple[DiagonalGaussianDistribution]:
-        """Image B 3 H W in [-1, 1] -> the teacher's raw latent, as a distribution without spread."""
+        """Encodes an image B 3 H W in [-1, 1] to the teacher's raw latent, as a distribution without spread.
+
+        `num_inference_steps` is the number of steps; None: the model's own. Without `return_dict` the result is a
+        tuple.
+        """
         latent = self._working[0].encode(x, self._steps(num_inference_steps))
         raw_latent = self.coder.statistics.denormalise(latent).to(x.dtype)
         # A log variance of -30 is diffusers' smallest; `deterministic` then makes the deviation zero.
@@ -145,9 +151,12 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """The teacher's raw latent B c h w -> image B 3 h*f w*f, about [-1, 1], not clamped.
+        """Decodes the teacher's raw latent B c h w to an image B 3 h*f w*f, about [-1, 1], not clamped.
 
-        `generator` is there because pipelines hand one over; nothing is drawn.
+        - `z`: the raw latent.
+        - `return_dict`: without it the result is a tuple.
+        - `generator`: unused, as nothing is drawn; pipelines pass one.
+        - `num_inference_steps`: the number of steps; None: the model's own.
         """
         self.spec.check(z)
         latent = self.coder.statistics.normalise(z.float())
@@ -161,14 +170,14 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Image -> image by way of the latent. The posterior has no spread, so sampling it changes nothing."""
+        """Encodes and decodes an image. The posterior has no spread, so sampling it changes nothing."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
 
     def _steps(self, asked: int | None) -> int:
         return self.num_inference_steps if asked is None else asked
 
     def _prepare(self) -> None:
-        """Set up the coder that works: in tiles and slices where wished, its states in float32 at any precision."""
+        """Sets up the coder that works: in tiles and slices where wished, its states in float32 at any precision."""
         coder = self.coder if self._tiling is None else tiled(self.coder, *self._tiling)
         if self._slicing:
             coder = sliced(coder)
@@ -176,7 +185,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         self._working = [mixed]  # in a list, so that its weights are not counted twice
 
     def to(self, *args: Any, **options: Any) -> AutoencoderRAC:
-        """Moves and casts as every module, without diffusers' warning about a list of modules that is empty."""
+        """Moves and casts like every module, without diffusers' warning about a list of modules that is empty."""
         logger = logging.getLogger("diffusers.models.modeling_utils")
         logger.addFilter(_names_modules)
         try:
@@ -187,10 +196,10 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------- memory
 
     def enable_tiling(self, tile: int | bool = TILE, overlap: int | None = None, *, use_tiling: bool = True) -> None:
-        """Work in tiles of at most `tile` x `tile` pixels. See `rac.coders.tiling.tiled`, also for what is exact.
+        """Makes the model work in tiles of at most `tile` x `tile` pixels, as `rac.coders.tiling.tiled` describes.
 
         As with AutoencoderKL, whose first argument is `use_tiling`, True stands for tiles of the usual size, and False
-        for none. Raises `RacError` for a tile that is no multiple of the factor.
+        for none. Raises `RacError` for a tile that is not a multiple of the factor.
         """
         if tile is False or not use_tiling:
             return self.disable_tiling()
@@ -200,28 +209,28 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         self._prepare()
 
     def disable_tiling(self) -> None:
-        """Work on the whole image again."""
+        """Makes the model work on the whole image again."""
         self._tiling = None
         self._prepare()
 
     @property
     def use_tiling(self) -> bool:
-        """Whether it works in tiles."""
+        """Whether the model works in tiles."""
         return self._tiling is not None
 
     def enable_slicing(self) -> None:
-        """Work on one image of the batch at a time."""
+        """Makes the model work on one image of the batch at a time."""
         self._slicing = True
         self._prepare()
 
     def disable_slicing(self) -> None:
-        """Work on the whole batch again."""
+        """Makes the model work on the whole batch again."""
         self._slicing = False
         self._prepare()
 
     @property
     def use_slicing(self) -> bool:
-        """Whether it works on one image of the batch at a time."""
+        """Whether the model works on one image of the batch at a time."""
         return self._slicing
 
     # ------------------------------------------------------------------------------------- files
@@ -237,7 +246,10 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """As every diffusers model, and a model card beside it where there is no README.md yet."""
+        """Saves the model like every diffusers model, and a model card beside it where there is no README.md yet.
+
+        The arguments are those of diffusers' `ModelMixin.save_pretrained`.
+        """
         hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
         super().save_pretrained(
             save_directory,
@@ -265,14 +277,17 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
-        """Upload model and card to the Hugging Face hub; the card of a repository that has one stays."""
+        """Uploads model and card to the Hugging Face hub; the card of a repository that has one stays.
+
+        The arguments are those of diffusers' `PushToHubMixin.push_to_hub`.
+        """
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
             return _upload(folder, repo_id, {**options, "subfolder": subfolder})
 
     def model_card(self) -> str:
-        """What the model is and how it is used, as Markdown for the hub."""
+        """Returns a description of the model and its use, as Markdown for the hub."""
         coder, spec = self.coder, self.spec
         parameters = sum(parameter.numel() for parameter in coder.parameters())
         return _CARD.format(
@@ -324,7 +339,7 @@ Training data, licence and metrics: add them here.
 
 
 def _as_diffusers(coder: RAC) -> dict[str, Any]:
-    """What pipelines ask of a config, of the coder's latents. `rac.coders.adapter.statistics_of` is its inverse."""
+    """Returns the config values that pipelines need for the coder's latents; inverse of `adapter.statistics_of`."""
     spec, shift, scale = coder.spec, coder.statistics.shift.double(), coder.statistics.scale.double()
     levels = spec.factor.bit_length()
     if spec.factor != 2 ** (levels - 1):
@@ -348,7 +363,7 @@ def _names_modules(record: logging.LogRecord) -> bool:
 
 
 def _in_own_precision(network: nn.Module) -> Function:
-    """The network called in its own precision with a state of any other, which it gets back."""
+    """Returns the network called in its own precision; its result has the precision of the state it is given."""
 
     def call(state: Tensor, *others: Tensor) -> Tensor:
         # The first argument is the state; times keep their precision, which matters for thirds and the like.

@@ -1,7 +1,7 @@
-"""A coder's two halves as single files for other runtimes: ONNX, or PyTorch's own exported programs.
+"""Export of a coder's two halves as single files for other runtimes: ONNX, or PyTorch's own exported programs.
 
 The number of steps is fixed in the file, each step unrolled; batch, height and width stay free, an image's sides as
-multiples of the factor. Files hold their own description, the same JSON in either format: see `Description`.
+multiples of the factor. Files hold their own `Description`, the same JSON in either format.
 """
 
 from __future__ import annotations
@@ -35,39 +35,41 @@ Latents = Literal["raw", "normalised"]
 
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 KEY = "rac"
-"""Under which name a file holds its description: ONNX's metadata, or an exported program's extra file `rac.json`."""
+"""Name of a file's description: in ONNX's metadata, or as an exported program's extra file `rac.json`."""
 
 LARGEST = 1 << 13
-"""Blocks on a side up to which an exported program promises to work, and from 2 on."""
+"""Most blocks on a side for which an exported program promises to work, from 2 on."""
 LARGEST_BATCH = 63
-"""Images at once up to which an exported program promises to work: diffusers' upsampling branches at 64. An ONNX file
-promises nothing and takes more."""
+"""Most images at once for which an exported program promises to work: diffusers' upsampling branches at 64.
+
+An ONNX file promises nothing and takes more.
+"""
 LARGEST_MESSAGE = 1_900_000_000
-"""Bytes of weights that fit into one ONNX file (a protobuf message); more go to a file beside it."""
+"""Most bytes of weights that fit into one ONNX file (a protobuf message); more go to a file beside it."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What one must know to use an exported file."""
+    """Description of an exported file: all one must know to use it."""
 
     part: Part
     steps: int | None
-    """Evaluations of the field, unrolled; None for a way that is taken at once."""
+    """Number of steps, unrolled in the file; None for a way that is taken at once."""
     latents: Latents
-    """`raw`: as the teacher's own network makes them. `normalised`: (raw - shift) * scale."""
+    """Kind of latents. `raw`: as the teacher's own network makes them. `normalised`: (raw - shift) * scale."""
     factor: int
     channels: int
     shift: float | list[float] | None
-    """One number, or one per channel; None where there is one for each position."""
+    """Shift of the latents: one number, or one per channel; None where there is one for each position."""
     scale: float | list[float] | None
-    """As `shift`."""
+    """Scale of the latents: one number, or one per channel; None where there is one for each position."""
     statistics: str
-    """The hash of both, `rac.latents.Statistics.hash`."""
+    """Hash of shift and scale, `rac.latents.Statistics.hash`."""
     coder: str
     weights: str
-    """A hash of the coder's weights."""
+    """Hash of the coder's weights."""
     image_range: tuple[float, float] = (-1.0, 1.0)
-    """Of the image, B 3 H W; a decoder's output is not clamped."""
+    """Range of the image, B 3 H W; a decoder's output is not clamped."""
     sides: str = "multiples of factor"
 
 
@@ -80,10 +82,10 @@ class Half(nn.Module):
 
 
 class Encoding(Half):
-    """Image B 3 H W -> latent B c H/f W/f."""
+    """A coder's encoder: image B 3 H W -> latent B c H/f W/f."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """See the class."""
+        """Encodes an image B 3 H W to a latent B c H/f W/f."""
         coder = self.coder
         if self.walk is None and self.latents == "raw":
             return coder._moments(image)[:, : coder.spec.channels]
@@ -92,10 +94,10 @@ class Encoding(Half):
 
 
 class Decoding(Half):
-    """Latent B c h w -> image B 3 h*f w*f, not clamped."""
+    """A coder's decoder: latent B c h w -> image B 3 h*f w*f, not clamped."""
 
     def forward(self, latent: Tensor) -> Tensor:
-        """See the class."""
+        """Decodes a latent B c h w to an image B 3 h*f w*f, not clamped."""
         if self.latents == "raw":
             latent = self.coder.statistics.normalise(latent)
         return self.coder._decode(latent, self.walk, None, "end").image
@@ -105,7 +107,12 @@ class Decoding(Half):
 
 
 def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents = "normalised") -> nn.Module:
-    """The half of a coder that is exported: a module of one tensor, image or latent.
+    """Returns the half of a coder to export: a module of one tensor, image or latent.
+
+    - `coder`: the coder.
+    - `part`: which half.
+    - `steps`: the number of steps; None: the coder's own.
+    - `latents`: "raw" or "normalised" latents.
 
     Raises `RacError` for steps below 1, for steps of a way that is taken at once, and for decoding from noise, which
     would be of one size.
@@ -125,7 +132,7 @@ def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents
 
 
 def describe(module: nn.Module, coder_name: str = "") -> Description:
-    """The description of what `part_of` gave."""
+    """Returns the description of a module made by `part_of`."""
     assert isinstance(module, Half)
     coder, per_position = module.coder, module.coder.statistics.shift.ndim == 3
     return Description(
@@ -143,9 +150,14 @@ def describe(module: nn.Module, coder_name: str = "") -> Description:
 
 
 def export(module: nn.Module, path: str | Path, format: Format = "onnx", coder_name: str = "") -> Description:
-    """Write what `part_of` gave to `path`, complete or not at all; returns its description.
+    """Writes a module made by `part_of` to `path`, completely or not at all, and returns its description.
 
-    Raises `RacError` where the extra is missing, the network cannot be exported, and the system refuses.
+    - `module`: the module.
+    - `path`: the file to write.
+    - `format`: the format of the file.
+    - `coder_name`: the name of the coder in the description.
+
+    Raises `RacError` where the extra is missing, the network cannot be exported, or the system refuses.
     """
     path, description = Path(path), describe(module, coder_name)
     if format == "onnx":
@@ -180,7 +192,7 @@ def _to_onnx(program: torch.export.ExportedProgram, description: Description) ->
 
 
 def names(description: Description) -> tuple[str, str]:
-    """The names of what goes in and what comes out."""
+    """Returns the names of the file's input and output."""
     return ("image", "latent") if description.part == "encode" else ("latent", "image")
 
 
@@ -204,7 +216,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def need(*modules: str) -> None:
-    """Raise `RacError` with the mend unless the extra's modules are there."""
+    """Raises `RacError`, saying how to install them, unless the extra's modules are there."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise RacError(f"this needs {' and '.join(missing)}; {install_extra('export')}")
@@ -212,7 +224,7 @@ def need(*modules: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters talk of what they do and of what is not installed; errors still come through."""
+    """Silences the exporters' messages on their work and on what is not installed; errors still come through."""
     logger = logging.getLogger("torch")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -228,7 +240,7 @@ def _quiet() -> Iterator[None]:
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """The description that an exported file holds, as plain JSON. Raises `RacError` for another file."""
+    """Reads the description in an exported file, as plain JSON. Raises `RacError` for another file."""
     path = Path(path)
     if path.suffix == SUFFIX["torch-export"]:
         extra = {f"{KEY}.json": ""}
@@ -243,7 +255,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Callable[[Tensor], Tensor]:
-    """An exported file as a function of one tensor, on the CPU: by ONNX Runtime, or by PyTorch."""
+    """Loads an exported file as a function of one tensor, on the CPU: by ONNX Runtime, or by PyTorch."""
     path = Path(path)
     if path.suffix == SUFFIX["torch-export"]:
         return torch.export.load(path).module()
@@ -262,19 +274,25 @@ def _session(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Check:
-    """An exported file beside the module it was made from."""
+    """Comparison of an exported file and the module it was made from."""
 
     largest: tuple[float, ...]
-    """The largest absolute difference, for each input."""
+    """Largest absolute difference, for each input."""
     theirs: tuple[float, ...]
-    """Seconds of the file, for each input: the median of some runs, taken in turns with the module's."""
+    """Seconds that the file takes, for each input: the median of some runs, taken in turns with the module's."""
     ours: tuple[float, ...]
-    """Seconds of the module."""
+    """Seconds that the module takes, for each input: the median of the same number of runs."""
 
 
 @torch.no_grad()
 def check(module: nn.Module, path: str | Path, inputs: Sequence[Tensor], runs: int = 3) -> Check:
-    """Run the file and the module on the same inputs, in turns: how far apart, and how long."""
+    """Runs the file and the module on the same inputs, in turns, and returns their differences and times.
+
+    - `module`: the module that was exported.
+    - `path`: the file.
+    - `inputs`: tensors to run on.
+    - `runs`: number of runs on each input.
+    """
     written = load(path)
     largest, theirs, ours = [], [], []
     for x in inputs:

@@ -1,4 +1,4 @@
-"""RAC's training objective, term by term (RAC, section 3.4; the terms marked "ours" are not in the paper)."""
+"""RAC's training objective, term by term (RAC, section 3.4, and terms of our own that are not in the paper)."""
 
 from __future__ import annotations
 
@@ -58,41 +58,37 @@ class RACWeights:
     round_trip_state: float = 0.0
     """Weight of the MSE of the round trip without contraction to a latent in between."""
     mean_velocity: float = 0.0
-    """Weight of the MSE of the mean velocity against its identity (flow/mean.py).
-
-    Needs a field built with `interval`.
-    """
+    """Weight of the MSE of the mean velocity against its identity (flow/mean.py); the field needs `interval`."""
     velocity: float = 0.0
     """Weight of the MSE of the velocity at a random time against the straight path's (arXiv 2209.03003, equation 1).
-
-    Ours. Nothing is unrolled.
+    Nothing is unrolled. Not in RAC's paper.
     """
     latent_velocity: float = 0.0
-    """Weight of the MSE of the velocity where the state carries the latent alone, in the latent's own units. Ours."""
+    """Weight of the MSE of the velocity where the state carries the latent alone, in the latent's own units. Not in
+    RAC's paper.
+    """
     perceptual: float = 0.0
-    """Weight of LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`. Ours."""
+    """Weight of LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`. Not in
+    RAC's paper.
+    """
     coarse: float = 0.0
-    """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. Ours.
-
-    Counters tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine
-    detail.
+    """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. It counters
+    tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine detail. Not in
+    RAC's paper.
     """
     pattern: float = 0.0
-    """Weight of the mean square of the decoded image's error, averaged over all blocks of one image. Ours.
-
-    The average is taken at each of the f^2 places in a block of f x f pixels, without its mean: the grid of blocks that
-    shows in even regions.
+    """Weight of the mean square of the block pattern: the decoded image's error, averaged over all blocks of f x f
+    pixels of one image, at each of the f^2 places in a block, without its mean; the grid of blocks that shows in even
+    regions. Not in RAC's paper.
     """
     detail: float = 0.0
-    """Weight of the MSE of the amount of fine detail in each block of f x f pixels. Ours.
-
-    The amount is the root mean square of what a 3 x 3 mean takes away. Distances, perceptual ones too, favour decoded
-    images smoother than their originals.
+    """Weight of the MSE of the amount of fine detail in each block of f x f pixels. The amount is the root mean square
+    of what a 3 x 3 mean takes away. Distances, perceptual ones too, favour decoded images smoother than their
+    originals. Not in RAC's paper.
     """
     adversarial: float = 0.0
-    """Weight of the adversarial term of the decoded image, that of `reconstruction`. Ours.
-
-    It is relative to all other terms: at 1 its gradient at the field's last layer is as long as theirs.
+    """Weight of the adversarial term of the decoded image, that of `reconstruction`. It is relative to all other
+    terms: at 1 its gradient at the field's last layer is as long as theirs. Not in RAC's paper.
     """
 
     def chosen(self) -> dict[str, float]:
@@ -144,15 +140,14 @@ class RACObjective:
     times: TimeDistribution = "uniform"
     """Distribution of the times on the path at which `velocity` and `mean_velocity` are evaluated."""
     derivative: Derivative = "jvp"
-    """How the mean velocity is differentiated: exactly, or by central difference, for fields without forward-mode
-    derivatives (`ldm`).
+    """Derivative of the mean velocity: exact, or by central difference, for fields without forward-mode derivatives
+    (`ldm`).
     """
     memory: Memory = "recompute"
-    """What an unrolled flow stores for the backward pass.
-
-    "store": all activations. "recompute": the states, from which activations are computed again step by step.
-    "reverse": the end states alone, from which the others are retraced; this unrolls by `ReversibleHeun`, takes one
-    evaluation more per flow, and allows no step noise, which could not be taken off again.
+    """Memory of an unrolled flow for the backward pass. "store": all activations. "recompute": the states, from which
+    activations are computed again step by step. "reverse": the end states alone, from which the others are retraced;
+    this unrolls by `ReversibleHeun`, takes one evaluation more per flow, and allows no step noise, which could not be
+    taken off again.
     """
 
     def __post_init__(self) -> None:
@@ -194,7 +189,7 @@ class Coding(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """How the flows of one iteration are unrolled."""
+    """Settings by which the flows of one iteration are unrolled."""
 
     objective: RACObjective
     steps: int

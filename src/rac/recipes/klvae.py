@@ -49,11 +49,9 @@ class KLVAERecipe:
     start: str | None = None
     """A KL-VAE to start from (same network), instead of random weights: a shipped name, a directory or a hub name."""
     train_encoder: bool = True
-    """Train the encoder too.
-
-    Without it only the decoder is trained, and the latents of `start` stay as they are, bit for bit: whatever was
-    trained on them fits the new coder too. The decoder then learns to decode the posterior's mean, which is what
-    `encode` gives, without noise.
+    """Train the encoder too. Without it only the decoder is trained, and the latents of `start` stay as they are, bit
+    for bit: whatever was trained on them fits the new coder too. The decoder then learns to decode the posterior's
+    mean, which is what `encode` gives, without noise.
     """
     weights: KLVAEWeights = field(default_factory=KLVAEWeights)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -237,7 +235,7 @@ def klvae_f8d4() -> KLVAERecipe:
 
 
 def klvae_f8d4_sharp() -> KLVAERecipe:
-    """Second stage of that teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
+    """Second stage of the f8d4 teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
     first = klvae_f8d4()
     return replace(
         klvae_sharp(),

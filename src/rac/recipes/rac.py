@@ -58,9 +58,9 @@ class RACRecipe:
     state_channels: int = 4
     """Channels C of the states B C H W, the image's three among them."""
     spread: Spread = "shuffle"
-    """How a latent is laid out in the seed state, as `rac.states.StateSpec` lists the ways."""
+    """Layout of a latent in the seed state, one of those of `rac.states.StateSpec`."""
     contraction: Literal["inverse", "projector"] = "inverse"
-    """How a seed state becomes a latent: by the spread's own inverse, or by a learned projector."""
+    """Way from a seed state to a latent: the spread's own inverse, or a learned projector."""
     steps: int = 4
     """Default number of steps of the finished coder."""
     seed_noise: float = 0.0
@@ -299,7 +299,7 @@ def rac() -> RACRecipe:
 
 
 def rollout() -> RACRecipe:
-    """Second stage: end-point and latent terms through 1 to 4 unrolled steps. Give the first stage as --start."""
+    """Second stage of the shipped coder: end-point and latent terms through 1 to 4 steps. Give the first as --start."""
     first = rac()
     return replace(
         first,
@@ -337,7 +337,7 @@ def rac_64() -> RACRecipe:
 
 
 def rac_64_rollout() -> RACRecipe:
-    """Second stage: the end point through 1 to 8 unrolled steps, with LPIPS. Give the first stage as --start."""
+    """Second stage of the small coder: the end point through 1 to 8 steps, with LPIPS. Give the first as --start."""
     first = rac_64()
     return replace(
         first,
@@ -348,8 +348,7 @@ def rac_64_rollout() -> RACRecipe:
 
 
 def rac_64_sizes() -> RACRecipe:
-    """Third stage: more LPIPS; against tints, block patterns and blur; on new crops of 64, 128 and 224 pixels in turn.
-    Give the second stage as --start."""
+    """Third stage of the small coder: against tints, patterns, blur; 64, 128, 224 pixels. The second as --start."""
     second = rac_64_rollout()
     weights = replace(second.objective.weights, perceptual=0.4, coarse=30.0, pattern=100.0, detail=5.0)
     return replace(
@@ -392,7 +391,7 @@ def rac_taef2() -> RACRecipe:
 
 
 def rac_taef2_sharp() -> RACRecipe:
-    """Second stage: mostly LPIPS; an hour on one core. Give the .pth file as --teacher, the first stage as --start."""
+    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give --teacher, and the first as --start."""
     first = rac_taef2()
     weights = RACWeights(velocity=0.2, latent_velocity=0.02, reconstruction=1.0, perceptual=6.0)
     return replace(
@@ -405,8 +404,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage: against tints and blur, on crops of 224, 128 and 256 pixels in turn; 15 minutes on one core. Give
-    the .pth file as --teacher, the second stage as --start."""
+    """Third stage of the TAEF2 coder: against tints, blur; 128 to 256 pixels; 15 minutes. Give --teacher, --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(
@@ -462,7 +460,7 @@ def rac_256_sharp() -> RACRecipe:
 
 
 def rac_128() -> RACRecipe:
-    """First stage of a coder of that teacher's latents: velocity matching at the ends of the flow, on new crops."""
+    """First stage of a coder of klvae-128's latents: velocity matching at the ends of the flow, on new crops."""
     return RACRecipe(
         teacher="klvae-128",
         field=LocalFieldConfig(widths=(192, 96, 48), blocks=(3, 2, 2), down=(32, 64), down_blocks=(0, 1)),
@@ -475,7 +473,7 @@ def rac_128() -> RACRecipe:
 
 
 def rac_128_rollout() -> RACRecipe:
-    """Second stage: the end point through 1 to 4 unrolled steps, with LPIPS. Give the first stage as --start."""
+    """Second stage of the klvae-128 coder: the end point through 1 to 4 steps, LPIPS. Give the first as --start."""
     first = rac_128()
     return replace(
         first,

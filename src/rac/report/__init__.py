@@ -1,1 +1,1 @@
-"""Paper that knows no coder: tables and pages, strips of pictures, plots."""
+"""Reports, independent of coders: tables and pages, strips of pictures, plots."""

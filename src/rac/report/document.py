@@ -19,20 +19,20 @@ def utf8(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of finished text under named columns. The first column names the row, the others are figures."""
+    """A table of finished text under named columns. The first column names the row, the others hold numbers."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def to_csv(self) -> str:
-        """Comma separated, one header line."""
+        """Returns comma-separated values, with one header line."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([self.columns, *self.rows])
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """A pipe table, padded so that it reads well as plain text too."""
+        """Returns a Markdown table, padded so that it reads well as plain text too."""
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -43,7 +43,7 @@ class Table:
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def to_html(self) -> str:
-        """A `<table>`, its text escaped."""
+        """Returns a `<table>`, its text escaped."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in self.rows)
         return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
@@ -55,11 +55,11 @@ class Figure:
 
     picture: Image.Image
     name: str
-    """What it is called as a file, without suffix."""
+    """File name of the picture, without suffix."""
     caption: str = ""
 
     def to_html(self) -> str:
-        """A `<figure>` with the picture in it as base64 PNG."""
+        """Returns a `<figure>` with the picture in it as base64 PNG."""
         buffer = io.BytesIO()
         self.picture.save(buffer, "PNG", optimize=True)
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -72,21 +72,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a few sentences, and what they speak of."""
+    """A section of a report: a heading, a few sentences, tables and figures."""
 
     heading: str
     text: str = ""
     contents: Sequence[Table | Figure] = ()
 
     def to_html(self) -> str:
-        """A `<section>`."""
+        """Returns a `<section>`."""
         text = f"<p>{escape(self.text)}</p>\n" if self.text else ""
         contents = "".join(content.to_html() for content in self.contents)
         return f"<section>\n<h2>{escape(self.heading)}</h2>\n{text}{contents}</section>\n"
 
 
 def html_report(title: str, introduction: str, sections: Sequence[Section]) -> str:
-    """A whole page; write it as UTF-8."""
+    """Returns a whole HTML page, to be written as UTF-8."""
     body = "".join(section.to_html() for section in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,6 +1,6 @@
 """Pictures for people: labelled strips, sheets of strips, trajectories, curves.
 
-All give a `PIL.Image`, dark writing on white; `images.write_picture` puts it into a file.
+All functions return a `PIL.Image`, dark writing on white; `images.write_picture` puts it into a file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..flow import Trajectory
 from ..images import to_pixels
 
 LEAST_SIDE = 160
-"""Smaller pictures are enlarged, pixel by pixel, until their shorter side has this many."""
+"""Least length of the shorter side in pixels; smaller pictures are enlarged to it, pixel by pixel."""
 GREATEST_SIDE = 512
-"""Larger ones are scaled down until their longer side has this many."""
+"""Greatest length of the longer side in pixels; larger pictures are scaled down to it."""
 
 WHITE, INK, PALE = (255, 255, 255), (28, 28, 30), (110, 110, 115)
 MARGIN, GAP, LINE = 12, 10, 20
@@ -29,17 +29,17 @@ LABEL, NOTE, TITLE = 15, 13, 17
 
 
 class Panel(NamedTuple):
-    """One picture of a strip, with what is written under it."""
+    """A picture of a strip, with the text under it."""
 
     image: Tensor
-    """1 3 H W or 3 H W in [-1, 1]; clamped."""
+    """The picture, 1 3 H W or 3 H W in [-1, 1]; clamped."""
     label: str
     note: str = ""
     """A second, paler line, such as its PSNR."""
 
 
 def strip(panels: Sequence[Panel], title: str = "") -> Image.Image:
-    """One row of labelled pictures. Nothing is cut: a panel is as wide as its picture or its writing."""
+    """Draws one row of labelled pictures. Nothing is cut: a panel is as wide as its picture or its writing."""
     cells = [_cell(panel) for panel in panels]
     top = MARGIN + (LINE + 6 if title else 0)
     width = 2 * MARGIN + sum(cell.width for cell in cells) + GAP * (len(cells) - 1)
@@ -54,7 +54,7 @@ def strip(panels: Sequence[Panel], title: str = "") -> Image.Image:
 
 
 def sheet(strips: Sequence[Image.Image]) -> Image.Image:
-    """Strips below one another, left edges aligned."""
+    """Puts strips below one another, left edges aligned."""
     canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), WHITE)
     top = 0
     for one in strips:
@@ -64,7 +64,10 @@ def sheet(strips: Sequence[Image.Image]) -> Image.Image:
 
 
 def scale_bar(colour: Callable[[Tensor], Tensor], full: float, width: int = 220) -> Image.Image:
-    """The colours of an error map from 0 to `full`; `colour` turns shares H W in [0, 1] into 3 H W in [-1, 1]."""
+    """Draws the colours of an error map from 0 to `full`.
+
+    `colour` turns shares H W in [0, 1] into 3 H W in [-1, 1].
+    """
     bar = Image.fromarray(to_pixels(colour(torch.linspace(0, 1, width).expand(12, -1))))
     canvas = Image.new("RGB", (width + 160, bar.height + 2 * MARGIN), WHITE)
     draw = ImageDraw.Draw(canvas)
@@ -76,7 +79,7 @@ def scale_bar(colour: Callable[[Tensor], Tensor], full: float, width: int = 220)
 
 
 def trajectory_strip(trajectory: Trajectory, size: tuple[int, int] | None = None, title: str = "") -> Image.Image:
-    """The states at the nodes of a trajectory of one image (`keep="nodes"`), as the paper's first figure.
+    """Draws the states at the nodes of a trajectory of one image (`keep="nodes"`), as in the paper's first figure.
 
     Shown are a state's first three channels, clamped to [-1, 1]; `size` (height, width) crops the padding away.
     """
@@ -89,7 +92,7 @@ def trajectory_strip(trajectory: Trajectory, size: tuple[int, int] | None = None
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> Image.Image:
-    """Named series of (x, y), all positive, in one double logarithmic plot."""
+    """Draws named series of (x, y), all positive, in one double logarithmic plot."""
     # The figure is made without pyplot, so that no window system is touched and nothing global is changed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -112,7 +115,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
 
 
 def _cell(panel: Panel) -> Image.Image:
-    """A picture with its one or two lines of writing centred beneath."""
+    """Draws a picture with its one or two lines of writing centred beneath."""
     picture = _at_readable_size(Image.fromarray(to_pixels(panel.image)))
     width = max(picture.width, _text_width(panel.label, LABEL), _text_width(panel.note, NOTE))
     canvas = Image.new("RGB", (width, picture.height + 4 + 2 * LINE), WHITE)
@@ -145,7 +148,7 @@ def _number(time: float) -> str:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which matplotlib carries along: Pillow's own font lacks signs such as arrows."""
+    """Returns DejaVu Sans, which comes with matplotlib: Pillow's own font lacks signs such as arrows."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

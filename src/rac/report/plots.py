@@ -1,4 +1,4 @@
-"""Plots for people, made with matplotlib's Agg renderer; each function gives a `PIL.Image`.
+"""Plots for people, made with matplotlib's Agg renderer; each function returns a `PIL.Image`.
 
 No window system is touched and no global setting changed: figures are made without pyplot.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 LEGEND_HEIGHT = 0.5
-"""Inches."""
+"""Height of the legend in inches."""
 
 Scale = Literal["linear", "log2", "log10"]
 
@@ -35,7 +35,7 @@ class Series:
     dashed: bool = False
     level: bool = False
     marks: Sequence[str] = ()
-    """What is written beside the points, if anything."""
+    """Texts beside the points, if any."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Walk:
 
 
 def shades(number: int) -> list[str]:
-    """So many colours from light to dark, for what has an order, such as numbers of steps."""
+    """Returns so many colours from light to dark, for ordered things, such as numbers of steps."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -57,7 +57,7 @@ def shades(number: int) -> list[str]:
 
 
 def heat(values: Tensor, full: float) -> Tensor:
-    """Values H W -> colours 3 H W in [-1, 1], from black at 0 over red to pale yellow at `full` and above."""
+    """Maps values H W to colours 3 H W in [-1, 1], from black at 0 over red to pale yellow at `full` and above."""
     import matplotlib
 
     share = (values.detach().float().cpu() / full).clamp(0, 1).numpy()
@@ -67,7 +67,12 @@ def heat(values: Tensor, full: float) -> Tensor:
 def line_panels(
     panels: Mapping[str, Sequence[Series]], x_label: str, x_scale: Scale = "linear", ticks: Sequence[float] = ()
 ) -> Image.Image:
-    """One plot for each label of a y axis, up to three side by side, with one legend for all of them below."""
+    """Draws one plot for each label of a y axis, up to three side by side, with one legend for all of them below.
+
+    - `panels`: series by the label of the y axis.
+    - `x_label`, `x_scale`: label and scale of the x axis.
+    - `ticks`: places of its ticks; empty: matplotlib's choice.
+    """
     figure, all_axes = _figure(len(panels), 4.6, 3.6)
     for axes, (y_label, series) in zip(all_axes, panels.items(), strict=True):
         for one in series:
@@ -80,7 +85,7 @@ def line_panels(
 
 
 def walk_panels(panels: Mapping[str, Sequence[Walk]], labels: Sequence[tuple[str, str]], legend: str) -> Image.Image:
-    """Paths in planes, one plot for each title; `labels` are those of each plot's axes."""
+    """Draws paths in planes, one plot for each title; `labels` are the labels of each plot's axes."""
     figure, all_axes = _figure(len(panels), 5.4, 4.9)
     for axes, (title, walks), (across, up) in zip(all_axes, panels.items(), labels, strict=True):
         for walk in walks:
@@ -98,7 +103,7 @@ def walk_panels(panels: Mapping[str, Sequence[Walk]], labels: Sequence[tuple[str
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure of so many plots, each of `width` x `height` inches, four as two rows of two."""
+    """Makes a figure of so many plots, each of `width` x `height` inches, four as two rows of two."""
     from matplotlib.figure import Figure
 
     columns = panels if panels <= 3 else 2 if panels == 4 else 3

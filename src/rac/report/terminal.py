@@ -9,7 +9,7 @@ from .document import Table
 
 GAP = "  "
 LEAST_WIDTH = 20
-"""Columns that a layout is made for at least; on a narrower terminal its lines are broken by the terminal."""
+"""Least width that a layout is made for; on a narrower terminal its lines are broken by the terminal."""
 
 
 def table_text(table: Table, width: int) -> str:
@@ -60,7 +60,7 @@ def _columns(table: Table) -> list[tuple[str, list[str]]]:
 
 
 def _least(column: str, cells: Sequence[str]) -> int:
-    """The width of the longest cell, and of the longest word in the heading."""
+    """Returns the width of the longest cell, and of the longest word in the heading."""
     return max(map(_cells, [*column.split(), *cells]), default=0)
 
 
@@ -81,7 +81,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _cells(text: str) -> int:
-    """Columns that a terminal needs for `text`: letters such as Chinese take two."""
+    """Returns the columns that a terminal needs for `text`: letters such as Chinese take two."""
     from rich.cells import cell_len
 
     return cell_len(text)

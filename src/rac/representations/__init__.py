@@ -1,4 +1,4 @@
-"""Networks that turn an image into features to compare sets of images by, and the names of what comes of them.
+"""Networks that extract features from images, by which sets of images are compared, and the names of such metrics.
 
 A metric carries the name of its features: only the 2048 features of the Inception graph of 2015-12-05 make an FID, all
 others append what they are, as in FID-768 and FID-EffNetLite0.
@@ -33,11 +33,11 @@ __all__ = [
 ExtractorName = Literal["inception-2048", "inception-768", "efficientnet-lite0"]
 
 WEIGHT_FILES: tuple[WeightFile, ...] = (*FILES.values(), INCEPTION, INCEPTION_TO_MIXED_8)
-"""All weight files that metrics and perceptual terms may ask for."""
+"""All weight files that metrics and perceptual terms may need."""
 
 
 def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Extractor:
-    """The extractor called `name`, on the CPU, in evaluation mode, frozen.
+    """Loads the extractor called `name`, on the CPU, in evaluation mode, frozen.
 
     - `inception-2048`: the FID of the literature. Needs the full graph of 2015-12-05 as safetensors (`inception` says
       in which layouts): `weights`, or inception_v3_2015-12-05.safetensors in the weights folder.

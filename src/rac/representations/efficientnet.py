@@ -17,13 +17,15 @@ from ..storage import fit_tensors
 from .extractor import Features
 
 SIDE = 224
-"""Of the images the network sees."""
+"""Side of the images that the network sees."""
 
 
 class EfficientNetLite0(nn.Module):
-    """The mean of the last convolution, B 1280, and logits, B 1000. Makes FID-EffNetLite0, which is no FID.
+    """Extractor of the mean of the last convolution, B 1280, and logits, B 1000.
 
-    Raises `WeightsError` where the packages with its code and its weights are not installed.
+    Makes FID-EffNetLite0, which is no FID.
+
+    Raises `WeightsError` if the packages with its code and its weights are not installed.
     """
 
     width = 1280
@@ -36,7 +38,7 @@ class EfficientNetLite0(nn.Module):
         self.network, self.path = _pretrained()
 
     def forward(self, image: Tensor) -> Features:
-        """See `Extractor`."""
+        """Returns the features of images B 3 H W in [-1, 1], of any size."""
         image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
         pixels = (image + 1) * 127.5
         pooled = self.network.extract_features((pixels - 127) / 128).mean(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""What an extractor is, and how the features of many images are taken."""
+"""The interface of extractors, and the features of many images."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ from ..runtime import reproducible
 
 
 class Features(NamedTuple):
-    """What an extractor sees in B images, or in all images of a set."""
+    """Features of B images, or of all images of a set."""
 
     pooled: Tensor
-    """B D: for Frechet and kernel distances, precision and recall."""
+    """Pooled features, B D, for Frechet and kernel distances, precision and recall."""
     spatial: Tensor | None = None
-    """B S: a few channels with their places, for sFID."""
+    """A few channels with their places, B S, for sFID."""
     logits: Tensor | None = None
-    """B K: classes, for the Inception Score."""
+    """Logits of classes, B K, for the Inception Score."""
 
 
 class Extractor(Protocol):
-    """image -> features. Every extractor is a frozen `nn.Module` as well."""
+    """A network that maps images to features. Every extractor is a frozen `nn.Module` as well."""
 
     @property
     def width(self) -> int:
-        """D, the number of pooled features."""
+        """Number of pooled features, D."""
         ...
 
     @property
     def label(self) -> str:
-        """What follows the name of a metric made of the pooled features or the logits; empty for the real FID's."""
+        """Suffix of the names of metrics made of the pooled features or the logits; empty for the real FID's."""
         ...
 
     @property
     def spatial_width(self) -> int | None:
-        """S, the number of spatial features; None if it has none."""
+        """Number of spatial features, S; None if it has none."""
         ...
 
     @property
     def has_logits(self) -> bool:
-        """Whether it names classes."""
+        """Whether it returns logits of classes."""
         ...
 
     @property
     def path(self) -> Path:
-        """The file its weights are from."""
+        """File that its weights are from."""
         ...
 
     def __call__(self, image: Tensor) -> Features:
-        """Image B 3 H W in [-1, 1], of any size -> features of its B images, each independent of the others."""
+        """Returns the features of images B 3 H W in [-1, 1], of any size, each independent of the others."""
         ...
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> Features:
-    """Features of all images in `batches` (each B 3 H W in [-1, 1]), float32 on the CPU, in their order.
+    """Returns the features of all images in `batches` (each B 3 H W in [-1, 1]), float32 on the CPU, in their order.
 
-    `progress` is told the number of images done. Raises `RacError` if there are no images.
+    `progress` is called with the number of images done. Raises `RacError` if there are no images.
     """
     parts: list[Features] = []
     with reproducible():
@@ -72,7 +72,7 @@ def extract(extractor: Extractor, batches: Iterable[Tensor], progress: Callable[
 
 
 def join(parts: Iterable[Features]) -> Features:
-    """Features of several batches as one, on the CPU. Raises `RacError` if there are none."""
+    """Joins the features of several batches, on the CPU. Raises `RacError` if there are none."""
     parts = list(parts)
     if not parts:
         raise RacError("no images to take features of; give at least one batch")
@@ -89,5 +89,5 @@ def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def metric_name(metric: str, label: str) -> str:
-    """`FID` and the extractor's label -> `FID-768`; no label, nothing appended."""
+    """Returns the name of a metric with the extractor's label, such as `FID-768`; just the name if that is empty."""
     return f"{metric}-{label}" if label else metric

@@ -27,7 +27,7 @@ from .extractor import Features
 from .weight_files import Published, WeightFile
 
 SIDE = 299
-"""Of the images the network sees."""
+"""Side of the images that the network sees."""
 
 CLASSES = 1008
 
@@ -45,7 +45,7 @@ class _Layer(NamedTuple):
 
 
 class InceptionV3(nn.ModuleDict):
-    """The convolutions under their names in the graph; ends after mixed_8, or, if `full`, with the logits."""
+    """Inception-v3, its convolutions named as in the graph; ends after mixed_8, or, if `full`, with the logits."""
 
     def __init__(self, full: bool) -> None:
         convolutions = {layer.name: _convolution(layer) for layer in layers(full)}
@@ -56,7 +56,7 @@ class InceptionV3(nn.ModuleDict):
 
     @classmethod
     def load(cls, path: Path, full: bool | None = None) -> InceptionV3:
-        """Read a weight file in either layout; `full` demands a full one. Raises `WeightsError` if it does not fit."""
+        """Reads a weight file in either layout; `full` demands a full one. Raises `WeightsError` if it does not fit."""
         tensors, _ = read_tensors(path)
         if "Conv2d_1a_3x3.conv.weight" in tensors:
             tensors = fold_batch_norms(tensors)
@@ -66,7 +66,7 @@ class InceptionV3(nn.ModuleDict):
         return network.eval().requires_grad_(False)
 
     def to_mixed_7(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image B 3 H W in [-1, 1] -> mixed_7, B 768 17 17, and mixed_6's first branch, B 192 17 17."""
+        """Returns mixed_7, B 768 17 17, and mixed_6's first branch, B 192 17 17, of images B 3 H W in [-1, 1]."""
         # Not antialiased, and half-pixel centres: as pytorch-fid resizes, whose metrics are the common ones.
         x = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
         x = F.max_pool2d(self._run(x, "conv", "conv_1", "conv_2"), 3, 2)
@@ -81,7 +81,7 @@ class InceptionV3(nn.ModuleDict):
         return torch.cat(mixed_7, 1), mixed_6[0]
 
     def to_mixed_10(self, mixed_7: Tensor) -> Tensor:
-        """mixed_7 -> mixed_10, B 2048 8 8; only of a full network."""
+        """Returns mixed_10, B 2048 8 8, from mixed_7; only a full network can."""
         towers = self._towers(mixed_7, "mixed_8", 0, 2, 4)
         x = torch.cat([*towers, F.max_pool2d(mixed_7, 3, 2)], 1)
         x = self._fork(x, "mixed_9", _average(x))
@@ -93,7 +93,10 @@ class InceptionV3(nn.ModuleDict):
         return x
 
     def _towers(self, x: Tensor, block: str, *lengths: int) -> list[Tensor]:
-        """The branches named "", "tower" and "tower_1" with so many convolutions each; 0: not there."""
+        """Returns the outputs of the branches "", "tower" and "tower_1".
+
+        `lengths` are their numbers of convolutions; 0: the block lacks the branch.
+        """
         names = (block, f"{block}_tower", f"{block}_tower_1")
         return [
             self._run(x, *_chain(name, length))
@@ -102,11 +105,11 @@ class InceptionV3(nn.ModuleDict):
         ]
 
     def _pooled_towers(self, x: Tensor, block: str, *lengths: int) -> list[Tensor]:
-        """The same, and "tower_2", which sees the average of its neighbourhood."""
+        """Returns the outputs of `_towers`, and of "tower_2", which sees the average of its neighbourhood."""
         return [*self._towers(x, block, *lengths), self._run(_average(x), f"{block}_tower_2_conv")]
 
     def _fork(self, x: Tensor, block: str, pooled: Tensor) -> Tensor:
-        """mixed_9 and mixed_10, whose towers end in a 1 x 3 and a 3 x 1 convolution side by side."""
+        """Computes mixed_9 and mixed_10, whose towers end in a 1 x 3 and a 3 x 1 convolution side by side."""
         tower = self._run(x, f"{block}_tower_conv")
         tower_1 = self._run(x, f"{block}_tower_1_conv", f"{block}_tower_1_conv_1")
         return torch.cat(
@@ -123,7 +126,7 @@ class InceptionV3(nn.ModuleDict):
 
 
 class _Inception(nn.Module):
-    """What both extractors share."""
+    """Base class of both Inception extractors."""
 
     spatial_width = 7 * 17 * 17
 
@@ -134,7 +137,7 @@ class _Inception(nn.Module):
 
 
 class Inception768(_Inception):
-    """The mean of mixed_7: B 768. Makes FID-768, which is no FID; spatial features as `Inception2048`."""
+    """Extractor of the mean of mixed_7, B 768. Makes FID-768, which is no FID; spatial features as `Inception2048`."""
 
     width = 768
     label = "768"
@@ -144,13 +147,13 @@ class Inception768(_Inception):
         super().__init__(path, full=None)
 
     def forward(self, image: Tensor) -> Features:
-        """See `Extractor`."""
+        """Returns the features of images B 3 H W in [-1, 1], of any size."""
         mixed_7, first = self.network.to_mixed_7(image)
         return Features(_mean(mixed_7), _spatial(first))
 
 
 class Inception2048(_Inception):
-    """The mean of mixed_10, B 2048: the features of the FID. Its logits, B 1008, are without bias.
+    """Extractor of the mean of mixed_10, B 2048: the features of the FID. Its logits, B 1008, are without bias.
 
     Spatial features: the first 7 channels of mixed_6's first branch, 7 x 17 x 17 = 2023 (Nash et al., arXiv
     2103.03841, as public evaluation code takes them); so sFID-2023.
@@ -164,7 +167,7 @@ class Inception2048(_Inception):
         super().__init__(path, full=True)
 
     def forward(self, image: Tensor) -> Features:
-        """See `Extractor`."""
+        """Returns the features of images B 3 H W in [-1, 1], of any size."""
         mixed_7, first = self.network.to_mixed_7(image)
         pooled = _mean(self.network.to_mixed_10(mixed_7))
         return Features(pooled, _spatial(first), self.network["logits"](pooled))
@@ -174,7 +177,7 @@ class Inception2048(_Inception):
 
 
 def layers(full: bool) -> Iterator[_Layer]:
-    """The convolutions in their order, up to mixed_8 or, if `full`, to mixed_10."""
+    """Yields the convolutions in their order, up to mixed_8 or, if `full`, to mixed_10."""
     yield from _convolutions("", 3, (32, 3, 3), (32, 3, 3), (64, 3, 3), (80, 1, 1), (192, 3, 3))
     for block, inputs, pooled in (("mixed", 192, 32), ("mixed_1", 256, 64), ("mixed_2", 288, 64)):
         yield from _convolutions(block, inputs, (64, 1, 1))
@@ -200,14 +203,14 @@ def layers(full: bool) -> Iterator[_Layer]:
 
 
 def _convolutions(branch: str, inputs: int, *sizes: tuple[int, int, int]) -> Iterator[_Layer]:
-    """A branch's convolutions of (outputs, height, width), each reading the one before."""
+    """Yields a branch's convolutions of (outputs, height, width), each reading the one before."""
     for name, (outputs, height, width) in zip(_chain(branch, len(sizes)), sizes, strict=True):
         yield _Layer(name, inputs, outputs, height, width)
         inputs = outputs
 
 
 def _chain(branch: str, length: int) -> list[str]:
-    """TensorFlow numbers a scope's convolutions from the second on: conv, conv_1, conv_2."""
+    """Returns the names of a branch's convolutions, numbered from the second on: conv, conv_1, conv_2."""
     start = f"{branch}_conv" if branch else "conv"
     return [start, *(f"{start}_{index}" for index in range(1, length))]
 
@@ -248,13 +251,13 @@ BATCH_NORM_EPSILON = 1e-3
 
 
 def pytorch_fid_names() -> list[str]:
-    """The names of the same convolutions in pytorch-fid's file, in the order of `layers(full=True)`."""
+    """Returns the names of the same convolutions in pytorch-fid's file, in the order of `layers(full=True)`."""
     stem = [f"Conv2d_{name}" for name in _STEM]
     return [*stem, *(f"Mixed_{block}.branch{name}" for block, names in _BLOCKS.items() for name in names)]
 
 
 def fold_batch_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """pytorch-fid's tensors -> this module's. What is missing stays missing, for the strict loading to name."""
+    """Converts pytorch-fid's tensors to this module's. Missing ones stay missing, for the strict loading to name."""
     folded = {"logits.weight": tensors["fc.weight"]} if "fc.weight" in tensors else {}
     for name, layer in zip(pytorch_fid_names(), layers(full=True), strict=True):
         parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
@@ -268,7 +271,7 @@ def fold_batch_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _converted(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """pytorch-fid's tensors -> this module's. Raises `KeyError` for one that is missing."""
+    """Converts pytorch-fid's tensors to this module's. Raises `KeyError` for one that is missing."""
     folded = fold_batch_norms(published)
     for layer in layers(full=True):
         if f"{layer.name}.weight" not in folded:

@@ -23,7 +23,7 @@ Backbone = Literal["alex", "vgg16"]
 
 
 def _converted(backbone: Tensors, linear: Tensors) -> dict[str, Tensor]:
-    """torchvision's classifier and the linear layers of the lpips package -> this module's tensors."""
+    """Converts torchvision's classifier and the linear layers of the lpips package to this module's tensors."""
     places = sorted({int(name.split(".")[1]) for name in backbone if name.startswith("features.")})
     parts = [(index, place, part) for index, place in enumerate(places) for part in ("weight", "bias")]
     return {
@@ -73,7 +73,7 @@ class _Trunk:
     pooled: tuple[int, ...]
     """The stages that begin with a max-pool."""
     pool: int
-    """Side of its window, whose stride is 2."""
+    """Side of the max-pool's window, whose stride is 2."""
     least: int
     """The shortest side of an image that reaches the last stage."""
 
@@ -107,7 +107,7 @@ _TRUNKS: dict[Backbone, _Trunk] = {
 
 
 class LPIPS(nn.Module):
-    """Image pairs B 3 H W in [-1, 1] -> distances B, 0 for equal images. Gradients flow to the images.
+    """The LPIPS distance of image pairs B 3 H W in [-1, 1]: B, 0 for equal images. Gradients flow to the images.
 
     `LPIPS("alex")` has random weights; `LPIPS.load("alex")` the real ones.
     """
@@ -132,7 +132,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def load(cls, backbone: Backbone = "alex", weights: str | Path | None = None) -> LPIPS:
-        """With the weights of a file, or of the weights folder (`weight_files.find_weights`); evaluation mode, frozen.
+        """Loads the weights of a file, or of the weights folder (`weight_files.find_weights`); evaluation mode, frozen.
 
         Raises `WeightsError` if there is no such file, or it does not fit.
         """
@@ -143,7 +143,10 @@ class LPIPS(nn.Module):
         return distance.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:
-        """Equation 1 of the paper. Raises `RacError` if the shapes differ, or a side is too short for the backbone."""
+        """Returns the distances, equation 1 of the paper.
+
+        Raises `RacError` if the shapes differ, or a side is too short for the backbone.
+        """
         if image.shape != reference.shape or image.ndim != 4 or image.shape[1] != 3:
             raise RacError(
                 f"LPIPS compares images of one shape B 3 H W, not {tuple(image.shape)} and {tuple(reference.shape)}"
@@ -173,6 +176,6 @@ class LPIPS(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Channels scaled to length 1 at every place."""
+    """Scales channels to length 1 at every place."""
     # Not sqrt(sum of squares): its gradient is NaN where all channels are 0.
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPSILON)

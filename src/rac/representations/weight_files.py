@@ -1,4 +1,4 @@
-"""Where the weights of metrics and perceptual terms lie, as whom they are published, and how published files convert.
+"""Weight files of metrics and perceptual terms: where they lie, how they are published, and how they are converted.
 
 Nothing is downloaded. The networks are read from safetensors alone; files that are published as pickles are converted
 once, without running code from them (`torch.load(weights_only=True)`).
@@ -31,10 +31,10 @@ class Published:
     names: tuple[str, ...]
     """File names under which it is known. Eight hexadecimal digits in one are the beginning of its SHA-256."""
     source: str
-    """Who publishes it."""
+    """Publisher of the file."""
 
     def find(self, folder: Path) -> Path | None:
-        """The first of its names in `folder`; None if there is none."""
+        """Returns the first of its names in `folder`; None if there is none."""
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
 
@@ -45,14 +45,17 @@ class WeightFile:
     names: tuple[str, ...]
     """Accepted file names; the first is the one that conversion writes."""
     purpose: str
-    """What needs it."""
+    """Metrics or terms that need the file, for messages."""
     published: tuple[Published, ...]
     convert: Callable[..., dict[str, Tensor]]
-    """The tensors of the published files, in their order -> the tensors of this file."""
+    """Function that converts the tensors of the published files, in their order, to the tensors of this file."""
 
 
 def find_weights(given: str | Path | None, file: WeightFile) -> Path:
-    """The path `given`, or that of `file` in the weights folder. Raises `WeightsError` saying how to come by it."""
+    """Returns the path `given`, or that of `file` in the weights folder.
+
+    Raises `WeightsError` saying how to obtain it.
+    """
     if given is not None:
         return Path(given)
     folder = weights_folder()
@@ -67,12 +70,15 @@ def find_weights(given: str | Path | None, file: WeightFile) -> Path:
 
 
 def located(file: WeightFile, folder: Path) -> Path | None:
-    """Where `file` lies in `folder`, under any of its names; None if it does not."""
+    """Returns the path of `file` in `folder`, under any of its names; None if it is not there."""
     return next((folder / name for name in file.names if (folder / name).is_file()), None)
 
 
 def weights_folder() -> Path | None:
-    """The folder that RAC_WEIGHTS_DIR names, else rac/weights in the user's cache; None without a home folder."""
+    """Returns the folder that RAC_WEIGHTS_DIR names, else rac/weights in the user's cache.
+
+    None without a home folder.
+    """
     if named := os.environ.get(VARIABLE):
         return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -80,12 +86,12 @@ def weights_folder() -> Path | None:
 
 
 def convert(file: WeightFile, source: Path, target: Path) -> Path | None:
-    """Make `file` in the folder `target` out of the published files in the folder `source`.
+    """Makes `file` in the folder `target` out of the published files in the folder `source`.
 
-    Returns the path written, whole or not at all, or None where a published file is missing.
+    Returns the path written, completely or not at all, or None if a published file is missing.
 
     Raises:
-        WeightsError: a published file is damaged, or holds other tensors than it should.
+        WeightsError: A published file is damaged, or holds other tensors than it should.
     """
     found = [published.find(source) for published in file.published]
     present = [path for path in found if path is not None]
@@ -103,7 +109,7 @@ def convert(file: WeightFile, source: Path, target: Path) -> Path | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The page of `rac serve`: what it lets in (`guard`) and how it looks (`page`).
+"""The page of `rac serve`: checks of what visitors send (`guard`), and the layout (`page`).
 
 Only `page` knows gradio, and imports it when a page is made.
 """

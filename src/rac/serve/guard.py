@@ -18,12 +18,12 @@ from ..errors import ImageError, RacError
 from ..images import PICTURE_FORMATS, from_pixels, read_rgb
 
 MESSAGE_BYTES = 2**16
-"""The largest message, uploads apart: a page's own are below a thousand bytes."""
+"""Size of the largest message in bytes, uploads apart: a page's own are below a thousand bytes."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may ask of the machine."""
+    """Limits on what a visitor may ask of the machine."""
 
     upload_bytes: int = 16 * 2**20
     pixels: int = 24_000_000
@@ -31,7 +31,7 @@ class Limits:
     side: int = 256
     """Longest side in pixels; larger pictures are scaled down to it."""
     waiting: int = 32
-    """Most requests that wait; one is worked on at a time."""
+    """Most requests that wait; one is processed at a time."""
 
     def __post_init__(self) -> None:
         for name in ("upload_bytes", "pixels", "waiting"):
@@ -42,21 +42,21 @@ class Limits:
 
 
 class Admitted(NamedTuple):
-    """A picture that was let in."""
+    """A picture that passed the checks."""
 
     image: Tensor
-    """1 3 H W in [-1, 1], neither side above the limit."""
+    """The image, 1 3 H W in [-1, 1], neither side above the limit."""
     note: str
-    """What was done to it, for its owner; empty if nothing."""
+    """Conversions of the picture, for its owner; empty if there were none."""
 
 
 def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
-    """Read an uploaded picture: its bytes, format and pixels are checked before anything is decoded.
+    """Reads an uploaded picture: its bytes, format and pixels are checked before anything is decoded.
 
     Grey, palette and transparent pictures are converted to RGB, which the note says.
 
     Raises:
-        ImageError: the file is missing, above a limit, of another format, animated or damaged. The message names the
+        ImageError: The file is missing, above a limit, of another format, animated or damaged. The message names the
             file but not its folder.
     """
     path = Path(path)
@@ -78,7 +78,7 @@ def admit(path: str | os.PathLike[str], limits: Limits) -> Admitted:
 
 
 def _read(path: Path, limits: Limits) -> tuple[Image.Image, str, str]:
-    """The picture, what it was if not 8-bit RGB, and how it was converted; as `read_rgb`."""
+    """Reads a picture, its original form if not 8-bit RGB, and how it was converted, as `read_rgb`."""
     size = path.stat().st_size
     if size > limits.upload_bytes:
         raise ImageError(
@@ -89,7 +89,7 @@ def _read(path: Path, limits: Limits) -> tuple[Image.Image, str, str]:
 
 
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are let in, those of `PICTURE_FORMATS` that this Pillow was built with.
+    """Returns Pillow's names of the accepted formats, those of `PICTURE_FORMATS` that this Pillow was built with.
 
     The decoders of others, such as EPS, run foreign programs or have seen little hostile input.
     """
@@ -161,7 +161,7 @@ class Gate:
         self.upload_bytes = upload_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass an ASGI request on to the app, or refuse it."""
+        """Passes an ASGI request on to the app, or refuses it."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
@@ -210,7 +210,7 @@ async def _body(receive: Receive) -> bytes:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out `body`, and then whatever comes, such as a disconnection."""
+    """Returns a `receive` that hands out `body`, and then whatever comes, such as a disconnection."""
     given = False
 
     async def first_the_body() -> Message:
@@ -224,7 +224,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _names_an_address(body: bytes) -> bool:
-    """Whether this message would have a file fetched from elsewhere; what is no JSON is not trusted either."""
+    """Returns whether this message would have a file fetched from elsewhere; a message that is not JSON counts too."""
     try:
         message = json.loads(body or b"null")
     except (ValueError, RecursionError):

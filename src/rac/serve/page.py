@@ -30,13 +30,13 @@ from .guard import Gate, Limits, admit
 
 GREATEST_STEPS = 16
 GREATEST_NOISE = 1.5
-"""Standard deviations of the noise on a latent, whose own deviation is about 1."""
+"""Greatest standard deviation of the noise on a latent, whose own deviation is about 1."""
 TABS = ("steps", "noise")
 ZOOMS = ("1x", "2x", "4x", "8x")
 UPLOAD_HEIGHT = 132
-"""Pixels of the field that takes an upload."""
+"""Height in pixels of the field that takes an upload."""
 FILM_SIDE = 144
-"""The longer side, in pixels, of the pictures in a film strip."""
+"""Longer side, in pixels, of the pictures in a film strip."""
 
 Load = Callable[[str], Loaded]
 
@@ -47,11 +47,11 @@ class Page(NamedTuple):
     blocks: Any
     """gradio's `Blocks`, with the queue set up."""
     busy: threading.Lock
-    """Held while a picture is worked on."""
+    """Lock that is held while a picture is processed."""
 
 
 def need_gradio() -> Any:
-    """Import gradio, with its usage statistics switched off. Raises `RacError` where it is not installed."""
+    """Imports gradio, with its usage statistics switched off. Raises `RacError` if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -62,7 +62,7 @@ def need_gradio() -> Any:
 
 @dataclass(frozen=True)
 class Answers:
-    """Computes what the page shows, from what its controls hold. Needs no gradio."""
+    """Computes the contents of the page from the values of its controls. Needs no gradio."""
 
     load: Load
     names: tuple[str, ...]
@@ -74,12 +74,19 @@ class Answers:
     def __call__(
         self, tab: str, upload: str | None, photograph: str | None, name: str, steps: object, sigma: object
     ) -> str | None:
-        """Compute the HTML of `tab`, "steps" or "noise".
+        """Computes the HTML of `tab`, "steps" or "noise".
 
         None stands for no change: the number that the tab needs is missing while its box is edited.
 
+        - `tab`: the tab to compute.
+        - `upload`: path of the uploaded picture, if any.
+        - `photograph`: name of the chosen photograph, if any.
+        - `name`: name of the coder.
+        - `steps`: number of steps.
+        - `sigma`: standard deviation of the noise.
+
         Raises:
-            RacError: the picture is refused, the coder is unknown, or the number lies outside its range.
+            RacError: The picture is refused, the coder is unknown, or the number lies outside its range.
         """
         path = upload or self.photographs.get(str(photograph))
         if path is None:
@@ -100,21 +107,21 @@ class Answers:
 
 
 def whole_steps(value: object) -> int:
-    """Check a number of steps. Raises `RacError` unless it is whole and from 1 to `GREATEST_STEPS`."""
+    """Returns a number of steps as an int. Raises `RacError` unless it is whole and from 1 to `GREATEST_STEPS`."""
     if isinstance(value, (int, float)) and 1 <= value <= GREATEST_STEPS and float(value).is_integer():
         return int(value)
     raise RacError(f"{value} steps cannot be taken; give a whole number from 1 to {GREATEST_STEPS}")
 
 
 def deviations(value: object) -> float:
-    """Check the standard deviation of the noise. Raises `RacError` unless it lies in 0 to `GREATEST_NOISE`."""
+    """Returns the standard deviation of the noise. Raises `RacError` unless it lies in 0 to `GREATEST_NOISE`."""
     if isinstance(value, (int, float)) and 0 <= value <= GREATEST_NOISE:
         return float(value)
     raise RacError(f"noise of {value} standard deviations cannot be added; give a number from 0 to {GREATEST_NOISE}")
 
 
 class Controls(NamedTuple):
-    """gradio's components: what visitors set, then the answers of the two tabs."""
+    """gradio's components of the page: the controls that visitors set, then the answers of the two tabs."""
 
     upload: Any
     photograph: Any
@@ -139,7 +146,7 @@ def build(
     photographs: Mapping[str, Path] | None = None,
     device: str = "cpu",
 ) -> Page:
-    """Build the page.
+    """Builds the page.
 
     Args:
         load: gives the coder of one of `names`.
@@ -148,7 +155,7 @@ def build(
         photographs: pictures offered beside what visitors upload, by name.
         device: where pictures are put; `load` puts the coders there.
 
-    Programs can ask two endpoints, "reconstruct" and "perturb". Raises `RacError` where gradio is not installed.
+    Programs can ask two endpoints, "reconstruct" and "perturb". Raises `RacError` if gradio is not installed.
     """
     gr = need_gradio()
     answers = Answers(load, tuple(names), limits, photographs or {}, device)
@@ -197,7 +204,7 @@ def _connect(gr: Any, controls: Controls, answers: Answers) -> None:
     tab = gr.State("steps")
 
     def show(front: str, *given: Any) -> list[Any]:
-        """What stands in both tabs, of which only the one in front is computed, and which that is."""
+        """Returns the contents of both tabs, of which only the one in front is computed, and which one that is."""
         made = _in_gradio_errors(gr, partial(answers, front, *given))
         shown = gr.skip() if made is None else made
         return [shown, gr.skip(), front] if front == "steps" else [gr.skip(), shown, front]
@@ -218,7 +225,10 @@ def _connect(gr: Any, controls: Controls, answers: Answers) -> None:
 
 
 def _in_gradio_errors(gr: Any, compute: Callable[[], str | None]) -> str | None:
-    """What `compute` gives; what the visitor can mend is told on the page, without a traceback in the log."""
+    """Returns the result of `compute`, and shows errors that the visitor can mend on the page.
+
+    These leave no traceback in the log.
+    """
     try:
         return compute()
     except RacError as error:
@@ -240,9 +250,13 @@ def _limits_in_words(limits: Limits) -> str:
 
 @contextmanager
 def serving(page: Page, host: str, port: int, limits: Limits) -> Iterator[str]:
-    """Serve `page` while the context lasts, and give its URL. `port` 0 takes a free port.
+    """Serves a page while the context lasts, and gives its URL.
 
-    Raises `RacError` where the server cannot listen at this address.
+    - `page`: the page.
+    - `host`, `port`: the address to listen at; port 0 takes a free one.
+    - `limits`: limits on what visitors may send.
+
+    Raises `RacError` if the server cannot listen at this address.
     """
     gr = need_gradio()
     from starlette.middleware import Middleware
@@ -292,7 +306,7 @@ def serving(page: Page, host: str, port: int, limits: Limits) -> Iterator[str]:
 
 
 def free_port(host: str, port: int) -> int:
-    """Return `port` if it is free, or a free one for 0.
+    """Returns `port` if it is free, or a free one for 0.
 
     Raises `RacError` if the port is taken or `host` is not this machine.
     """
@@ -348,7 +362,7 @@ def _notes_html(*notes: str) -> str:
 
 
 def pictures_html(image: Tensor, versions: Sequence[Reconstruction]) -> str:
-    """Lay out the original and its versions side by side; zoomed, they show the same part."""
+    """Lays out the original and its versions side by side; zoomed, they show the same part."""
     cells = [("original", f"{image.shape[-1]} x {image.shape[-2]}", image)]
     cells += [(one.name, f"{_decibels(one.psnr)} dB", one.image) for one in versions]
     columns = 3 if len(cells) in (3, 5, 6) else len(cells)
@@ -362,7 +376,7 @@ def pictures_html(image: Tensor, versions: Sequence[Reconstruction]) -> str:
 
 
 def figures_html(versions: Sequence[Reconstruction], what: str) -> str:
-    """Tabulate PSNR, SSIM, time and cost of each version."""
+    """Tabulates PSNR, SSIM, time and cost of each version."""
     rows = tuple(
         (
             one.name,
@@ -379,7 +393,7 @@ def figures_html(versions: Sequence[Reconstruction], what: str) -> str:
 
 
 def film_html(title: str, flow: Trajectory | None, image: Tensor) -> str:
-    """Show the first three channels of the states of a flow, in the order of computation."""
+    """Shows the first three channels of the states of a flow, in the order of computation."""
     if flow is None:
         return ""
     frames = "".join(

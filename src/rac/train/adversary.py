@@ -18,7 +18,7 @@ from .processes import whole
 
 EPSILON = 1e-4
 LARGEST = 1e4
-"""Bounds of the adaptive weight, as in the authors' code."""
+"""Upper bound of the adaptive weight, as in the authors' code."""
 
 
 # The adaptive weight
@@ -26,24 +26,25 @@ LARGEST = 1e4
 
 @dataclass(frozen=True)
 class AdaptiveWeight:
-    """A term whose gradient is brought to the length of the other terms' gradient (VQGAN, arXiv 2012.09841).
+    """An adaptive weight, which scales a term's gradient to the length of the other terms' gradient.
 
-    The gradient of `term` is added to that of a part's other terms with the weight
+    VQGAN (arXiv 2012.09841), equation 7. The gradient of `term` is added to that of a part's other terms with the
+    weight
 
         weight * balance,  balance = |gradient of the other terms| / (|gradient of the term| + 1e-4), at most 1e4
 
-    (equation 7 there), both norms taken at the parameter `layer`.
+    both norms taken at the parameter `layer`.
     """
 
     term: str
-    """Its name among the part's terms. In iterations without it the part learns from the others alone."""
+    """Name of the term among the part's. In iterations without it the part learns from the others alone."""
     weight: float
-    """Weight of the balanced gradient, in units of the other terms'."""
+    """Weight of the balanced gradient, relative to the other terms."""
     layer: str
-    """Name of the parameter, within the part's module, at which gradients are compared; see `last_layer`."""
+    """Name of the parameter, within the part's module, at which gradients are compared; `last_layer` finds it."""
 
     def start(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> AdaptiveGradient:
-        """The term's gradient, still empty, for the trained `parameters` of `module`."""
+        """Returns the term's gradient, still empty, for the trained `parameters` of `module`."""
         return AdaptiveGradient(self, parameters, module.get_parameter(self.layer))
 
 
@@ -59,10 +60,10 @@ class AdaptiveGradient:
     parameters: Sequence[nn.Parameter]
     layer: nn.Parameter
     sums: dict[int, Tensor] = field(default_factory=dict)
-    """The gradient so far in this iteration, by the parameter's place; empty between iterations."""
+    """Gradient so far in this iteration, by the parameter's place; empty between iterations."""
 
     def add(self, inputs: Sequence[nn.Parameter] | None, term: Tensor, keep_graph: bool) -> None:
-        """Add the gradient of `term`; as `backward`, whose `inputs` they are."""
+        """Adds the gradient of `term` with respect to `inputs`, as `backward` does."""
         with aside(self.parameters):
             term.backward(retain_graph=keep_graph, inputs=inputs)
             for place, parameter in enumerate(self.parameters):
@@ -72,7 +73,7 @@ class AdaptiveGradient:
 
     @torch.no_grad()
     def add_balanced(self) -> dict[str, Tensor]:
-        """Add the weighted gradient to the parameters' own, and return the balance; nothing without the term."""
+        """Adds the weighted gradient to the parameters' own, and returns the balance; does nothing without the term."""
         if not self.sums:
             return {}
         place = next(place for place, one in enumerate(self.parameters) if one is self.layer)
@@ -87,7 +88,7 @@ class AdaptiveGradient:
 
 @contextmanager
 def aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Run the block with empty gradients, and put the previous gradients back afterwards."""
+    """Runs the block with empty gradients, and restores the previous gradients afterwards."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -99,14 +100,14 @@ def aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def balanced(others: Tensor, own: Tensor) -> Tensor:
-    """How many times as long the gradient `others` is as `own`: a scalar in [0, 1e4]."""
+    """Returns how many times as long the gradient `others` is as `own`: a scalar in [0, 1e4]."""
     return (whole(others.norm()) / (whole(own.norm()) + EPSILON)).clamp(0, LARGEST)
 
 
 def last_layer(module: nn.Module, within: str) -> str:
-    """Name, in `module`, of the weight that its submodule `within` registers last: the one that makes its output.
+    """Returns the name, in `module`, of the last weight that its submodule `within` registers: the one of its output.
 
-    Raises `RacError` where that one is not trained.
+    Raises `RacError` if that one is not trained.
     """
     weights = {name: one for name, one in module.get_submodule(within).named_parameters() if one.ndim > 1}
     name, weight = list(weights.items())[-1]
@@ -120,7 +121,10 @@ def last_layer(module: nn.Module, within: str) -> str:
 
 @dataclass(frozen=True)
 class ImageNetworks:
-    """LPIPS, frozen, and a discriminator, trained along; each where its term has a weight."""
+    """Networks that look at decoded images: frozen LPIPS, and a discriminator to train.
+
+    Each is there if its term has a weight.
+    """
 
     lpips: LPIPS | None = None
     discriminator: PatchDiscriminator | None = None
@@ -135,10 +139,16 @@ class ImageNetworks:
         option: str,
         sizes: Sequence[int] = (),
     ) -> ImageNetworks:
-        """The networks that terms of these weights need, for training images of these `sizes`.
+        """Builds the networks that terms of these weights need.
 
-        `option` names the group of settings that the weights come from. Raises `WeightsError` where LPIPS's weights are
-        not found, naming the setting that goes without, and `RacError` for images too small for the discriminator.
+        - `weights`: weights of the terms, by name.
+        - `config`: the discriminator.
+        - `rng_seed`: seed of the discriminator's weights.
+        - `option`: name of the group of settings that the weights come from, for messages.
+        - `sizes`: sides of the training images.
+
+        Raises `WeightsError` if LPIPS's weights are not found, naming the setting that does without, and `RacError` for
+        images too small for the discriminator.
         """
         torch.manual_seed(runtime.derived_seed(rng_seed, "discriminator"))
         lpips = None
@@ -154,13 +164,13 @@ class ImageNetworks:
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
-        """What is never trained."""
+        """Networks that are never trained."""
         return () if self.lpips is None else (self.lpips,)
 
     def losses(self, iteration: int) -> ImageLosses:
-        """The losses at work in `iteration`: no discriminator before its start."""
+        """Returns the losses used in `iteration`: no discriminator before its start."""
         return ImageLosses(self.lpips, self.discriminator if iteration >= self.config.start else None)
 
     def metrics(self, decoded: Tensor, images: Tensor) -> dict[str, float]:
-        """The mean distance of held-out images, where LPIPS is among the terms: PSNR alone would mislead there."""
+        """Returns the mean distance of held-out images if LPIPS is among the terms: PSNR alone would mislead there."""
         return {} if self.lpips is None else {"lpips_vgg16": float(self.lpips(decoded, images).mean())}

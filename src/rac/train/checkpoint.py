@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear whole or not at all, and hold all that a run carries on."""
+"""Checkpoints: folders that appear whole or not at all, and hold the whole state of a run."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from .step import TrainedPart, TrainState
 
 _KEPT = 2
 _KINDS = ("", "_ema", "_optimizer")
-"""How the names of a part's files end."""
+"""Endings of the names of a part's files."""
 _FIRST_FORMAT = (
     {"": "module", "_ema": "ema", "_optimizer": "optimizer"},
     {"": "opponent", "_optimizer": "opponent_optimizer"},
 )
-"""What these files were called before parts had names, for the first part and for the second."""
+"""Names of these files before parts had names, for the first part and for the second."""
 _COUNTS = ("iteration", "skipped", "skipped_in_a_row")
 
 
 def save(state: TrainState, folder: Path) -> Path:
-    """Write `state` to `folder`/<iteration>/ and keep the last two such checkpoints. Raises `RacError` if refused.
+    """Writes `state` to `folder`/<iteration>/ and keeps the last two such checkpoints.
 
     To be called by all processes together: the first one writes, and what it writes does not tell how many there were.
+    Raises `RacError` if the system refuses.
     """
     target = folder / f"{state.iteration:08d}"
     files = {}
@@ -57,7 +58,7 @@ def save(state: TrainState, folder: Path) -> Path:
 
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The tensors as files hold them; an empty dict unless they are to be kept."""
+    """Returns the tensors as files hold them; an empty dict unless they are to be kept."""
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
@@ -67,9 +68,9 @@ def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def restore_newest(state: TrainState, folder: Path) -> None:
-    """Put the newest readable checkpoint of `folder` into `state`; leave `state` alone if there is none at all.
+    """Reads the newest readable checkpoint of `folder` into `state`; leaves `state` alone if there is none at all.
 
-    A damaged checkpoint is passed over with a warning. Raises `WeightsError` if all are damaged.
+    A damaged checkpoint is skipped with a warning. Raises `WeightsError` if all are damaged.
     """
     damage = ""
     for path in reversed(listed(folder)):
@@ -83,7 +84,7 @@ def restore_newest(state: TrainState, folder: Path) -> None:
 
 
 def restore(state: TrainState, path: Path) -> None:
-    """Put the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
+    """Reads the checkpoint `path` into `state`. Raises `WeightsError`, and changes nothing, if it is cut or foreign."""
     try:
         # Older checkpoints have no word of skipped iterations: there were none.
         saved = {"skipped": 0, "skipped_in_a_row": 0, **read_json(path / "state.json")}
@@ -108,18 +109,18 @@ def restore(state: TrainState, path: Path) -> None:
 
 
 def _modules(part: TrainedPart) -> dict[str, nn.Module]:
-    """What of a part has weights, by how the names of their files end."""
+    """Returns the modules of a part that have weights, by the endings of their files' names."""
     return {"": part.module} if part.ema is None else {"": part.module, "_ema": part.ema}
 
 
 def listed(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
+    """Returns the checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise.
+    """Gives a temporary folder that becomes `target` when the block ends well, and vanishes otherwise.
 
     An older `target` is replaced. Raises `RacError` where the system refuses (a full disk, no permission).
     """
@@ -143,7 +144,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _settle(target: Path, coming: Path, going: Path) -> None:
-    """Clear what an interrupted replacement left; if it ended between the two renamings, the older folder returns."""
+    """Clears what an interrupted replacement left; if it ended between the two renamings, the older folder returns."""
     if going.exists() and not target.exists():
         os.replace(going, target)
     for path in (coming, going):
@@ -151,7 +152,7 @@ def _settle(target: Path, coming: Path, going: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk holds `path`, so that a power cut cannot leave a name without its content."""
+    """Waits until the disk holds `path`, so that a power cut cannot leave a name without its content."""
     if path.is_dir() and os.name == "nt":  # Windows does not open folders
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -186,12 +187,12 @@ def _optimizer_state(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -
 
 
 def _laid_out(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Whole tensors as `module` has its own: spread over the processes, or not."""
+    """Returns whole tensors in the layout of those of `module`: spread over the processes, or not."""
     return {name: alike(tensors[name], own) for name, own in module.state_dict().items()}
 
 
 def _check_names(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Ahead of `load_state_dict`, which would copy what fits before it complains about the rest."""
+    """Raises an error for wrong names, ahead of `load_state_dict`, which would copy what fits before it complains."""
     wrong = [name for name in expected.keys() | found.keys() if _shape(found, name) != _shape(expected, name)]
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit, among them {min(wrong)}")

@@ -46,29 +46,26 @@ class TrainConfig:
     workers: int = field(default=1, metadata=free_on_resume())
     """Threads that read images ahead; 0: none."""
     threads: int = field(default=0, metadata=free_on_resume())
-    """Threads torch computes with, in each process.
-
-    0: torch's choice, at most an equal share of the cores; -1: the fastest number here, measured at the start.
+    """Threads torch computes with, in each process. 0: torch's choice, at most an equal share of the cores; -1: the
+    fastest number here, measured at the start.
     """
     compile: bool = False
     """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
     device: str = field(default="auto", metadata=free_on_resume())
     """Device to train on: auto, cpu, cuda, cuda:1 or mps."""
     shard: Literal["none", "fsdp"] = field(default="none", metadata=free_on_resume())
-    """How several processes hold the weights: all on each process, or spread over them (FSDP2), to save memory."""
+    """Weights on several processes: all on each process, or spread over them (FSDP2), to save memory."""
     minutes: float = field(default=0.0, metadata=free_on_resume())
-    """Stop, saved, once this call has lasted so many minutes, and leave the rest to a resume; 0: no limit.
-
-    The iteration then running, and the saving, come on top.
+    """Stop, saved, once this call has lasted so many minutes, and leave the rest to a resume; 0: no limit. The
+    iteration then running, and the saving, come on top.
     """
     checkpoint_minutes: float = field(default=5.0, metadata=free_on_resume())
     """Longest time between two checkpoints, in minutes."""
     patience_minutes: float = field(default=15.0, metadata=free_on_resume())
     """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
     on_divergence: Literal["stop", "skip"] = field(default="stop", metadata=free_on_resume())
-    """Reaction to a loss or gradient that is not finite.
-
-    "stop" ends the run and keeps the batch for inspection; "skip" goes on without that batch.
+    """Reaction to a loss or gradient that is not finite. "stop" ends the run and keeps the batch for inspection; "skip"
+    goes on without that batch.
     """
     gallery_every: int = field(default=500, metadata=free_on_resume())
     """Iterations between galleries of held-out images, with curves of the losses."""

@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from ..errors import RacError
 
 _WIDEST = 8
-"""Channels grow up to this many times the first width."""
+"""Greatest number of channels, in multiples of the first width."""
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """A discriminator, and how it is trained beside the coder. Unused where the adversarial weight is 0."""
+    """Settings of a discriminator and of its training. Unused where the adversarial weight is 0."""
 
     width: int = 32
-    """Channels of its first layer; they double with each further one, up to eight times as many."""
+    """Channels of the first layer; they double with each further one, up to eight times as many."""
     layers: int = 3
-    """Strided layers. With 3 each logit sees 70 x 70 pixels, with 2 it sees 34 x 34."""
+    """Number of strided layers. With 3 each logit sees 70 x 70 pixels, with 2 it sees 34 x 34."""
     norm_groups: int = 4
-    """Groups of its group norm, which, unlike batch norm, judges each image alone; 0: no normalisation."""
+    """Groups of the group norm, which, unlike batch norm, judges each image alone; 0: no normalisation."""
     start: int = 0
-    """Iterations before it, and the adversarial term with it, comes in."""
+    """Number of iterations before the discriminator, and with it the adversarial term, is used."""
     rate: float = 1.0
-    """Its learning rate, as a multiple of the coder's."""
+    """Learning rate, as a multiple of the coder's."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """Of its own AdamW."""
+    """Decays of the two moments of the discriminator's own AdamW."""
 
     def __post_init__(self) -> None:
         for name, least in (("width", 1), ("layers", 1), ("norm_groups", 0), ("start", 0), ("rate", 0)):
@@ -42,12 +42,12 @@ class DiscriminatorConfig:
             raise RacError(f"the discriminator's betas {self.betas} must be at least 0 and below 1")
 
     def build(self) -> PatchDiscriminator:
-        """A discriminator with random weights."""
+        """Returns a discriminator with random weights."""
         return PatchDiscriminator(self)
 
 
 class PatchDiscriminator(nn.Module):
-    """Image B 3 H W in [-1, 1] -> logits B 1 h w, one for each patch, high for real ones."""
+    """A network from images B 3 H W in [-1, 1] to logits B 1 h w, one for each patch, high for real ones."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """See the class. Raises `RacError` for an image too small for the last layer."""
+        """Returns the logits B 1 h w. Raises `RacError` for an image too small for the last layer."""
         self.check_side(min(image.shape[-2:]))
         return self.stages(image)
 
     def check_side(self, side: int) -> None:
-        """Raise `RacError` if images whose shorter side has `side` pixels are too small for the last layer."""
+        """Raises `RacError` if images whose shorter side has `side` pixels are too small for the last layer."""
         if side < self.least:
             raise RacError(
                 f"the discriminator needs sides of at least {self.least} pixels, not {side}; give it fewer layers, or "

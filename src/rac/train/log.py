@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, log.jsonl, curves, and TensorBoard's events where it is installed."""
+"""Output of a run: a progress line, log.jsonl, curves, and TensorBoard's events where it is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..progress import clock
 
 _PLAIN_SECONDS = 10.0
 _NAMED = 5
-"""Damaged pictures named on the screen; log.jsonl has them all."""
+"""Most damaged pictures named on the screen; log.jsonl has them all."""
 
 
 class RunLog:
@@ -70,7 +70,7 @@ class RunLog:
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """The time spent in here is not the training's: galleries, checkpoints."""
+        """Excludes the block from the time of the training: galleries, checkpoints."""
         began = time.monotonic()
         try:
             yield
@@ -79,7 +79,7 @@ class RunLog:
             self._began, self._since = self._began + spent, self._since + spent
 
     def count(self, values: dict[str, float]) -> None:
-        """Take in the values of one iteration; those of a skipped one, which are not all finite, only by its time."""
+        """Adds the values of one iteration; of a skipped one, whose values are not all finite, only the time."""
         self._count += 1
         if not all(map(math.isfinite, values.values())):
             return
@@ -88,7 +88,7 @@ class RunLog:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def write(self, iteration: int, learning_rate: float, skipped: int = 0) -> None:
-        """Write the means since the last time, and show them; `skipped` iterations of the run changed no weight."""
+        """Writes the means since the last time, and shows them; `skipped` iterations of the run changed no weight."""
         now = time.monotonic()
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         speed = self._count * self._batch / max(now - self._since, 1e-9)
@@ -100,19 +100,19 @@ class RunLog:
         self._sums, self._counts, self._count, self._since = {}, {}, 0, now
 
     def held_out(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Write figures of the held-out images."""
+        """Writes metrics of the held-out images."""
         self._append({"iteration": iteration, "held_out": metrics})
         self.say(f"iteration {iteration}, held out: {_listing(metrics)}")
 
     def damaged(self, iteration: int, pictures: Mapping[str, str]) -> None:
-        """Write which pictures could not be read, and why, if there are any."""
+        """Writes which pictures could not be read, and why, if there are any."""
         if pictures:
             self._append({"iteration": iteration, "damaged": dict(pictures)})
             more = f" and {len(pictures) - _NAMED} more, see log.jsonl" if len(pictures) > _NAMED else ""
             self.say(f"skipped {len(pictures)} damaged picture(s): {', '.join(list(pictures)[:_NAMED])}{more}")
 
     def say(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
+        """Prints one line, above the bar if there is one."""
         if self._silent:
             return
         with suppress(OSError):  # a terminal that was closed; the run has still to be saved
@@ -123,11 +123,11 @@ class RunLog:
 
     @property
     def latest_held_out(self) -> dict[str, float]:
-        """The figures of the held-out images that were written last; empty if there are none."""
+        """Metrics of the held-out images that were written last; empty if there are none."""
         return next((record["held_out"] for record in reversed(self._records) if "held_out" in record), {})
 
     def draw(self) -> None:
-        """Draw all curves into losses.png."""
+        """Draws all curves into losses.png."""
         if not self._silent:
             write_bytes(self._curves, draw_curves(self._records))
 
@@ -153,7 +153,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line cut by a crash is left out. No file: no records."""
+    """Reads the records of a log.jsonl; a last line cut by a crash is left out. No file: no records."""
     if not path.exists():
         return []
     records = []
@@ -166,7 +166,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(records: Iterable[dict[str, Any]]) -> bytes:
-    """One small panel per named value, over iterations, as PNG; losses on a logarithmic axis."""
+    """Draws one small panel per named value, over iterations, as PNG; losses on a logarithmic axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter

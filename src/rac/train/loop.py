@@ -35,14 +35,14 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` leaves behind."""
+    """Result of a training: the finished modules and their metrics."""
 
     modules: Mapping[str, nn.Module]
-    """The finished modules by the names of their parts, as galleries see them (`Task`)."""
+    """The finished modules by the names of their parts, as `Task.gallery` gets them."""
     iteration: int
-    """Iterations done, those before a resume included."""
+    """Number of iterations done, those before a resume included."""
     metrics: dict[str, float]
-    """Metrics of the held-out images, from the last gallery; on several processes the first one alone has them."""
+    """Metrics of the held-out images, from the last gallery; on several processes only the first one has them."""
 
     @property
     def module(self) -> nn.Module:
@@ -61,28 +61,36 @@ def fit(
     stop_at: int | None = None,
     product: str = hub.PRODUCTS[0],
 ) -> Fitted:
-    """Train `task` on `stream` and keep everything in `directory`.
+    """Trains `task` on `stream` and writes everything to `directory`.
 
-    Written there: recipe.json (`recipe`, a dataclass holding all that shapes the run; `settings` if there is none),
-    log.jsonl, losses.png, gallery-<iteration>.png, checkpoints/<iteration>/, and the folder `product`, which is what
-    `task.save` makes of the finished modules, renewed with every checkpoint.
+    Written there: recipe.json, log.jsonl, losses.png, gallery-<iteration>.png, checkpoints/<iteration>/, and the folder
+    `product`, which `task.save` writes from the finished modules, renewed with every checkpoint.
 
     Where `torchrun` or `accelerate launch` started several processes, all of them call this, with equal arguments: each
     reads its own rows of every batch, and the first writes (`rac.train.processes`). `directory` must be on a disk that
     all of them see. A run goes on on any number of processes.
 
-    With `resume` the run in `directory` goes on from its newest checkpoint; on the CPU it ends with the same weights,
-    bit for bit, as if it had not been broken. `stop_at` ends the run after that many iterations, to be resumed later.
     Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back, and
     SIGHUP, which a closed terminal sends, do the same and raise `SystemExit` with the code 0. A second one raises at
     once, unless there are several processes, whose launcher hands signals on. After `settings.minutes` the call returns
     what it has, saved, with `iteration` short of the whole.
 
+    Args:
+        task: the parts to train, and their terms.
+        stream: the training images, and the held-out ones.
+        settings: length, learning rate, device and the like.
+        directory: the folder of the run.
+        recipe: a dataclass holding all that shapes the run, for recipe.json; None: `settings`.
+        resume: go on from the newest checkpoint in `directory`; on the CPU the run ends with the same weights, bit for
+            bit, as if it had not been broken.
+        stop_at: end the run after that many iterations, to be resumed later.
+        product: name of the folder for the trained product.
+
     Raises:
-        RacError: as `check_run`; the loss is not finite (the batch is then kept in diverged-<iteration>.safetensors);
+        RacError: As `check_run`; the loss is not finite (the batch is then kept in diverged-<iteration>.safetensors);
             no image can be read, or none came for `settings.patience_minutes`; another process has ended or did
             not answer for so long; the disk is full.
-        WeightsError: no checkpoint of the run can be read.
+        WeightsError: No checkpoint of the run can be read.
     """
     began = time.monotonic()
     processes = Processes.join(settings.device, 60 * settings.patience_minutes)
@@ -104,7 +112,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything that one call of `fit` works with."""
+    """State and helpers of one call of `fit`."""
 
     task: Task
     stream: Stream
@@ -115,7 +123,7 @@ class _Run:
     began: float
 
     def to(self, last: int) -> Fitted:
-        """Train until iteration `last`."""
+        """Trains until iteration `last`."""
         state, settings, stream, directory = self.state, self.settings, self.stream, self.directory
         processes, start, patience = state.processes, state.iteration, 60 * settings.patience_minutes
         saved_at = time.monotonic()
@@ -152,7 +160,7 @@ class _Run:
         return Fitted(state.finished(), state.iteration, log.latest_held_out)
 
     def _show(self, log: RunLog) -> None:
-        """What the finished modules make of the held-out images: a picture and metrics; and the curves so far."""
+        """Writes a picture and metrics of the finished modules on the held-out images, and the curves so far."""
         state = self.state
         with torch.no_grad(), log.elsewhere():
             modules = state.finished()
@@ -188,7 +196,13 @@ def check_run(
     resume: bool = False,
     processes: Processes | None = None,
 ) -> None:
-    """Refuse what `fit` would refuse before it does anything; nothing is written.
+    """Checks, without writing anything, that `fit` can run with these arguments.
+
+    - `directory`: the folder of the run.
+    - `settings`: settings of the training.
+    - `recipe`: the recipe of the run.
+    - `resume`: whether the run in `directory` is to go on.
+    - `processes`: the processes that train; None: finds out.
 
     Raises `RacError` where `directory` holds a run and `resume` is not set, or the reverse; where the run in it has
     another recipe, or another process is training it; where a batch is too small for its pieces; where the device is
@@ -225,7 +239,7 @@ def _alone(directory: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _entered(directory: Path, recipe: Any) -> Iterator[None]:
-    """Make `directory` and write the recipe into it; no other process may train in it during the block."""
+    """Makes `directory` and writes the recipe into it; no other process may train in it during the block."""
     make_output(directory)
     with _alone(directory):
         write_bytes(directory / "recipe.json", json.dumps(to_json(recipe), indent=2).encode())
@@ -233,7 +247,10 @@ def _entered(directory: Path, recipe: Any) -> Iterator[None]:
 
 
 def _counts(path: Path) -> bool:
-    """Whether a file makes a folder used: not what a run left that was killed while it wrote its recipe."""
+    """Returns whether a file shows that a folder is in use.
+
+    Files of a run that was killed while it wrote its recipe do not.
+    """
     return path.name != MARKER and not (path.name.startswith(".recipe.json.") and path.name.endswith(".tmp"))
 
 
@@ -247,7 +264,7 @@ def _check_start(state: TrainState, directory: Path) -> None:
 
 
 def _keep(batch: Batch, error: DivergedError, settings: TrainConfig, processes: Processes, directory: Path) -> Path:
-    """Write a batch on which training diverged, and beside it what it gave; where the batch is.
+    """Writes a batch on which training diverged, and its values beside it, and returns the path.
 
     Each process writes its own rows, into a file of its own.
     """
@@ -265,14 +282,14 @@ def _keep(batch: Batch, error: DivergedError, settings: TrainConfig, processes: 
 
 @dataclass
 class _Asked:
-    """Which signal asked the run to stop; 0: none."""
+    """The signal that asked the run to stop; 0: none."""
 
     number: int = 0
 
 
 @contextmanager
 def _asked_to_stop(processes: Processes) -> Iterator[_Asked]:
-    """Take note of Ctrl-C, SIGTERM and SIGHUP, so that an iteration is never cut in two. The second one raises.
+    """Notes Ctrl-C, SIGTERM and SIGHUP, so that an iteration is never cut in two. The second one raises.
 
     Not on several processes: there the launcher, which was asked too, sends it. A SIGHUP that is ignored, as under
     nohup, stays so.

@@ -1,6 +1,6 @@
-"""One training on several processes: who reads what, what is summed, and who writes.
+"""Training on several processes: which rows each one reads, what is summed over them, and which one writes.
 
-Every process ("rank") works off rows of its own of each iteration's batch, with the random numbers that those rows have
+Every process ("rank") processes rows of its own of each iteration's batch, with the random numbers that those rows have
 on one process (`rac.draws`). Its loss is weighed by its share of the batch, so the sum of all gradients is the gradient
 of the whole batch, and a run on two processes equals the run on one up to the order of additions. Changes of buffers,
 such as running statistics, are summed in the same way (`rac.train.step.train_step`).
@@ -31,14 +31,14 @@ from .. import runtime
 from ..errors import RacError, install_extra
 
 _BUFFER = 2**25
-"""Bytes of gradients that are summed in one message, or a single larger tensor."""
+"""Most bytes of gradients that are summed in one message, unless a single tensor is larger."""
 _PREPARING = timedelta(days=2)
-"""How long the others wait while the first process prepares data; that it lives they notice anyway."""
+"""Longest time that the others wait while the first process prepares data; they notice anyway if it ends."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together; `join` finds out."""
+    """This process among those that train together; `join` makes one."""
 
     rank: int = 0
     count: int = 1
@@ -47,7 +47,7 @@ class Processes:
 
     @classmethod
     def join(cls, device: str = "auto", patience: float = 900.0) -> Processes:
-        """The processes that `torchrun` or `accelerate launch` started, or this one alone.
+        """Joins the processes that `torchrun` or `accelerate launch` started, or returns this one alone.
 
         No process waits longer than `patience` seconds for another one. Raises `RacError` without accelerate.
         """
@@ -65,16 +65,16 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process is the one that writes."""
         return self.rank == 0
 
     def rows(self, size: int) -> slice:
-        """This process's share of a batch of `size`."""
+        """Returns this process's share of a batch of `size`."""
         return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process runs the block, however long that takes, before the others do."""
+        """Lets the first process run the block, however long that takes, before the others do."""
         if not self.first:
             self._meet(_PREPARING)
         yield
@@ -82,7 +82,7 @@ class Processes:
             self._meet(_PREPARING)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
-        """The largest that any process gave, number by number."""
+        """Returns the largest value over all processes, number by number."""
         if self.count == 1:
             return list(numbers)
         largest = torch.tensor(numbers)
@@ -91,7 +91,7 @@ class Processes:
         return largest.tolist()
 
     def gather(self, thing: Any) -> list[Any]:
-        """What each process gave, on all of them."""
+        """Returns the values of `thing` on all processes, in their order."""
         if self.count == 1:
             return [thing]
         found: list[Any] = [None] * self.count
@@ -101,7 +101,10 @@ class Processes:
 
     @torch.no_grad()
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes. Sharded ones are left alone: theirs are summed already."""
+        """Replaces each tensor by its sum over all processes.
+
+        Sharded ones are left alone: theirs are summed already.
+        """
         if self.count == 1:
             return
         for buffer in _buffers(tensor for tensor in tensors if not is_sharded(tensor)):
@@ -113,7 +116,7 @@ class Processes:
 
     @torch.no_grad()
     def spread(self, module: nn.Module) -> None:
-        """Give the first process's weights and buffers to all: equal seeds make them equal only on equal machines."""
+        """Copies the first process's weights and buffers to all: equal seeds make them equal only on equal machines."""
         if self.count > 1:
             with answered():
                 for tensor in (*module.parameters(), *module.buffers()):
@@ -128,7 +131,7 @@ class Processes:
 
 
 def leave() -> None:
-    """Take leave of the other processes, if there are any, at the end of a program."""
+    """Leaves the group of processes, if there is one, at the end of a program."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from accelerate import PartialState
 
@@ -138,13 +141,13 @@ def leave() -> None:
 
 @cache
 def _messages(longest: timedelta) -> Any:
-    """Beside the group of the device, so that no message waits for a device."""
+    """Makes a group for messages beside the device's, so that no message waits for a device."""
     return torch.distributed.new_group(backend="gloo", timeout=longest)
 
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """Turn what torch says when another process is gone, or does not answer, into one `RacError`."""
+    """Turns torch's errors when another process is gone, or does not answer, into one `RacError`."""
     try:
         yield
     except RuntimeError as error:
@@ -164,7 +167,7 @@ def _is_loss(error: RuntimeError) -> bool:
 
 
 def _buffers(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one type, each run of about `_BUFFER` bytes."""
+    """Yields runs of tensors of one type, each run of about `_BUFFER` bytes."""
     buffer: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -181,7 +184,7 @@ def _buffers(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def shard(module: nn.Module) -> None:
-    """Spread the weights of `module` over the processes, in place, block by block."""
+    """Spreads the weights of `module` over the processes, in place, block by block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -192,7 +195,7 @@ def shard(module: nn.Module) -> None:
 
 
 def blocks(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
-    """The parts of `module` that hold its weights, each weight in one of them, and that are always called as a whole.
+    """Yields the parts of `module` that hold its weights, each weight in one of them, and are always called as a whole.
 
     Those are the items of lists and sequences of modules, and whatever else has weights of its own.
     """
@@ -208,7 +211,7 @@ def blocks(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over the processes."""
+    """Returns whether a tensor is spread over the processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -217,13 +220,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process; to be called by all of them together."""
+    """Returns all of a tensor, on every process; to be called by all of them together."""
     spread: Any = tensor
     return spread.full_tensor() if is_sharded(tensor) else tensor
 
 
 def alike(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, or this process's piece of it where `like` is sharded. Nothing is sent."""
+    """Returns a whole tensor, or this process's piece of it where `like` is sharded. Nothing is sent."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""What changes while training, and the one step that changes it."""
+"""The state of a training, and the one step that changes it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .processes import Processes, shard, whole
 from .task import Part, PartTerms, Task
 
 MOST_SKIPPED = 10
-"""Iterations in a row that may be skipped; a run that meets more of them is not going to recover."""
+"""Number of skipped iterations in a row at which a run stops, since it is not going to recover."""
 
 
 class DivergedError(RacError):
-    """A loss or a gradient is not finite. Weights and optimiser are as they were."""
+    """Error for a loss or a gradient that is not finite. Weights and optimiser are as they were."""
 
     def __init__(self, iteration: int, values: dict[str, float], in_a_row: int = 0) -> None:
         found = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
@@ -40,28 +40,34 @@ class DivergedError(RacError):
 
 @dataclass
 class TrainedPart:
-    """A part of the task with its average, its optimiser, and what it gathers in the course of one iteration."""
+    """A part of the task with its average and its optimiser, and the sums of one iteration."""
 
     part: Part
     ema: nn.Module | None
     optimizer: torch.optim.AdamW
     parameters: list[nn.Parameter]
-    """Those that are trained."""
+    """Parameters that are trained."""
     adaptive: AdaptiveGradient | None = None
     unsharded: nn.Module | None = None
-    """A whole module to be filled with the finished weights where those are sharded; None without sharding."""
+    """Unsharded copy that receives the finished weights for saving; None without sharding."""
     learns: bool = False
-    """Whether it has had terms in this iteration."""
+    """Whether the part has had terms in this iteration."""
     buffers: list[Tensor] = field(default_factory=list)
-    """The module's buffers as they were before this iteration."""
+    """Buffers of the module as they were before this iteration."""
     changes: dict[int, Tensor] = field(default_factory=dict)
-    """What the pieces of the batch so far changed in floating-point buffers, by place, weighted by their shares."""
+    """Changes of floating-point buffers by the pieces of the batch so far, by place, weighted by their shares."""
     counters: dict[int, Tensor] = field(default_factory=dict)
-    """The other buffers, by place, after the latest piece."""
+    """Values of the other buffers after the latest piece, by place."""
 
     @classmethod
     def start(cls, part: Part, settings: TrainConfig, device: torch.device, processes: Processes) -> TrainedPart:
-        """The part before the first iteration, its module moved to `device`."""
+        """Returns the part before the first iteration, its module moved to `device`.
+
+        - `part`: the part of the task.
+        - `settings`: settings of the training.
+        - `device`: the device to train on.
+        - `processes`: the processes that train.
+        """
         sharded = part.shard and settings.shard == "fsdp" and processes.count > 1
         # Weights can be cut only where they lie one after the other.
         module = runtime.place(part.module, device, settings.channels_last and not sharded)
@@ -85,11 +91,14 @@ class TrainedPart:
 
     @property
     def module(self) -> nn.Module:
-        """What is trained."""
+        """The module that is trained."""
         return self.part.module
 
     def finished(self) -> nn.Module:
-        """The module to look at and to keep, see `Task`; to be called by all processes together."""
+        """Returns the module to look at and to save, whole, frozen, in eval mode.
+
+        To be called by all processes together.
+        """
         newest = self.module if self.ema is None else self.ema
         if self.unsharded is not None:
             self.unsharded.load_state_dict({name: whole(value) for name, value in newest.state_dict().items()})
@@ -97,7 +106,7 @@ class TrainedPart:
         return newest if self.ema is not None else copy.deepcopy(newest).eval().requires_grad_(False)
 
     def begin(self) -> None:
-        """Forget the iteration before."""
+        """Clears the sums of the iteration before."""
         self.learns = False
         self.module.train()
         self.optimizer.zero_grad()
@@ -105,9 +114,12 @@ class TrainedPart:
         self.changes, self.counters = {}, {}
 
     def add(self, terms: PartTerms, share: float, processes: Processes, others: Sequence[nn.Parameter]) -> Tensor:
-        """Add the gradient of a piece's terms, `share` of the batch, and return their weighted sum.
+        """Adds the gradient of a piece's terms, and returns their weighted sum.
 
-        `others` are the parameters of all other parts, which get no gradient.
+        - `terms`: the terms of the piece.
+        - `share`: the piece's share of the batch.
+        - `processes`: the processes that train.
+        - `others`: the parameters of all other parts, which get no gradient.
         """
         self.learns = True
         named, weights = terms.terms, self.part.weights
@@ -126,7 +138,7 @@ class TrainedPart:
 
     @torch.no_grad()
     def gather_buffers(self, share: float) -> None:
-        """Note what a piece changed in the buffers, and put those of before back for the next one."""
+        """Notes the changes of the buffers by a piece, and restores the buffers for the next one."""
         for place, (buffer, before) in enumerate(zip(self.module.buffers(), self.buffers, strict=True)):
             if buffer.is_floating_point():
                 change = share * (buffer - before)
@@ -137,7 +149,7 @@ class TrainedPart:
 
     @torch.no_grad()
     def change_buffers(self) -> None:
-        """Change the buffers as all pieces together did."""
+        """Applies the changes of all pieces together to the buffers."""
         for place, buffer in enumerate(self.module.buffers()):
             if place in self.changes:
                 buffer.add_(self.changes[place])
@@ -146,24 +158,24 @@ class TrainedPart:
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Put the buffers back to where they were before this iteration."""
+        """Restores the buffers as they were before this iteration."""
         for buffer, before in zip(self.module.buffers(), self.buffers, strict=True):
             buffer.copy_(before)
 
     def summed(self) -> list[Tensor]:
-        """What is to be added up over the processes: gradients, and changes of buffers."""
+        """Returns the tensors to be summed over the processes: gradients, and changes of buffers."""
         apart = [] if self.adaptive is None else [*self.adaptive.sums.values()]
         return [*(one.grad for one in self.parameters if one.grad is not None), *apart, *self.changes.values()]
 
     def add_balanced(self, settings: TrainConfig) -> dict[str, Tensor]:
-        """Weigh the adaptive term, and clip. Gives "balance", where there is one, and the norm "gradient"."""
+        """Weighs the adaptive term, clips, and returns "balance", if there is one, and the norm "gradient"."""
         values = {} if self.adaptive is None else self.adaptive.add_balanced()
         clip = settings.clip if self.part.clip is None else self.part.clip
         norm = nn.utils.clip_grad_norm_(self.parameters, clip or float("inf"))
         return {**values, "gradient": whole(norm).float()}
 
     def step(self, settings: TrainConfig, iteration: int) -> None:
-        """Let the part learn from its gradient, and average."""
+        """Updates the weights by the gradient, and the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.part.rate * learning_rate(settings, iteration)
         self.optimizer.step()
@@ -180,17 +192,23 @@ class TrainState:
     device: torch.device
     processes: Processes = field(default_factory=Processes)
     iteration: int = 0
-    """Iterations done, skipped ones included."""
+    """Number of iterations done, skipped ones included."""
     skipped: int = 0
-    """Iterations whose loss or gradient was not finite, and that changed no weight."""
+    """Number of iterations whose loss or gradient was not finite, and that changed no weight."""
     skipped_in_a_row: int = 0
-    """The same, since the last one that changed them."""
+    """Number of iterations skipped since the last one that changed weights."""
 
     @classmethod
     def start(
         cls, task: Task, settings: TrainConfig, device: torch.device, processes: Processes | None = None
     ) -> TrainState:
-        """The state before the first iteration, with the task's modules moved to `device`."""
+        """Returns the state before the first iteration, with the task's modules moved to `device`.
+
+        - `task`: the task.
+        - `settings`: settings of the training.
+        - `device`: the device to train on.
+        - `processes`: the processes that train; None: this one alone.
+        """
         processes = processes or Processes()
         for module in task.frozen:
             runtime.place(module, device, settings.channels_last).eval().requires_grad_(False)
@@ -198,18 +216,26 @@ class TrainState:
         return cls(parts, device, processes)
 
     def finished(self) -> dict[str, nn.Module]:
-        """The modules to look at and to keep, see `Task`; to be called by all processes together."""
+        """Returns the modules to look at and to save by the names of their parts, whole, frozen, in eval mode.
+
+        To be called by all processes together.
+        """
         return {name: part.finished() for name, part in self.parts.items()}
 
 
 def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:
-    """One iteration on `batch`: gradients of all parts over all pieces of it; then clip, optimiser, average.
+    """Runs one iteration on `batch`: gradients of all parts over all pieces of it; then clip, optimiser, average.
 
     On several processes `batch` holds this one's rows, and all values are those of the whole iteration's batch. So are
     buffers: each piece of the batch, on each process, meets those of before the iteration, and what the pieces change
     in them is averaged, weighted by their sizes. Statistics that are means over images, such as running means, thus
     become those of the whole batch; a module that computes with them, rather than with those of the piece in hand,
     trains alike however the batch is cut.
+
+    - `task`: the task.
+    - `state`: the state of the training, which is changed.
+    - `batch`: the images of the iteration.
+    - `settings`: settings of the training.
 
     Returns the mean unweighted terms, the weighted sum "loss" of the first part's, and the norms of the gradients:
     "gradient", and "gradient_" with its name for each further part. If these are not all finite, weights, buffers,
@@ -255,7 +281,7 @@ def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfi
 
 
 def _terms(task: Task, batch: Batch, draws: Draws, state: TrainState, settings: TrainConfig) -> Iterator[PartTerms]:
-    """The task's terms, each computed in the precision asked for; what is done with them is not."""
+    """Yields the task's terms, each computed in the precision asked for; code between them runs in its own."""
     with runtime.autocast(state.device, settings.bf16):
         supply = task.terms(task.prepare(batch), draws, state.iteration)
     while True:
@@ -273,7 +299,7 @@ def _others(state: TrainState, name: str) -> list[nn.Parameter]:
 def _pieces(
     processes: Processes, iteration: int, settings: TrainConfig, device: torch.device
 ) -> Iterator[tuple[slice, float, Draws]]:
-    """The pieces of this process's rows of a batch: where in these rows, their share of the batch, and their draws."""
+    """Yields the pieces of this process's rows of a batch: their rows, their share of the batch, and their draws."""
     own, size = processes.rows(settings.batch), settings.batch
     count = own.stop - own.start
     for piece in range(settings.accumulate):

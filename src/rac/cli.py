@@ -130,7 +130,7 @@ def _wide_enough() -> Iterator[None]:
 
 @contextmanager
 def _somewhere_to_write() -> Iterator[None]:
-    """Let what is printed go nowhere where the output was closed (`rac ... >&-`), and Python has no stream for it."""
+    """Discards what is printed where the output was closed (`rac ... >&-`), and Python has no stream for it."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, ExitStack() as redirected:
         if sys.stdout is None:
             redirected.enter_context(redirect_stdout(nowhere))

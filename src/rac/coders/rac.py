@@ -120,7 +120,12 @@ class RAC(Coder):
     def walk(
         self, way: Way, steps: int | TimeGrid | None = None, solver: Solver | None = None, shift: float = 1.0
     ) -> Walk | None:
-        """As `Coder.walk`; a field that knows its step size is told it, by `MeanEuler` in the place of `Euler`."""
+        """Returns the time grid and solver of a way; the arguments are those of `Coder.walk`.
+
+        - `way`, `steps`, `solver`, `shift`: as for `Coder.walk`.
+
+        A field that accepts the interval gets its step size: `MeanEuler` takes the place of `Euler`.
+        """
         walk = super().walk(way, steps, solver, shift)
         if walk is None or not self.config.field.interval:
             return walk
@@ -237,7 +242,7 @@ class RAC(Coder):
 
 
 def _telling_steps(solver: Solver) -> Solver:
-    """The same rule, telling the field its step size, where there is one: Euler's, alone or undone by a fixed point."""
+    """Returns the solver with `MeanEuler` in the place of `Euler`, alone or undone by a fixed point."""
     if isinstance(solver, FixedPoint):
         return replace(solver, solver=_telling_steps(solver.solver))
     return MeanEuler() if isinstance(solver, Euler) else solver

@@ -18,7 +18,7 @@ from .taesd import TAESD, PooledBlock
 
 
 def start_from(teacher: Coder, coder: RAC) -> None:
-    """Give the field of `coder` its teacher's weights: both halves where it has layers for both, or the decoder's.
+    """Copies the teacher's weights into the field of `coder`: both halves if it has layers for both, or the decoder's.
 
     Raises `RacError` as `copy_teacher` and `copy_decoder`.
     """
@@ -72,11 +72,11 @@ def copy_decoder(teacher: Coder, coder: RAC) -> None:
 
 @torch.no_grad()
 def copy_teacher(teacher: Coder, coder: RAC) -> None:
-    """Let `coder` decode in one step as its teacher decodes, and encode as it encodes, to rounding.
+    """Copies the teacher into the field of `coder`, which then decodes in one step, and encodes, as the teacher does.
 
-    More steps give the same, for nothing that joins the two ways has an effect yet. Where the field has fewer `hidden`
-    channels than the teacher, those that weigh most are kept. Raises `RacError` for a teacher outside the TAESD family,
-    and for a field of other sizes.
+    The copy is exact, to rounding. More steps give the same, for nothing that joins the two ways has an effect yet.
+    Where the field has fewer `hidden` channels than the teacher, those that weigh most are kept. Raises `RacError` for
+    a teacher outside the TAESD family, and for a field of other sizes.
     """
     if not (isinstance(teacher, TAESD) and isinstance(coder.field, CarriersField)):
         raise RacError(
@@ -108,7 +108,7 @@ def copy_teacher(teacher: Coder, coder: RAC) -> None:
 
 
 def carriers_of(teacher: TAESD) -> CarriersFieldConfig:
-    """The field that `copy_teacher` can fill."""
+    """Returns the configuration of a field that `copy_teacher` can fill."""
     network: Any = teacher.network
     decoder, encoder = network.decoder, network.encoder
     return CarriersFieldConfig(
@@ -122,7 +122,7 @@ def carriers_of(teacher: TAESD) -> CarriersFieldConfig:
 
 
 def _blocks_between(half: nn.Sequential, changes_stride: Callable[[nn.Module], bool]) -> tuple[int, ...]:
-    """Residual blocks at each stride of a decoder or an encoder."""
+    """Returns the number of residual blocks at each stride of a decoder or an encoder."""
     counts = [0]
     for layer in half:
         if changes_stride(layer):

@@ -31,8 +31,8 @@ class DataConfig:
     smallest_crop: int | None = None
     """Smallest side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
-    """Greatest side of the region that is cropped. None: the picture's short side. Sides are drawn log-uniformly
-    between `smallest_crop` and this.
+    """Largest side of the region that is cropped. None: the picture's short side. Sides are drawn log-uniformly between
+    `smallest_crop` and this.
     """
     flip: bool = True
     """Mirror every other crop, at random."""

@@ -73,7 +73,7 @@ def euler_errors(coder: RAC, latent: Tensor, steps: Sequence[int]) -> list[float
 
 
 def _own_rule(coder: RAC) -> Solver:
-    """Euler's rule, as this coder takes it: telling the field its step size where it knows one."""
+    """Returns Euler's rule as this coder takes it: with the step size as an input where its field accepts it."""
     walk = coder.walk("decode")
     assert walk is not None
     return walk.solver

@@ -21,44 +21,55 @@ from .conv import check_input, zero
 from .local import Level, ModulatedBlock
 
 NEAREST = 0.05
-"""The carriers are divided by at least this: nearer to the end where they tell nothing, errors would blow up."""
+"""Least divisor of the carriers; nearer to the end of the flow where they tell nothing, errors would blow up."""
 
 
 @dataclass(frozen=True)
 class CarriersFieldConfig:
-    """Two carriers over spread `beside`. With the teacher's sizes it can begin as a coder of the TAESD family."""
+    """Configuration of a field with two carriers, for the spread `beside`.
+
+    With the teacher's sizes it can begin as a coder of the TAESD family.
+    """
 
     kind: Literal["carriers"] = "carriers"
     latent_channels: int = 32
-    """Those of the latents that the states hold."""
+    """Channels of the latents that the states hold."""
     width: int = 64
     """Channels at every stride, on both ways."""
     hidden: int | None = None
     """Channels inside the blocks; None: as many as outside."""
     blocks: tuple[int, ...] = (3, 3, 3, 1)
-    """Residual blocks of the way up, at strides f, f/2, ..., 1."""
+    """Number of residual blocks of the way up, at strides f, f/2, ..., 1."""
     down_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    """Residual blocks of the way down, at strides 1, 2, ..., f."""
+    """Number of residual blocks of the way down, at strides 1, 2, ..., f."""
     clamp: float = 0.0
     """Bound of the soft clamp on the latent that the way up reads, as in TAESD's decoders; 0: none."""
     pooled: bool = False
-    """Context from the whole image in the blocks at stride f, as in TAEF2; the field is then not local."""
+    """Add context from the whole image in the blocks at stride f, as in TAEF2; the field is then not local."""
     interval: bool = True
-    """Knows the signed interval too, that is, which way it is asked to go and how far. A step forwards then goes
-    straight to the image that the way up paints, and a step backwards straight to the latent that the way down reads.
+    """Accept the signed interval as a third input: the direction and length of the step.
+
+    A step forwards then goes straight to the image that the way up paints, and a step backwards straight to the latent
+    that the way down reads.
     """
     embedding: int = 64
     """Width of the embedding of the times."""
     frequencies: int = 4
-    """Cosines and sines that describe each time. Few, so that numbers of steps between the trained ones work too."""
+    """Number of cosines, and of sines, that embed each time.
+
+    Few, so that numbers of steps between the trained ones work too.
+    """
 
     @property
     def factor(self) -> int:
-        """The factor that it undoes: 2^(len(blocks) - 1)."""
+        """Upsampling factor from the coarsest level to the image: 2^(len(blocks) - 1)."""
         return 2 ** (len(self.blocks) - 1)
 
     def build(self, state_channels: int, factor: int) -> CarriersField:
-        """The field. Raises `RacError` unless `factor` is its own, both ways have as many strides, and latents fit."""
+        """Returns the field.
+
+        Raises `RacError` unless `factor` is the configuration's own, both ways have as many strides, and latents fit.
+        """
         if len(self.blocks) != len(self.down_blocks):
             raise RacError(f"blocks {self.blocks} and down_blocks {self.down_blocks} must be of one length")
         if factor != self.factor:
@@ -77,22 +88,23 @@ class Times(NamedTuple):
 
     @property
     def forwards(self) -> Tensor:
-        """Where a step of some length towards the image is asked for."""
+        """Mask of the images whose step goes towards the image (h > 0)."""
         return self.h > 0
 
     @property
     def backwards(self) -> Tensor:
-        """Where one towards the latent is."""
+        """Mask of the images whose step goes towards the latent (h < 0)."""
         return self.h < 0
 
 
 class CarriersField(nn.Module):
-    """(state B C H W, time B[, interval B]) -> velocity B C H W; H and W multiples of the factor.
+    """A field with two carriers: (state B C H W, time B[, interval B]) -> velocity B C H W.
 
-    With x the image that is predicted, z the latent, and c the carrier of either, the velocity is, for an interval
-    h > 0, (x - s) / (1 - t) of the image's channels s and PAD - c of the latent's; for h < 0, c - PAD and (s - z) / t;
-    without one, (1 - t) x + t c - PAD and PAD - (1 - t) c - t z. Of these only what is needed is computed: at t = 0 the
-    way up alone, for h < 0 and at t = 1 the way down alone, provided that this holds for all images of the batch.
+    H and W must be multiples of the factor. With x the image that is predicted, z the latent, and c the carrier of
+    either, the velocity is, for an interval h > 0, (x - s) / (1 - t) of the image's channels s and PAD - c of the
+    latent's; for h < 0, c - PAD and (s - z) / t; without one, (1 - t) x + t c - PAD and PAD - (1 - t) c - t z. Only
+    what is needed of these is computed: at t = 0 the way up alone, for h < 0 and at t = 1 the way down alone, provided
+    that this holds for all images of the batch.
     """
 
     def __init__(self, config: CarriersFieldConfig, states: StateSpec) -> None:
@@ -125,8 +137,11 @@ class CarriersField(nn.Module):
         self.head = nn.Conv2d(width, RGB, 3, padding=1)
 
     def forward(self, state: Tensor, time: Tensor, interval: Tensor | None = None) -> Tensor:
-        """Velocity at `state` and `time`; over `interval`, its mean. Raises `RacError` for an interval the field was
-        not built for, and for sides that are no multiple of the factor."""
+        """Returns the velocity at `state` and `time`, or its mean over `interval`.
+
+        Raises `RacError` for an interval the field was not built for, and for sides that are not multiples of the
+        factor.
+        """
         check_input(state, self.factor, interval, self.config.interval)
         h = torch.zeros_like(time) if interval is None else interval
         times = Times(*(each.to(state.dtype).view(-1, 1, 1, 1) for each in (time, h)))
@@ -152,7 +167,7 @@ class CarriersField(nn.Module):
         )
 
     def _look_down(self, image: Tensor, embedded: Tensor) -> list[Tensor]:
-        """Features of an image B 3 H W in [-1, 1], at strides 1, 2, ..., f."""
+        """Returns the features of an image B 3 H W in [-1, 1], at strides 1, 2, ..., f."""
         # In [0, 1], as the family has it: its zeros beyond the edge mean black.
         x = self.entry((image + 1) / 2)
         features = []
@@ -162,8 +177,10 @@ class CarriersField(nn.Module):
         return features
 
     def _paint(self, latent: Tensor, features: list[Tensor], seen: Tensor, embedded: Tensor) -> Tensor:
-        """The image B 3 H W in [-1, 1] of a latent, and of what the way down makes of the image so far: of those
-        images of the batch, B 1 1 1, that have any."""
+        """Returns the image B 3 H W in [-1, 1] of a latent and of the way down's features of the image so far.
+
+        `seen`, B 1 1 1, marks the images of the batch that have such features.
+        """
         if self.config.clamp:
             latent = self.config.clamp * torch.tanh(latent / self.config.clamp)
         y = F.relu(self.stem(latent))
@@ -177,7 +194,7 @@ class CarriersField(nn.Module):
         return 2 * self.head(y) - 1
 
     def _waves(self, time: Tensor, interval: Tensor) -> Tensor:
-        """cos(k pi t) and sin(k pi t), k = 1, 2, ..., of the time, and of the interval where it is known."""
+        """Returns cos(k pi t) and sin(k pi t), k = 1, 2, ..., of the time, and of the interval if accepted."""
         k = torch.pi * torch.arange(1, self.config.frequencies + 1, device=time.device)
         told = (time, interval) if self.config.interval else (time,)
         # In float32 at least: half precision does not tell the fast waves apart.
@@ -200,5 +217,5 @@ def _latent_velocity(state: Tensor, carrier: Tensor, latent: Tensor, times: Time
 
 
 def _anywhere(mask: Tensor) -> bool:
-    """Whether it holds for any image of the batch; yes, where a graph is made that must serve for all."""
+    """Returns whether the mask holds for any image of the batch; true where a graph is made that must serve for all."""
     return mask.is_meta or torch.compiler.is_compiling() or bool(mask.any())

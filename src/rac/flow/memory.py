@@ -71,7 +71,7 @@ class _Walk:
 
 
 def precision_of(state: Tensor) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast in force, to be entered again, but without its cache of narrowed weights."""
+    """Returns a function that enters the autocast in force again, without its cache of narrowed weights."""
     device = state.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     # Without its cache of narrowed weights: some versions of torch let those made here, without gradients, serve for

@@ -27,7 +27,7 @@ ENCODING = ("path_encode", "state", "latent", "pixel", "round_trip", "round_trip
 """Names of the terms that begin by encoding the image."""
 
 SHARP = ("perceptual", "detail")
-"""The terms that ask for sharpness."""
+"""Names of the terms that reward sharpness."""
 
 Memory = Literal["store", "recompute", "reverse"]
 
@@ -121,11 +121,13 @@ class RACObjective:
     steps: tuple[int, int] = (4, 4)
     """Least and greatest number of steps of the unrolled flows, drawn evenly anew for each iteration."""
     last_steps: tuple[int, int] = (0, 0)
-    """Gradients flow through so many of the last steps when decoding, and when encoding; 0: through all. The steps
-    before them are walked as in use, at a third of their cost."""
+    """Number of last steps that gradients flow through, when decoding and when encoding; 0: all. The steps before them
+    are walked as in use, at a third of their cost.
+    """
     sharpen: float = 0.0
-    """The terms that ask for sharpness (`perceptual`, `detail`) count steps^`sharpen` times: one step is to be
-    faithful, several are to be sharp as well."""
+    """Exponent of the number of steps by which the terms that reward sharpness (`perceptual`, `detail`) are multiplied:
+    steps^`sharpen`. One step is to be faithful, several are to be sharp as well.
+    """
     random_grid: bool = True
     """Draw random time nodes between 0 and 1 (RAC, section 3.2) instead of equal steps."""
     step_noise: float = 0.05
@@ -185,7 +187,7 @@ class Coding(NamedTuple):
     seed_noise: float = 0.0
     """Standard deviation of the noise in the sites of the seed state that the latent leaves free."""
     solver: Euler | MeanEuler = Euler()
-    """Which of the two the flows are unrolled by, as the field knows its step size or not."""
+    """Rule by which flows are unrolled: `MeanEuler` if the field accepts the interval, otherwise `Euler`."""
 
 
 class Rollout(NamedTuple):
@@ -229,19 +231,19 @@ def rac_terms(
 
 
 class _Ends(NamedTuple):
-    """What lies at both ends of the flow."""
+    """The latent and the states at both ends of the flow."""
 
     image: Tensor
     latent: Tensor
-    """The teacher's, without noise."""
+    """The teacher's latent, without noise."""
     seed_state: Tensor
-    """That of the latent with its noise."""
+    """The seed state of the latent with its noise."""
     target: Tensor
     """The image state."""
 
 
 def _spread(coding: Coding, latent: Tensor, like: Tensor, draws: Draws) -> Tensor:
-    """The seed state of a latent; free sites hold the coding's noise, drawn for states such as `like`."""
+    """Returns the seed state of a latent; free sites hold the coding's noise, drawn for states such as `like`."""
     fill = PAD + coding.seed_noise * draws.normal(like) if coding.seed_noise else None
     return expand(latent, coding.states, fill)
 
@@ -354,7 +356,7 @@ def mean_velocity_error(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A rule of integration as training takes it: adds noise to the state first, and stores nothing but the state."""
+    """A rule of integration for training: adds noise to the state first, and stores nothing but the state."""
 
     step_noise: float
     memory: Memory
@@ -362,7 +364,7 @@ class TrainingStep:
     solver: Euler | MeanEuler = Euler()  # noqa: RUF009 - frozen and without state
     """The rule itself."""
     without_gradient: int = 0
-    """So many steps of an integration, the first ones, are walked without gradients; `carry` counts them."""
+    """Number of first steps of an integration that are walked without gradients; `carry` counts them."""
 
     order = 1
     reversible = False

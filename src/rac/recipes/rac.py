@@ -448,7 +448,7 @@ def rac_256() -> RACRecipe:
 
 
 def rac_256_sharp() -> RACRecipe:
-    """Second stage: sharper, at a falling rate; a quarter of an hour on one core. Give the first stage as --start."""
+    """Second stage of the coder rac-256: sharper; 15 minutes on one core. Give the first as --start."""
     first = rac_256()
     weights = replace(first.objective.weights, perceptual=1.5, detail=150.0)
     return replace(

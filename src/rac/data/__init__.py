@@ -1,8 +1,8 @@
 """Training images: folders, tar shards, data sets, scikit-image's photographs; random crops; prepared crops.
 
-To read it in order: `pictures` says what a picture and its class are; `files`, `tars` and `datasets` find them; `stream`
-cuts numbered crops and gives each batch its images and labels; `cache` prepares crops and their latents once; `record`
-notices that a run's pictures changed.
+To read it in order: `pictures` says what a picture and its class are; `files`, `tars` and `datasets` find them;
+`stream` cuts numbered crops and gives each batch its images and labels; `cache` prepares crops and their latents once;
+`record` notices that a run's pictures changed.
 """
 
 from .cache import CachedStream, Latents, held_out_images, open_stream

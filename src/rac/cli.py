@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -46,7 +46,7 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, with the process's arguments if none are given, and returns the exit code."""
     with warnings.catch_warnings(), _somewhere_to_write(), spoken(), _wide_enough():
-        warnings.showwarning = _warn
+        warnings.showwarning = _printing_once()
         # Pillow's complaints of damaged files name no file; our errors do.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         _escape_what_cannot_be_printed()
@@ -152,5 +152,13 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
-def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"rac: warning: {message}", file=sys.stderr)
+def _printing_once() -> Callable[..., None]:
+    """What prints a warning as one line, unless the same line was printed before: some collections are read twice."""
+    printed: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in printed:
+            printed.add(str(message))
+            print(f"rac: warning: {message}", file=sys.stderr)
+
+    return show

@@ -124,7 +124,8 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
 def _write_and_rename(path: Path, data: bytes) -> None:
     # Not tempfile: its files are private to the user (0600) and would stay so after the renaming.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Of the name only so much that the longest names do not become too long.
+    temporary = path.with_name(f".{path.name[:40]}.{hash(path.name) % 2**32:08x}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

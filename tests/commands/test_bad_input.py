@@ -166,6 +166,13 @@ def test_the_home_folder_is_known_in_quotes_and_after_an_equals_sign(  # type: i
     assert (tmp_path / "latents" / "photo.safetensors").is_file()
 
 
+@pytest.mark.parametrize("letter", ["n", "ü", "漢"])
+def test_results_take_the_longest_names(tmp_path: Path, letter: str) -> None:
+    path = tmp_path / (letter * ((255 - len(".safetensors")) // len(letter.encode())) + ".safetensors")
+    files.write_bytes(path, b"whole")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
 # ------------------------------------------------------------------------------------------ coders
 
 

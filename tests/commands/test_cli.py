@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import rac
+from rac import cli
 from rac.cli import VERBS
 from rac.errors import RacError
 from rac.files import MARKER, explained
@@ -110,7 +111,26 @@ def test_a_teacher_encodes_and_decodes_too(tmp_path: Path, photo: Path, run, cod
     assert run("encode", photo, "--model", teacher, "--exact").code == 2
 
 
+def test_steps_that_change_nothing_are_said_once(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    folder, teacher = tmp_path / "pictures", coder_dir.parent / "teacher"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.open(photo).save(folder / name)
+    ran = run("encode", folder, "--model", teacher, "--steps", 3, "--out", tmp_path / "latents")
+    assert (ran.code, ran.err) == (0, f"rac: {teacher} encodes at once, so --steps changes nothing\n")
+    ran = run("decode", tmp_path / "latents", "--steps", 3, "--out", tmp_path / "images")
+    assert (ran.code, ran.err) == (0, f"rac: {teacher} decodes at once, so --steps changes nothing\n")
+
+
 # ------------------------------------------------------------------------------------------ reconstruct
+
+
+def test_a_number_of_steps_given_twice_counts_once(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("reconstruct", photo, "--model", coder_dir, "--steps", 2, 1, 2, "--out", tmp_path / "out")
+    assert ran.code == 0
+    with (tmp_path / "out" / "results.csv").open() as file:
+        versions = [tuple(row.values())[:2] for row in csv.DictReader(file)]
+    assert len(versions) == len(set(versions)) == 5  # the teacher, and two numbers of steps from each latent
 
 
 def test_reconstruct(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
@@ -333,3 +353,13 @@ def test_old_latent_files_decode_with_any_coder_of_their_statistics(tmp_path: Pa
     ran = run("decode", tmp_path / "old.safetensors", "--model", tmp_path / "other", "--out", tmp_path)
     assert ran.code == 2
     assert "statistics" in ran.err
+
+
+def test_a_warning_is_printed_once(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def warned(arguments: object) -> int:
+        for folder in ("a", "a", "b"):
+            warnings.warn(f"{folder}: passed over", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "_dispatch", warned)
+    assert run("models").err == "rac: warning: a: passed over\nrac: warning: b: passed over\n"

@@ -408,6 +408,11 @@ def test_steps_that_are_no_whole_number(steps: object) -> None:
         check_steps(steps)  # type: ignore[arg-type]
 
 
+def test_steps_have_an_upper_bound() -> None:
+    with pytest.raises(RacError, match="1,000,000,000 are more than 100,000"):
+        check_steps(10**9)
+
+
 @pytest.mark.parametrize("size", [64.0, "64", True, (64, 64, 64), (64,), (8, 9.5), None])
 def test_sizes_that_are_none(size: object) -> None:
     with pytest.raises(ImageError, match="must be a whole number"):

@@ -18,7 +18,7 @@ from ..flow.solvers import SOLVERS, SolverName
 from ..images import crop, write_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
-from .shared import for_each, in_tiles, load_coder, need_trained
+from .shared import for_each, in_tiles, load_coder, need_trained, note
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Command:
             if name not in coders:
                 coders[name] = load_coder(name, self.device)
                 need_trained(coders[name], name, "decode")
+                if self.steps is not None and coders[name].walk("decode") is None:
+                    note(f"{name} decodes at once, so --steps changes nothing")
             image = self._decode(in_tiles(coders[name], self.tile, held.size), held, name)
             out = self.out / f"{file.stem}.png"
             write_image(crop(image, held.size), out)

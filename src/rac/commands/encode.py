@@ -70,6 +70,8 @@ class Command:
                 raise RacError(
                     f"--exact is for explicit solvers; {self.solver} is undone by its carry, which no file keeps"
                 )
+        elif self.steps is not None and coder.walk("encode") is None:
+            note(f"{self.model} encodes at once, so --steps changes nothing")
         names = result_names(files)
         make_folder(self.out)
         inexact: list[str] = []

@@ -77,7 +77,7 @@ class Command:
             made = reconstructions(
                 fitting,
                 image,
-                self.steps,
+                tuple(dict.fromkeys(self.steps)),
                 SOLVERS[self.solver],
                 teacher and in_tiles(teacher, self.tile, size),
                 short_name(self.model),

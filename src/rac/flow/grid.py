@@ -11,6 +11,9 @@ import torch
 from ..errors import RacError
 from . import times
 
+MOST_STEPS = 100_000
+"""Steps that a grid may have: many more than any solver needs, and few enough to be held."""
+
 
 @dataclass(frozen=True)
 class TimeGrid:
@@ -82,11 +85,13 @@ class TimeGrid:
 
 
 def check_steps(steps: int) -> int:
-    """Returns `steps` as an int. Raises `RacError` unless it is a whole number of at least 1."""
+    """Returns `steps` as an int. Raises `RacError` unless it is a whole number from 1 to `MOST_STEPS`."""
     try:
         number = 0 if isinstance(steps, bool) else index(steps)  # takes numpy's integers, too
     except TypeError:
         number = 0
     if number < 1:
         raise RacError(f"steps {steps!r} must be a whole number of at least 1; 4 is a good start")
+    if number > MOST_STEPS:
+        raise RacError(f"steps {number:,} are more than {MOST_STEPS:,}; 4 is a good start")
     return number

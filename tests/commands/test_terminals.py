@@ -184,6 +184,7 @@ def test_output_in_another_encoding_is_escaped(
     assert len(list(out.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_output_is_no_fault(closed: str) -> None:
     ran = subprocess.run(

@@ -93,7 +93,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) ->
     ids=["int", "term", "hup"],
 )
 def test_a_signal_finishes_the_iteration_saves_and_can_be_resumed(
-    tmp_path: Path, number: int, ends_with: type[BaseException], capsys
+    tmp_path: Path, number: int, ends_with: type[BaseException], capsys, request: pytest.FixtureRequest
 ) -> None:
     class Interrupted(ToyStream):
         def batch(self, first: int, count: int) -> Batch:
@@ -102,7 +102,10 @@ def test_a_signal_finishes_the_iteration_saves_and_can_be_resumed(
             return super().batch(first, count)
 
     settings = replace(PLAIN, workers=0)
-    before = signal.getsignal(number)
+    # Under nohup, and in background jobs, these signals come ignored.
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    found = signal.signal(number, before)
+    request.addfinalizer(lambda: signal.signal(number, found))
     with pytest.raises(ends_with) as ended:
         fit(ToyTask(), Interrupted(), settings, tmp_path / "run")
     assert getattr(ended.value, "code", 0) == 0  # of SIGTERM: the system may end what it asked to end

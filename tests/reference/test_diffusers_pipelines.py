@@ -360,6 +360,7 @@ def test_ldm_field_builds_on_nothing(make_rac, tmp_path) -> None:
 # ------------------------------------------------------------------------------------------- what users of a VAE try
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_compiles_as_one_graph(vae, images, dtype) -> None:
     torch._dynamo.reset()

@@ -423,6 +423,7 @@ def rac_256() -> RACRecipe:
         field=CarriersFieldConfig(clamp=3 / POOLED_LATENT_STD, pooled=True),
         state_channels=4,
         spread="beside",
+        steps=2,
         objective=RACObjective(
             weights=RACWeights(reconstruction=1.0, latent=1.0, perceptual=1.0, coarse=30.0, detail=100.0),
             steps=(1, 4),

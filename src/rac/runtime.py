@@ -99,7 +99,10 @@ def place(module: nn.Module, device: torch.device, channels_last: bool = False) 
 
 
 KEPT = 1 << 30
-"""Bytes of freed memory that `keep_memory` lets a process hold on to, and the size from which it always gives back."""
+"""Bytes of freed memory that `keep_memory` lets a process hold on to."""
+
+LARGEST_KEPT = 32 << 20
+"""Bytes from which a block is given back all the same: the most that glibc allows."""
 
 
 def keep_memory() -> bool:
@@ -117,8 +120,7 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    # Older versions of glibc refuse more than 32 MiB.
-    return bool(mallopt(trim_threshold, KEPT) and (mallopt(mmap_threshold, KEPT) or mallopt(mmap_threshold, 32 << 20)))
+    return bool(mallopt(trim_threshold, KEPT) and mallopt(mmap_threshold, LARGEST_KEPT))
 
 
 MEASURED = -1

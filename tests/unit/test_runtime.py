@@ -52,7 +52,7 @@ def test_layout_is_a_choice() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_kept_memory_is_used_again() -> None:
-    """Page faults while tensors of 40 MiB come and go, in a process of its own: the setting cannot be taken back."""
+    """Page faults while tensors of 16 to 28 MiB come and go, in a process of its own: the setting cannot be taken back."""
     code = """
 import resource, sys, torch
 from rac import runtime
@@ -60,7 +60,8 @@ assert sys.argv[1] == "False" or runtime.keep_memory()
 torch.set_num_threads(1)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
-    torch.ones(10 << 20)
+    kept = [torch.ones(n << 20) for n in (4, 5, 6, 7)]
+    torch.relu(kept[0] + 1)
 for turn in range(6):
     before = faults()
     work()

@@ -52,7 +52,7 @@ def test_layout_is_a_choice() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_kept_memory_is_used_again() -> None:
-    """Page faults while tensors of 16 to 28 MiB come and go, in a process of its own: the setting cannot be taken back."""
+    """In a process of its own: the setting cannot be taken back."""
     code = """
 import resource, sys, torch
 from rac import runtime

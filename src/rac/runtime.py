@@ -102,7 +102,7 @@ KEPT = 1 << 30
 """Bytes of freed memory that `keep_memory` lets a process hold on to."""
 
 LARGEST_KEPT = 32 << 20
-"""Bytes from which a block is given back all the same: the most that glibc allows."""
+"""Bytes from which a block is given back all the same: the most that every version of glibc allows."""
 
 
 def keep_memory() -> bool:

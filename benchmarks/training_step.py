@@ -74,8 +74,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="K, the steps of each of the four flows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=runtime.MEASURED, help="-1: measured")
+    parser.add_argument("--return-memory", action="store_true", help="let freed memory go, as outside of `rac`")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if not options.return_memory:
+        runtime.keep_memory()
     runtime.set_threads(options.threads)
 
     setting = Setting(**nano(options.size, options.batch), steps=options.steps)
@@ -92,12 +95,14 @@ def main() -> None:
     evaluation = one_evaluation(setting)
     saved = {side.name: bytes_of(setting, side.loss, evaluation) for side in sides if "bf16" not in side.name}
     first = {}
+    # On one thread, the processor's time: other processes do not count.
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for turn in range(options.rounds + 1):
         for side in sides:
-            start = time.perf_counter()
+            start = now()
             value = side.step()
             if turn:
-                side.seconds.append(time.perf_counter() - start)
+                side.seconds.append(now() - start)
             else:
                 first[side.name] = value
         print(f"round {turn} of {options.rounds}" if turn else "warmed up", file=sys.stderr, flush=True)

@@ -81,6 +81,9 @@ def _dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise RacError(f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"))
     module = importlib.import_module(f".commands.{verb}", __package__)
+    from .runtime import keep_memory
+
+    keep_memory()
     if verb in ("train", "ablate"):
         return module.run(rest)
 

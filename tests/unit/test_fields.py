@@ -165,6 +165,27 @@ def test_nano_field_and_projector_have_the_originals_size():
     assert parameters(Projector(4, 4, 8)) == 88_364
 
 
+@pytest.mark.parametrize(
+    "config", [TinyFieldConfig(), LdmFieldConfig.scaled(0.1), LocalFieldConfig(patch=2, widths=(32, 16, 16))]
+)
+def test_what_is_computed_in_place_is_not_the_state(config):
+    field, state, time = lively(config.build(4, 8)), torch.randn(1, 4, 32, 32).double(), torch.rand(1).double()
+    before = state.clone()
+    velocity = field(state, time)
+    assert torch.equal(state, before)
+    assert torch.equal(field(state, time), velocity)
+
+
+def test_ldm_runs_in_the_faster_layout():
+    field, state = lively(LdmFieldConfig.scaled(0.1).build(4, 8)), torch.randn(1, 4, 32, 32).double()
+    seen = []
+    field.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    velocity = field(state, torch.rand(1).double())
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    field.channels_last = False
+    assert torch.allclose(field(state, seen[0][:, 256, 0, 0]), velocity, atol=1e-4)
+
+
 def test_full_ldm_decoder_differs_from_the_sd_vae_only_at_its_input():
     with torch.device("meta"):
         field = LdmFieldConfig(position=False).build(3, 8)

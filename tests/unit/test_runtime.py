@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +48,30 @@ def test_layout_is_a_choice() -> None:
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
     runtime.place(layer, torch.device("cpu"))
     assert layer.weight.is_contiguous()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_kept_memory_is_used_again() -> None:
+    """In a process of its own: the setting cannot be taken back."""
+    code = """
+import resource, sys, torch
+from rac import runtime
+assert sys.argv[1] == "False" or runtime.keep_memory()
+torch.set_num_threads(1)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    kept = [torch.ones(n << 20) for n in (4, 5, 6, 7)]
+    torch.relu(kept[0] + 1)
+for turn in range(6):
+    before = faults()
+    work()
+print(faults() - before)
+"""
+    returned, kept = (
+        int(subprocess.run([sys.executable, "-c", code, asked], check=True, capture_output=True, text=True).stdout)
+        for asked in ("False", "True")
+    )
+    assert returned > 2 * kept
 
 
 def test_threads() -> None:

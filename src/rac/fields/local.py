@@ -157,19 +157,19 @@ class LocalField(nn.Module):
 
         x, passed = fine, []
         for convolution, level in zip(self.downs, self.down_levels, strict=True):
-            x = level(F.relu(convolution(x)), embedded)
+            x = level(convolution(x).relu_(), embedded)
             passed.append(x)
         passed = passed or [fine]
 
         y = self.stem(coarse)
-        y = F.relu(y if self.bottom is None else y + self.bottom(x))
+        y = (y if self.bottom is None else y.add_(self.bottom(x))).relu_()
         correction = torch.zeros(())
         for place, level in enumerate(self.levels):
             if place:
                 y = self.ups[place - 1](F.interpolate(y, scale_factor=2.0))
                 finer = len(self.levels) - 1 - place  # levels that follow
                 if finer < len(self.joins):
-                    y = y + self.joins[finer](passed[finer])
+                    y = y.add_(self.joins[finer](passed[finer]))
             y = level(y, embedded)
             if place == 0:
                 correction = F.pixel_shuffle(self.coarse_head(y), self.factor)
@@ -210,11 +210,11 @@ class ModulatedBlock(ResidualBlock):
     def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
         """Maps B width H W, with the time's embedding B e, to B width H W."""
         if self.pool is not None:
-            x = x + self.pool(x)
+            x = self.pool(x).add_(x)
         if self.modulation is None or embedded is None:
             return super().forward(x)
         scale, shift = self.modulation(embedded)[:, :, None, None].chunk(2, dim=1)
-        return F.relu(self.conv(x * (1 + scale) + shift) + x)
+        return self.conv((x * (1 + scale)).add_(shift)).add_(x).relu_()
 
 
 def _embedding(times: int, width: int) -> nn.Module:

@@ -17,7 +17,7 @@ from ..flow.memory import recomputed, retraced
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
-from .image_terms import DISCRIMINATOR, NO_IMAGE_LOSSES, ImageLosses, image_terms
+from .image_terms import DISCRIMINATOR, NO_IMAGE_LOSSES, ImageLosses, check_weights, image_terms
 
 DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode", "perceptual", "adversarial")
 """The terms on the flow from the teacher's latent."""
@@ -74,6 +74,9 @@ class RACWeights:
     adversarial: float = 0.0
     """Ours: a discriminator's judgement of the same image, in units of all other terms: at 1 its gradient at the
     field's last layer is as long as theirs."""
+
+    def __post_init__(self) -> None:
+        check_weights(vars(self))
 
     def chosen(self) -> dict[str, float]:
         """The terms whose weight is not 0, in the order above."""

@@ -129,15 +129,25 @@ def keep_memory() -> bool:
 MEASURED = -1
 """Number of threads that stands for the fastest measured."""
 
+MOST_THREADS = 1_024
+"""Threads that torch is asked for at most: with very many it ends the process without a word."""
+
+
+def check_threads(count: int) -> None:
+    """Raises `RacError` unless `count` is `MEASURED`, 0 (torch chooses), or a number up to `MOST_THREADS`."""
+    if count < MEASURED:
+        raise RacError(f"threads {count} must be -1 (measured), 0 (torch chooses) or more")
+    if count > MOST_THREADS:
+        raise RacError(f"threads {count} are more than {MOST_THREADS:,}; 0 lets torch choose")
+
 
 def set_threads(count: int) -> None:
     """Lets torch compute with `count` threads in this process; 0 leaves its choice, -1 takes the fastest number here.
 
     Torch's choice is all cores, so where several processes were started on this machine, 0 is at most an equal share.
-    Raises `RacError` below -1.
+    Raises `RacError` as `check_threads`.
     """
-    if count < MEASURED:
-        raise RacError(f"threads {count} must be -1 (measured), 0 (torch chooses) or more")
+    check_threads(count)
     if count == MEASURED:
         seconds = seconds_by_threads(_convolve)
         count = min(seconds, key=seconds.__getitem__)

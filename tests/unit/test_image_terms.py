@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,13 @@ def test_the_discriminators_least_size_is_told(images) -> None:
             judge(images(1, judge.least - 1, 64))
         with pytest.raises(RuntimeError):
             judge.stages(images(1, judge.least - 1, 64))
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_weights_that_cannot_be(weight: float) -> None:
+    for kind in (RACWeights, KLVAEWeights):
+        with pytest.raises(RacError, match=f"the weight perceptual {weight} must be at least 0"):
+            kind(perceptual=weight)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ def test_threads() -> None:
         runtime.set_threads(-2)
     with pytest.raises(RacError, match="threads -2"):
         TrainConfig(threads=-2)
+    for ask in (runtime.set_threads, lambda count: TrainConfig(threads=count)):
+        with pytest.raises(RacError, match="threads 100000 are more than 1,024"):
+            ask(100_000)
 
 
 @pytest.mark.parametrize(("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])

@@ -143,6 +143,8 @@ def test_brace_patterns_stand_for_shards(tmp_path: Path, spelled: str, expected:
     [
         ("shards-{000..003}.tar", r"shards-003\.tar does not exist"),
         ("shards-{5..2}.tar", r"\{5\.\.2\} in .* stands for nothing"),
+        ("shards-{0..99999999}.tar", "stands for 100,000,000 names, more than 1,000,000"),
+        ("shards-{0..9999}-{0..9999}.tar", "stands for 100,000,000 names"),
         ("shards-{x}.tar", r"\{x\} in .* stands for nothing"),
         ("https://somewhere/shards-{000..001}.tar", r"is not on this machine: .* download it first"),
         ("s3://bucket/a.tar", "is not on this machine"),

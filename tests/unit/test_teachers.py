@@ -147,6 +147,11 @@ def test_per_channel_statistics_as_the_pipelines_use_them() -> None:
     torch.testing.assert_close(coder.decode(expected), coder.network.decode(raw_latent).sample)
 
 
+def test_a_scaling_factor_of_zero_is_not_a_missing_one() -> None:
+    with pytest.raises(RacError, match="scale 0 would make every latent zero"):
+        KLVAE.from_config({**kl().config, "scaling_factor": 0.0})
+
+
 def test_reads_what_diffusers_wrote_and_a_pipelines_directory(tmp_path: Path) -> None:
     coder = kl().eval()
     coder.network.save_pretrained(tmp_path / "vae")

@@ -167,6 +167,8 @@ def test_every_iteration_has_draws_of_its_own(tmp_path: Path) -> None:
         ({"iterations": 0}, "iterations 0 must be at least 1"),
         ({"lr": -1.0}, "lr -1.0"),
         ({"lr": math.nan}, "lr nan"),
+        ({"lr": math.inf}, "lr inf must be at least 0, and finite"),
+        ({"clip": math.inf}, "clip inf"),
         ({"batch": 2, "accumulate": 3}, "cannot be split into 3 parts"),
         ({"ema": 1.0}, "ema 1.0"),
         ({"betas": (0.9, 1.5)}, "betas 1.5"),

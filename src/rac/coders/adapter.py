@@ -140,7 +140,9 @@ def statistics_of(config: Mapping[str, Any]) -> Statistics:
     Pipelines normalise by (raw - shift) * scale or, where per-channel statistics are given, by
     (raw - mean) * scale / std. Raises `RacError` for values that cannot be statistics.
     """
-    scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+    # A missing factor is 1; one of 0 is a fault, which `Statistics` names.
+    scale = 1.0 if config.get("scaling_factor") is None else float(config["scaling_factor"])
+    shift = float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None:
         shift = 0.0

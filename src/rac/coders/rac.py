@@ -5,6 +5,7 @@ RAC: Rectified Flow Auto Coder (arXiv 2603.05925).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,10 @@ class RACConfig:
     ways: tuple[Way, ...] = ("encode", "decode")
     """The ways it was trained for."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed_noise < math.inf:
+            raise RacError(f"seed_noise {self.seed_noise} must be at least 0, and finite")
+
     def states(self) -> StateSpec:
         """Returns the layout of its states. Raises `RacError` if the latent does not fit."""
         return StateSpec(self.spec.factor, self.spec.channels, self.state_channels, self.spread)
@@ -103,7 +108,7 @@ class RAC(Coder):
                 f"{config.spread} and {config.spec.channels} latent channels; give spread beside, and "
                 f"latent_channels {config.spec.channels}"
             )
-        self.field: nn.Module = config.field.build(config.state_channels, config.spec.factor)
+        self.field: nn.Module = _field(config)
         self.projector: nn.Module | None = (
             Projector(config.state_channels, config.spec.channels, config.spec.factor)
             if config.contraction == "projector"
@@ -246,6 +251,16 @@ def _telling_steps(solver: Solver) -> Solver:
     if isinstance(solver, FixedPoint):
         return replace(solver, solver=_telling_steps(solver.solver))
     return MeanEuler() if isinstance(solver, Euler) else solver
+
+
+def _field(config: RACConfig) -> nn.Module:
+    try:
+        return config.field.build(config.state_channels, config.spec.factor)
+    except RacError:
+        raise
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # torch's own, such as for a negative width
+        reason = str(error).splitlines()[0]
+        raise RacError(f"no network can be built of {config.field} ({reason}); change its settings") from error
 
 
 def read_rac_config(data: Any, source: str) -> tuple[RACConfig, Statistics | None]:

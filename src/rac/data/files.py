@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import re
 import stat
@@ -248,6 +249,8 @@ def _why_not(path: Path) -> str:
     return f"{path} does not exist; give folders of images or tar files of images"
 
 
+_MOST_NAMES = 1_000_000
+"""Names that braces may stand for; a slip of a digit would otherwise fill the memory."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -257,12 +260,20 @@ def _expanded(path: Path) -> list[Path]:
     if len(pieces) == 1 or path.exists():
         return [path]
     choices = [[piece] if number % 2 == 0 else _choices(piece, path) for number, piece in enumerate(pieces)]
+    if (count := math.prod(map(len, choices))) > _MOST_NAMES:
+        raise _too_many(path, count)
     return [Path("".join(chosen)) for chosen in itertools.product(*choices)]
+
+
+def _too_many(path: Path, count: int) -> RacError:
+    return RacError(f"{path} stands for {count:,} names, more than {_MOST_NAMES:,}; give their folder")
 
 
 def _choices(inside: str, path: Path) -> list[str]:
     span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if span and int(span[1]) <= int(span[2]):
+        if (count := int(span[2]) - int(span[1]) + 1) > _MOST_NAMES:
+            raise _too_many(path, count)
         width = len(span[1]) if span[1].startswith("0") else 0
         return [str(number).zfill(width) for number in range(int(span[1]), int(span[2]) + 1)]
     if not span and "," in inside:

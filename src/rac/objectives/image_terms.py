@@ -5,16 +5,26 @@ Pure and unweighted. The networks are passed as functions: LPIPS with VGG16 (arX
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import RacError
+
 ADVERSARIAL = "adversarial"
 """Name of the coder's adversarial term, which a discriminator gives."""
 DISCRIMINATOR = "discriminator"
 """Name of the discriminator's own term; the coder gets no gradient from it."""
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises `RacError` for a weight below 0, by which training would make its term large, and for one not finite."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise RacError(f"the weight {name} {weight} must be at least 0, and finite")
 
 
 class ImageLosses(NamedTuple):

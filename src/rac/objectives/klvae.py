@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..draws import Draws
 from ..images import crop
-from .image_terms import NO_IMAGE_LOSSES, ImageLosses, image_terms
+from .image_terms import NO_IMAGE_LOSSES, ImageLosses, check_weights, image_terms
 
 if TYPE_CHECKING:
     from ..coders.klvae import KLVAE
@@ -28,6 +28,9 @@ class KLVAEWeights:
     """Weight of LPIPS with VGG16, whose weight files are looked for in RAC_WEIGHTS_DIR."""
     adversarial: float = 0.0
     """Weight of the adversarial term relative to the others: at 1 its gradient at the last layer is as long."""
+
+    def __post_init__(self) -> None:
+        check_weights(vars(self))
 
 
 def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, losses: ImageLosses = NO_IMAGE_LOSSES) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ..flow.memory import precision_of, recomputed, retraced
 from ..flow.solvers import Step
 from ..flow.times import TimeDistribution, times_of
 from ..states import PAD, RGB, StateSpec, contract, expand, image_of, image_state
-from .image_terms import DISCRIMINATOR, NO_IMAGE_LOSSES, ImageLosses, image_terms
+from .image_terms import DISCRIMINATOR, NO_IMAGE_LOSSES, ImageLosses, check_weights, image_terms
 
 DECODING = ("reconstruction", "coarse", "pattern", "detail", "pad", "path_decode", "perceptual", "adversarial")
 """Names of the terms computed on the flow from the teacher's latent to the image."""
@@ -90,6 +90,9 @@ class RACWeights:
     """Weight of the adversarial term of the decoded image, that of `reconstruction`. It is relative to all other
     terms: at 1 its gradient at the field's last layer is as long as theirs. Not in RAC's paper.
     """
+
+    def __post_init__(self) -> None:
+        check_weights(vars(self))
 
     def chosen(self) -> dict[str, float]:
         """Returns the terms whose weight is not 0, in the order of the fields."""

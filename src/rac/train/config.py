@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..config import free_on_resume
 from ..errors import RacError
+from ..runtime import check_threads
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,9 @@ class TrainConfig:
             raise RacError(f"patience_minutes {self.patience_minutes} must be above 0")
         for name in (*counts, *others):
             least = 1 if name in counts else 0
-            if not getattr(self, name) >= least:
-                raise RacError(f"{name} {getattr(self, name)} must be at least {least}")
-        if self.threads < -1:
-            raise RacError(f"threads {self.threads} must be -1 (measured), 0 (torch chooses) or more")
+            if not least <= getattr(self, name) < math.inf:
+                raise RacError(f"{name} {getattr(self, name)} must be at least {least}, and finite")
+        check_threads(self.threads)
         if self.accumulate > self.batch:
             raise RacError(f"a batch of {self.batch} cannot be split into {self.accumulate} parts; lower accumulate")
         for name, fraction in (("ema", self.ema), ("betas", self.betas[0]), ("betas", self.betas[1])):

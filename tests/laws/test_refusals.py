@@ -20,8 +20,9 @@ import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.config import to_json
 from rac.data import DataConfig, cache
+from rac.data.record import RECORD
 from rac.errors import RacError, WeightsError
-from rac.files import locked
+from rac.files import MARKER, locked
 from rac.objectives.klvae import KLVAEWeights
 from rac.objectives.rac import RACObjective, RACWeights
 from rac.recipes import RECIPES, KLVAERecipe, RACRecipe
@@ -119,6 +120,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
     assert fit(ToyTask(), ToyStream(), training_toy.SLOW, run, resume=True).iteration == training_toy.SLOW.iterations
     assert {path.name for path in run.iterdir()} <= {
         "recipe.json", "log.jsonl", "losses.png", "checkpoints", "coder", "gallery-000000.png", "gallery-000200.png",
+        MARKER, RECORD,
     }  # fmt: skip
 
 

@@ -120,6 +120,16 @@ def test_verb_writes_and_checks_a_program(coder_dir: Path, run, tmp_path) -> Non
     assert "largest difference" in ran.out
 
 
+@pytest.mark.parametrize("format", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_nothing_is_left_where_writing_is_refused(coder_dir: Path, run, tmp_path, format: str) -> None:
+    out = tmp_path / f"coder{SUFFIX[format]}"
+    out.mkdir()
+    ran = run("export", coder_dir, "--format", format, "--part", "decode", "--steps", 1, "--out", out)
+    assert ran.code == 2
+    assert "a folder of that name is there" in ran.err
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.slow
 def test_verb_tells_of_a_file_that_is_wrong(coder_dir: Path, run, tmp_path, monkeypatch) -> None:
     from rac.commands import export as verb

@@ -55,7 +55,9 @@ class ConvField(nn.Module):
         if self.position:
             channels.append(_position(folded))
         given = torch.cat(channels, dim=1)
-        if self.channels_last and given.device.type == "cpu":
+        # Layouts are not known under torch.func's transforms.
+        known = given.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(given)
+        if self.channels_last and known:
             given = given.contiguous(memory_format=torch.channels_last)
         return self.network(given)
 

@@ -6,9 +6,9 @@ multiples of the factor. Files hold their own `Description`, the same JSON in ei
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..coders.protocol import Coder
 from ..errors import RacError, install_extra
-from ..files import explained
+from ..files import explained, write_bytes
 from ..flow import Walk
 from ..storage import weights_hash
 
@@ -170,17 +170,17 @@ def export(module: nn.Module, path: str | Path, format: Format = "onnx", coder_n
         except Exception as error:  # the exporters fail in many ways on what they do not know
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise RacError(f"torch cannot export this network ({reason}); try the other --format") from error
-    with explained(path):
-        staging = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        if onnx_program is None:
-            torch.export.save(program, staging, extra_files={f"{KEY}.json": said})
-        else:
-            onnx_program.model.metadata_props[KEY] = said
-            if _bytes(module) > LARGEST_MESSAGE:
+    written = io.BytesIO()  # torch itself ends the process where a disk is full
+    if onnx_program is None:
+        torch.export.save(program, written, extra_files={f"{KEY}.json": said})
+    else:
+        onnx_program.model.metadata_props[KEY] = said
+        if _bytes(module) > LARGEST_MESSAGE:
+            with explained(path):
                 onnx_program.save(path, external_data=True)  # two files, the names of which must stay
-                return description
-            onnx_program.save(staging, external_data=False)
-        os.replace(staging, path)
+            return description
+        onnx_program.save(written, external_data=False)
+    write_bytes(path, written.getvalue())
     return description
 
 

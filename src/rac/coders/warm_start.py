@@ -104,8 +104,8 @@ def copy_teacher(teacher: Coder, coder: RAC) -> None:
     field.stem.weight.div_(scale)
     for half, levels in ((network.encoder, field.down_levels), (network.decoder, field.levels)):
         blocks = [layer for layer in half if isinstance(layer, ResidualBlock)]
-        for theirs, ours in zip(blocks, (block for level in levels for block in level), strict=True):
-            _copy_block(theirs, ours)
+        for one, block in zip(blocks, (block for level in levels for block in level), strict=True):
+            _copy_block(one, block)
 
 
 def carriers_of(teacher: TAESD) -> CarriersFieldConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args
@@ -124,8 +124,9 @@ def fixed(config: Any, data: Any) -> Any:
         return data
     known = {field.name: field.metadata.get("free_on_resume", lambda config: False) for field in fields(config)}
     free = {name for name, is_free in known.items() if is_free(config)}
-    # What is unset counts as absent, so that a run goes on that was begun before a setting existed.
-    kept = {name: value for name, value in data.items() if name not in free and value not in ([], None)}
+    # A run that was begun before a setting existed had its default, and goes on.
+    since = {field.name: to_json(field.default) for field in fields(config) if field.default is not MISSING}
+    kept = {name: value for name, value in {**since, **data}.items() if name not in free}
     return {name: fixed(getattr(config, name, None), value) for name, value in kept.items()}
 
 

@@ -55,11 +55,14 @@ class ConvField(nn.Module):
         if self.position:
             channels.append(_position(folded))
         given = torch.cat(channels, dim=1)
-        # Layouts are not known under torch.func's transforms.
-        known = given.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(given)
-        if self.channels_last and known:
+        if self.channels_last and given.device.type == "cpu" and _has_layout(given):
             given = given.contiguous(memory_format=torch.channels_last)
         return self.network(given)
+
+
+def _has_layout(tensor: Tensor) -> bool:
+    """Returns whether the layout of a tensor can be chosen: not under torch.func's transforms."""
+    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_input(state: Tensor, factor: int, interval: Tensor | None, knows_interval: bool) -> None:

@@ -88,6 +88,7 @@ def test_bad_picture(tmp_path: Path, run, coder_dir: Path, name: str, verb: str)
     assert not (tmp_path / "out").exists() or not listed(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["encode", "reconstruct"])
 @pytest.mark.parametrize("name", OTHER_KINDS)
 def test_other_kinds_are_converted_and_said_once(tmp_path: Path, run, coder_dir: Path, name: str, verb: str) -> None:  # type: ignore[no-untyped-def]

@@ -203,6 +203,7 @@ def test_bad_options(tmp_path: Path, run, coder_dir: Path, pictures: Path, proto
 # ------------------------------------------------------------------------------------------ cost
 
 
+@pytest.mark.slow
 def test_cost_of_everything(run) -> None:  # type: ignore[no-untyped-def]
     """The figures of the papers and of the recipes, as JSON."""
     ran = run("cost", "--format", "json")

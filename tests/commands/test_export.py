@@ -120,6 +120,7 @@ def test_verb_writes_and_checks_a_program(coder_dir: Path, run, tmp_path) -> Non
     assert "largest difference" in ran.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
 def test_nothing_is_left_where_writing_is_refused(coder_dir: Path, run, tmp_path, format: str) -> None:
     out = tmp_path / f"coder{SUFFIX[format]}"

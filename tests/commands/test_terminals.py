@@ -41,6 +41,7 @@ def tables() -> dict[str, Table]:
     return {**TABLES, "models": shipped_table(), "cost": cost_table(reference_rows())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 60, 40])
 def test_no_figure_is_cut_at_any_width(width: int) -> None:
     for name, table in tables().items():
@@ -173,6 +174,7 @@ def test_files_hold_escapes_for_what_is_not_unicode() -> None:
         assert rb"z\udcff.png" in utf8(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_output_in_another_encoding_is_escaped(
     odd_pictures: Path, tmp_path: Path, coder_dir: Path, encoding: str

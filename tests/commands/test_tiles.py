@@ -27,6 +27,7 @@ def tiles_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return used
 
 
+@pytest.mark.slow
 def test_tiles_change_no_file(large: Path, tmp_path: Path, run, coder_dir, tiles_used) -> None:  # type: ignore[no-untyped-def]
     options = ("--model", coder_dir, "--device", "cpu")
     for name, tile in (("whole", 0), ("tiles", 32)):

@@ -429,6 +429,7 @@ def test_shapes_without_values(family: Coder) -> None:
     assert abstract.decode(latent, noise=noise).is_meta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rac shuffle", "klvae", "sixth"])
 def test_each_way_compiles_as_one_graph(name: str) -> None:
     coder, image = frozen(FAMILIES[name]), smooth_images(1, 16, 16)

@@ -68,6 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, recipe: RACRecipe) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_broken_off_in_a_training_and_while_judging(
     tmp_path: Path, recipe: RACRecipe, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

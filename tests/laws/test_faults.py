@@ -149,6 +149,7 @@ def test_a_reading_thread_that_ends_ends_the_run_with_the_reason(tmp_path: Path,
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_reading_thread_that_hangs_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     """And does not keep the process alive."""
     script = f"""
@@ -180,6 +181,7 @@ def test_no_reading_thread_is_left_behind(tmp_path: Path) -> None:
 # The system
 
 
+@pytest.mark.slow
 def test_sigterm_exits_with_code_0_and_a_word_on_how_to_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(

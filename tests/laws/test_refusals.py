@@ -99,6 +99,7 @@ def test_a_missing_lpips_names_the_setting_that_goes_without(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs folder locks")
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -56,6 +56,7 @@ def test_four_iterations_equal_two_and_two_more(tmp_path: Path, settings: TrainC
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_ends_with_the_same_weights(tmp_path: Path) -> None:
     fit(ToyTask(), ToyStream(), SLOW, tmp_path / "whole")
 

@@ -198,6 +198,7 @@ def test_a_local_rac_in_tiles_is_exact(local, images, name):
     assert torch.equal(image_of(flow.end), pieces.decode(latent, steps, there))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_shipped_rac_in_tiles_is_exact():
     coder = rac.load("rac-f8d8")

@@ -50,13 +50,14 @@ def test_layout_is_a_choice() -> None:
     assert layer.weight.is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_kept_memory_is_used_again() -> None:
     """In a process of its own: the setting cannot be taken back."""
     code = """
-import resource, sys, torch
+import resource, torch
 from rac import runtime
-assert sys.argv[1] == "False" or runtime.keep_memory()
+assert runtime.keep_memory()
 torch.set_num_threads(1)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
@@ -67,11 +68,9 @@ for turn in range(6):
     work()
 print(faults() - before)
 """
-    returned, kept = (
-        int(subprocess.run([sys.executable, "-c", code, asked], check=True, capture_output=True, text=True).stdout)
-        for asked in ("False", "True")
-    )
-    assert kept <= returned
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    # 22 MiB are 5,632 pages, and the sum another 1,024; glibc's own choice takes all of them anew, now and then.
+    assert int(ran.stdout) < 2_500
 
 
 def test_threads() -> None:

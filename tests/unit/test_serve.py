@@ -219,6 +219,7 @@ def test_sliders_answer_the_keyboard(loaded: Loaded) -> None:
     assert len(sliders) == 2
 
 
+@pytest.mark.slow
 def test_many_visitors_are_served_in_turn(url: str, tmp_path: Path, images) -> None:  # type: ignore[no-untyped-def]
     """Nobody is lost, and each gets the answer to the own picture: its size stands under the original."""
     paths = []

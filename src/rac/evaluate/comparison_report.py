@@ -411,8 +411,8 @@ def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
         axes = PrincipalAxes.fit(decoding.flatten(0, 1), 2)
         colours = [PALETTE[index % len(PALETTE)] for index in range(decoding.shape[1])]
         panels[title] = [
-            Walk(axes.project(walk[:, index]), colour, dashed)
-            for walk, dashed in zip(lines, (False, True), strict=False)
+            Walk(axes.project(walk[:, index]), colour, dashed=place > 0)  # decoding, then encoding if it is walked
+            for place, walk in enumerate(lines)
             for index, colour in enumerate(colours)
         ]
         first, second = (f"{100 * share:.1f} % of the variance" for share in axes.shares.tolist())

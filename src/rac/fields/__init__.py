@@ -8,8 +8,9 @@ from .carriers import CarriersField, CarriersFieldConfig
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
+from .unet import UNet, UNetConfig, UNetField, UNetFieldConfig
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig
+FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | UNetFieldConfig
 
 __all__ = [
     "CarriersField",
@@ -21,4 +22,8 @@ __all__ = [
     "LocalFieldConfig",
     "Projector",
     "TinyFieldConfig",
+    "UNet",
+    "UNetConfig",
+    "UNetField",
+    "UNetFieldConfig",
 ]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from .coders import dgae
 from .coders.adapter import DeepCompressionCoder, TinyCoder
 from .coders.klvae import KLVAE
 from .coders.protocol import Coder
@@ -24,6 +25,7 @@ PRODUCTS = ("coder",)
 LOADERS: dict[str, Callable[[Path], Coder]] = {
     FORMAT: RAC.load,
     DROP_IN: RAC.load_drop_in,
+    dgae.FORMAT: dgae.DGAE.load,
     "AutoencoderKL": KLVAE.load,
     "AutoencoderTiny": TinyCoder.load,
     "AutoencoderDC": DeepCompressionCoder.load,

@@ -23,6 +23,7 @@ from rac.fields import (
 FACTOR, CHANNELS = 4, 5
 
 _LOCAL = {"widths": (8, 8), "blocks": (1, 1), "down": (8,), "down_blocks": (1,), "embedding": 8}
+_UNET = UNetConfig(width=8, multiples=(1, 2, 1, 2), blocks=1, norm_groups=4)
 _CARRIERS = {"latent_channels": 7, "width": 8, "blocks": (1, 1, 1), "down_blocks": (1, 1, 1), "embedding": 8}
 FIELDS: dict[str, FieldConfig] = {
     "tiny": TinyFieldConfig(widths=(8, 8, 8), blocks=(1, 1, 1)),

@@ -1,12 +1,14 @@
-"""Synthetic images, and a coder of a few hundred weights."""
+"""Synthetic images, and coders of a few hundred or thousand weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rac.coders.dgae import DGAE, DGAEConfig
+from rac.coders.klvae import KLVAEConfig
 from rac.coders.rac import RAC, RACConfig
-from rac.fields import TinyFieldConfig
+from rac.fields import TinyFieldConfig, UNetConfig
 from rac.latents import LatentSpec, Statistics
 
 
@@ -33,6 +35,22 @@ def untrained_rac(
     }
     torch.manual_seed(0)
     coder = RAC(RACConfig(**{**settings, **changes}), statistics).to(dtype)
+    if lively:
+        with torch.no_grad():
+            for parameter in coder.field.parameters():
+                parameter.add_(lively * torch.randn_like(parameter))
+    return coder
+
+
+def untrained_dgae(lively: float = 0.0, statistics: Statistics | None = None, **changes: object) -> DGAE:
+    """A DGAE of some ten thousand weights at f = 4, c = 4; `lively` > 0 moves its U-Net off the velocity zero."""
+    settings = {
+        "encoder": KLVAEConfig(widths=(8, 8, 8), latent_channels=4, norm_groups=4),
+        "decoder": UNetConfig(width=8, multiples=(1, 1, 1, 1), blocks=1, norm_groups=4),
+        "steps": 3,
+    }
+    torch.manual_seed(0)
+    coder = DGAE(DGAEConfig(**{**settings, **changes}), statistics)
     if lively:
         with torch.no_grad():
             for parameter in coder.field.parameters():

@@ -156,7 +156,7 @@ def test_weights_of_another_shape_and_another_configuration(saved):
         lambda path: edit(path, version=99),
         lambda path: edit(path, config=None),
         lambda path: edit(path, config={}),
-        lambda path: edit(path, config={"spec": {"factor": 4, "channels": 4}, "field": {"kind": "unet"}}),
+        lambda path: edit(path, config={"spec": {"factor": 4, "channels": 4}, "field": {"kind": "wavelet"}}),
         lambda path: (path / "config.json").write_text("{"),
         lambda path: (path / "config.json").write_text("[]"),
     ],

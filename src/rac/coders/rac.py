@@ -15,21 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import from_json, to_json
-from ..errors import RacError, WeightsError
+from ..errors import RacError
 from ..fields import CarriersFieldConfig, FieldConfig, LocalFieldConfig, Projector
 from ..flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, Trajectory, Walk, integrate
 from ..latents import LatentSpec, Statistics, read_spec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
-from ..storage import (
-    CONFIG,
-    DIFFUSERS,
-    as_weights_error,
-    fit_tensors,
-    read_settings,
-    read_weights,
-    write_directory,
-)
+from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights
 from .adapter import statistics_of
+from .native import read_native, write_native
 from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
 FORMAT = "rac"
@@ -40,9 +33,6 @@ VERSION = 2
 
 Version 1 had the latents' statistics as numbers in config.json; since 2 they are tensors.
 """
-
-STATISTICS = "statistics."
-"""Prefix of the statistics' names in model.safetensors."""
 
 DROP_IN = "AutoencoderRAC"
 """Value of `_class_name` in the config.json of a RAC saved by diffusers (`rac.integrations.diffusers`)."""
@@ -192,10 +182,7 @@ class RAC(Coder):
     # ------------------------------------------------------------------------------------- files
 
     def _save(self, directory: Path, dtype: torch.dtype | None) -> None:
-        config = {"format": FORMAT, "version": VERSION, "config": to_json(self.config)}
-        # In full precision even among narrowed weights, so that their hash stays true.
-        statistics = {STATISTICS + name: values for name, values in self.statistics.named_buffers()}
-        write_directory(directory, config, self.state_dict(), dtype=dtype, exact=statistics)
+        write_native(self, self.config, FORMAT, VERSION, directory, dtype)
 
     @classmethod
     def load(cls, directory: str | Path) -> RAC:
@@ -204,22 +191,8 @@ class RAC(Coder):
         Both format versions are read. Raises `WeightsError` for a directory that does not hold a RAC, and for weights
         missing, cut, or of another shape.
         """
-        directory = Path(directory)
-        data, said_by = read_settings(directory), str(directory / CONFIG)
-        if unknown := data.keys() - {"format", "version", "config"}:
-            raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; leave them out")
-        for name, known in (("format", (FORMAT,)), ("version", (1, VERSION))):
-            if data.get(name) not in known:
-                raise WeightsError(
-                    f"{said_by} has {name} {data.get(name)!r}, expected {known[-1]!r}; it was written by another "
-                    "program or version"
-                )
-        tensors, source = read_weights(directory)
-        values = {name: tensors.pop(STATISTICS + name, None) for name in ("shift", "scale")}
-        statistics = None
-        if values["shift"] is not None and values["scale"] is not None:
-            statistics = Statistics(values["shift"], values["scale"])
-        return cls._built(data.get("config"), tensors, statistics, said_by, source)
+        files = read_native(Path(directory), FORMAT, (1, VERSION))
+        return cls._built(files.config, files.tensors, files.statistics, files.said_by, files.source)
 
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> RAC:

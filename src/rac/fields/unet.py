@@ -166,9 +166,9 @@ class UNetAttention(nn.Module):
 
 
 def noise_level_waves(time: Tensor, width: int) -> Tensor:
-    """Returns cosines, then sines, of the noise level 1000 (1 - t) at falling frequencies: B width, in float32 at least.
+    """Returns cosines, then sines, of the noise level 1000 (1 - t) at falling frequencies, B width.
 
-    `width` is even; the frequencies are 10000^(-k / (width / 2)).
+    `width` is even; the frequencies are 10000^(-k / (width / 2)). The result has float32's precision at least.
     """
     exact = torch.promote_types(time.dtype, torch.float32)  # half precision does not tell the fast waves apart
     half = width // 2

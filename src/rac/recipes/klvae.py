@@ -118,22 +118,10 @@ class KLVAERecipe:
         start = hub.load(self.start)
         if not isinstance(start, KLVAE):
             raise RacError(f"start {self.start} is no KL-VAE; give one that an earlier stage trained")
-        ours, theirs = (shape_of(one) for one in (coder, start))
+        ours, theirs = coder.shape(), start.shape()
         if ours != theirs:
             raise RacError(f"start {self.start} has another network: {'; '.join(differences(ours, theirs))}")
         return start.requires_grad_(True)
-
-
-def shape_of(coder: KLVAE) -> dict[str, Any]:
-    """Returns a KL-VAE's configuration without its statistics and without what leaves no trace in the weights."""
-    shaping = (
-        "block_out_channels",
-        "layers_per_block",
-        "latent_channels",
-        "norm_num_groups",
-        "mid_block_add_attention",
-    )
-    return {name: coder.config[name] for name in shaping}
 
 
 STATISTICS_BATCHES = 16

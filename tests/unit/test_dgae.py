@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import smooth_images, untrained_dgae
-from torch.nn import functional as F
 
 import rac
 from rac.coders.dgae import DGAE, DGAEConfig
@@ -81,7 +81,7 @@ def test_decoding_is_euler_s_sum_from_noise_with_the_raw_latent_beside(coder: DG
     raw_latent = latent / 0.5 + 0.2
     condition = raw_latent.repeat_interleave(4, dim=-2).repeat_interleave(4, dim=-1)
     state, nodes = noise, (0.0, 0.1, 0.6, 1.0)
-    for t, end in zip(nodes[:-1], nodes[1:], strict=True):
+    for t, end in itertools.pairwise(nodes):
         state = state + (end - t) * coder.field(torch.cat([state, condition], dim=1), torch.full((2,), t))
     found = coder.decode(latent, TimeGrid.of(nodes), Euler(), noise=noise)
     torch.testing.assert_close(found, state)

@@ -58,8 +58,8 @@ def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images)
             yield Batch(("picture",), images(1, 24, 24))
 
     made = decode_noised(loaded, images(1, 24, 24), 0.7)
-    decoders = {"teacher": loaded.teacher.decode}
-    decoders |= {f"{k}": lambda latent, k=k: loaded.coder.decode(latent, k) for k in NOISED_STEPS}
+    decoders = {"teacher": lambda latent, names: loaded.teacher.decode(latent)}
+    decoders |= {f"{k}": lambda latent, names, k=k: loaded.coder.decode(latent, k) for k in NOISED_STEPS}
     curve = robustness_curve(
         decoders, loaded.teacher, One(), MetricSuite(metrics=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
     )

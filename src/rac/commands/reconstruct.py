@@ -10,7 +10,7 @@ import tyro
 
 from ..errors import RacError
 from ..evaluate.comparison import short_name
-from ..evaluate.one_image import Reconstruction, comparison, means, per_image, reconstructions
+from ..evaluate.one_image import Reconstruction, Seeded, comparison, means, per_image, reconstructions
 from ..files import make_output, write_bytes
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
@@ -40,6 +40,8 @@ class Command:
     """Numbers of steps to compare; encoding takes as many as decoding."""
     solver: SolverName = "euler"
     """Solver of the flow."""
+    rng_seed: int = 0
+    """Seed of the noise that some coders decode from; an image's noise depends on it and on the result's name."""
     size: int | None = None
     """Scale and crop images to squares of this side. None: keep their size."""
     convert: bool = False
@@ -81,6 +83,7 @@ class Command:
                 SOLVERS[self.solver],
                 teacher and in_tiles(teacher, self.tile, size),
                 short_name(self.model),
+                Seeded(self.rng_seed, names[file]),
             )
             title = f"{file.name} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
             write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")

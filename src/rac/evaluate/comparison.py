@@ -378,7 +378,10 @@ def _robustness(
     for name, teacher in teachers_of(field).items():
         students = [candidate for candidate in field if candidate.coder.teacher == name]
         # A coder of own latents and of its teacher's decodes alike.
-        decoders = {short_name(name): teacher.decode, **{one.decoder_label: one.decode for one in students}}
+        decoders = {
+            short_name(name): students[0].of_teacher().decode,
+            **{one.decoder_label: one.decode for one in students},
+        }
         yield robustness_curve(
             decoders,
             teacher,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import klvae, rac
+from . import dgae, klvae, rac
+from .dgae import DGAERecipe
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 from .recipe import Recipe
 
-__all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "Recipe"]
+__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "Recipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -40,6 +41,11 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "klvae-128": _preset(klvae.klvae_128),
     "rac-128": _preset(rac.rac_128),
     "rac-128-rollout": _preset(rac.rac_128_rollout),
+    **klvae.COUNTERPARTS,
+    **dgae.PRESETS,
+    "decoder-plain": _preset(rac.decoder_plain),
+    "decoder-rac": _preset(rac.decoder_rac),
+    "decoder-rac-noise": _preset(rac.decoder_rac_noise),
     "tiny": _preset(rac.tiny),
     "paper": _preset(rac.paper),
     "nano": _preset(rac.nano),

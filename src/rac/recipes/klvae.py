@@ -25,6 +25,7 @@ from ..train.discriminator import DiscriminatorConfig
 from .recipe import (
     ONE_CORE,
     ONE_GPU,
+    STATISTICS_BATCHES,
     coder_parts,
     coder_terms,
     gallery,
@@ -122,10 +123,6 @@ class KLVAERecipe:
         if ours != theirs:
             raise RacError(f"start {self.start} has another network: {'; '.join(differences(ours, theirs))}")
         return start.requires_grad_(True)
-
-
-STATISTICS_BATCHES = 16
-"""Number of training batches whose latents give a KL-VAE its scale and shift."""
 
 
 @dataclass
@@ -244,3 +241,34 @@ def klvae_128() -> KLVAERecipe:
         data=DataConfig(size=128, held_out=32, keep_mb=2_048),
         train=replace(ONE_GPU, iterations=3_000, batch=128, lr=8e-4),
     )
+
+
+SMALL_WIDTHS = {"f8": (32, 64, 128, 128), "f16": (32, 64, 64, 128, 128)}
+"""Widths of small KL-VAEs at strides 1, 2, 4, ..., by factor."""
+
+
+def small_klvae(compression: str) -> KLVAEConfig:
+    """Returns the network of a small KL-VAE of a compression such as "f16d8": factor 16, 8 latent channels."""
+    factor, channels = compression.split("d")
+    return KLVAEConfig(SMALL_WIDTHS[factor], 2, int(channels), norm_groups=8)
+
+
+def klvae_64(compression: str) -> KLVAERecipe:
+    """Returns the counterpart of a small DGAE: the same encoder and latents, and the decoder of the SD-VAE's kind."""
+    return KLVAERecipe(
+        network=small_klvae(compression),
+        weights=KLVAEWeights(l1=1.0, kl=1e-6, perceptual=1.0, adversarial=0.2),
+        discriminator=DiscriminatorConfig(start=2_000),
+        data=DataConfig(held_out=16, keep_mb=1_024),
+        train=replace(ONE_CORE, iterations=5_000, batch=8, lr=4e-4),
+    )
+
+
+COUNTERPARTS = {
+    f"klvae-64-{compression}": (
+        f"The KL-VAE with the encoder of dgae-64-{compression}: L1 + KL + LPIPS, then a discriminator; one core.",
+        klvae_64(compression),
+    )
+    for compression in ("f8d4", "f8d2", "f16d8", "f16d4")
+}
+"""Presets by name: a sentence on the purpose, and the recipe."""

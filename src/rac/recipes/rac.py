@@ -22,7 +22,14 @@ from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.cost import CostRow, flow_row
 from ..evaluate.latent_metrics import LatentAgreement
-from ..fields import CarriersFieldConfig, FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
+from ..fields import (
+    CarriersFieldConfig,
+    FieldConfig,
+    LdmFieldConfig,
+    LocalFieldConfig,
+    TinyFieldConfig,
+    UNetFieldConfig,
+)
 from ..flow import Euler, MeanEuler
 from ..objectives.rac import NANO, PAPER, Coding, RACObjective, RACWeights, rac_terms
 from ..states import Spread
@@ -32,6 +39,7 @@ from ..train.discriminator import DiscriminatorConfig
 from .recipe import (
     ONE_CORE,
     ONE_GPU,
+    SMALL_UNET,
     coder_parts,
     coder_terms,
     gallery,
@@ -481,6 +489,41 @@ def rac_128_rollout() -> RACRecipe:
         objective=_through(4),
         train=replace(first.train, iterations=2_000, batch=128, lr=4e-4, warmup=20),
     )
+
+
+def decoder_plain() -> RACRecipe:
+    """A plain decoder of klvae-f8d4's latents: a small U-Net, one step; see decoder-rac and decoder-dgae."""
+    return RACRecipe(
+        teacher="klvae-f8d4",
+        field=UNetFieldConfig(network=SMALL_UNET),
+        state_channels=4,
+        spread="beside",
+        steps=1,
+        objective=RACObjective(
+            weights=RACWeights(reconstruction=1.0, perceptual=1.0),
+            steps=(1, 1),
+            random_grid=False,
+            step_noise=0.0,
+            memory="store",
+        ),
+        data=DataConfig(cached_crops=20_000, held_out=32),
+        train=replace(ONE_CORE, iterations=5_000, batch=8, lr=4e-4),
+    )
+
+
+def decoder_rac() -> RACRecipe:
+    """A RAC of the same network and latents as decoder-plain: velocity matching, and 1 to 4 steps unrolled."""
+    weights = RACWeights(velocity=1.0, latent_velocity=0.1, reconstruction=1.0, perceptual=1.0)
+    plain = decoder_plain()
+    objective = replace(plain.objective, weights=weights, steps=(1, 4), step_noise=0.02, times="ends")
+    return replace(plain, steps=4, objective=objective)
+
+
+def decoder_rac_noise() -> RACRecipe:
+    """A RAC that decodes as a DGAE does: decoder-rac with noise in its seed's free sites; velocity matching alone."""
+    rac = decoder_rac()
+    weights = RACWeights(velocity=1.0, latent_velocity=0.1)
+    return replace(rac, steps=8, seed_noise=1.0, objective=replace(rac.objective, weights=weights, times="uniform"))
 
 
 def tiny() -> RACRecipe:

@@ -18,6 +18,7 @@ from ..data import Batch, DataConfig, Latents, Stream, open_stream
 from ..errors import RacError
 from ..evaluate.cost import CostRow
 from ..evaluate.image_metrics import psnr
+from ..fields import UNetConfig
 from ..images import from_pixels, to_pixels
 from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR
 from ..report.pictures import Panel, sheet, strip
@@ -45,6 +46,12 @@ ONE_GPU = TrainConfig(
     log_every=50,
 )
 """Training settings of the recipes for one large GPU; their iterations are guesses, `tools/offline` plans them anew."""
+
+SMALL_UNET = UNetConfig(width=32, norm_groups=8)
+"""DGAE-B's U-Net at a quarter of its widths, with 7.7 million parameters."""
+
+STATISTICS_BATCHES = 16
+"""Number of training batches whose latents give a coder with a posterior its scale and shift."""
 
 SHOWN = 8
 """Number of held-out images in a gallery."""

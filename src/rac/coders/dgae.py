@@ -136,7 +136,7 @@ class DGAE(Coder):
     def noise_shape(self, latent: Tensor) -> tuple[int, ...] | None:
         """Returns the shape of the image, B 3 h*f w*f."""
         height, width = (side * self.spec.factor for side in latent.shape[-2:])
-        return len(latent), RGB, height, width
+        return latent.shape[0], RGB, height, width
 
     def _decode(self, latent: Tensor, walk: Walk | None, noise: Tensor | None, keep: Keep) -> Decoded:
         assert walk is not None

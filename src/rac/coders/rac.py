@@ -150,7 +150,7 @@ class RAC(Coder):
         if not self.config.seed_noise:
             return None
         height, width = (side * self.spec.factor for side in latent.shape[-2:])
-        return len(latent), self.config.state_channels, height, width
+        return latent.shape[0], self.config.state_channels, height, width
 
     # ------------------------------------------------------------------------------------- image -> latent
 

@@ -139,13 +139,21 @@ class UNetBlock(nn.Module):
         """Maps B C H W, with the time's embedding B e, to B width H W; enlarged to `size` where it goes up."""
         y = F.silu(self.norm(x))
         if self.resample == "down":
-            x, y = (F.avg_pool2d(one, 2, ceil_mode=True) for one in (x, y))
+            x, y = halved(x), halved(y)
         elif self.resample == "up":
             # For sides that were odd, the nearest of the larger size is the enlarged one, cut off.
             x, y = (F.interpolate(one, size=size, mode="nearest") for one in (x, y))
         scale, shift = self.modulation(F.silu(embedded))[:, :, None, None].chunk(2, dim=1)
         y = self.second_norm(self.first(y)) * (1 + scale) + shift
         return self.skip(x) + self.second(F.silu(y))
+
+
+def halved(x: Tensor) -> Tensor:
+    """Returns the means over blocks of 2 x 2, or over what there is of them where a side is odd: B C H/2 W/2."""
+    if torch.compiler.is_compiling():
+        # The same, without a question whose answer exporters would write down for all sides.
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)
+    return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 class UNetAttention(nn.Module):

@@ -26,6 +26,7 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
     FORMAT: RAC.load,
     DROP_IN: RAC.load_drop_in,
     dgae.FORMAT: dgae.DGAE.load,
+    dgae.DROP_IN: dgae.DGAE.load_drop_in,
     "AutoencoderKL": KLVAE.load,
     "AutoencoderTiny": TinyCoder.load,
     "AutoencoderDC": DeepCompressionCoder.load,
@@ -45,8 +46,8 @@ def load(name_or_dir: str | Path) -> Coder:
     `name_or_dir` is one of:
 
     - a name in `available()`;
-    - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC;
-      with whole or sharded weights, or a variant of them);
+    - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC,
+      AutoencoderDGAE; with whole or sharded weights, or a variant of them);
     - the directory of a diffusers pipeline, whose `vae` is loaded;
     - the folder of a training run;
     - a TAESD-family .pth file, or a directory with one such pair;

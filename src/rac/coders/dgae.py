@@ -24,7 +24,7 @@ from ..latents import LatentSpec, Statistics
 from ..states import RGB
 from ..storage import as_weights_error, fit_tensors
 from .klvae import KLVAE, KLVAEConfig
-from .native import read_native, write_native
+from .native import NativeFiles, read_drop_in, read_native, write_native
 from .posterior import gaussian, scale_and_shift
 from .protocol import Coder, Decoded, Keep, Network, Way
 
@@ -33,6 +33,9 @@ FORMAT = "dgae"
 
 VERSION = 1
 """Version of the file format."""
+
+DROP_IN = "AutoencoderDGAE"
+"""Value of `_class_name` in the config.json of a DGAE saved by diffusers (`rac.integrations.diffusers`)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,13 @@ class DGAE(Coder):
         self.encoder, self.quant_conv = _encoder(config.encoder)
         self.field: nn.Module = UNet(config.decoder, RGB + config.spec.channels, RGB)
 
+    @classmethod
+    def of(cls, coder: Coder) -> DGAE:
+        """Returns `coder` itself, typed as a DGAE. Raises `RacError` for a coder of another family."""
+        if not isinstance(coder, DGAE):
+            raise RacError(f"expected a DGAE, such as one that dgae-64-f8d4 trains, not a {type(coder).__name__}")
+        return coder
+
     def default_steps(self, way: Way) -> int | None:
         """Returns the default number of steps of decoding; None for encoding, which is taken at once."""
         return self.config.steps if way == "decode" else None
@@ -88,7 +98,8 @@ class DGAE(Coder):
 
     def _moments(self, image: Tensor) -> Tensor:
         # Out of autocast's half precision, in which the posterior's exponentials overflow.
-        return self.quant_conv(self.encoder(image)).to(image.dtype)
+        features = self.encoder(image).to(next(self.quant_conv.parameters()).dtype)
+        return self.quant_conv(features).to(image.dtype)
 
     def posterior(self, image: Tensor) -> Any:
         """Returns diffusers' DiagonalGaussianDistribution over raw latents for an image B 3 H W in [-1, 1].
@@ -173,7 +184,18 @@ class DGAE(Coder):
         Raises `WeightsError` for a directory that does not hold a DGAE, and for weights missing, cut, or of another
         shape.
         """
-        files = read_native(Path(directory), FORMAT, (VERSION,))
+        return cls._built(read_native(Path(directory), FORMAT, (VERSION,)))
+
+    @classmethod
+    def load_drop_in(cls, directory: str | Path) -> DGAE:
+        """Reads a directory written by `AutoencoderDGAE.save_pretrained`. Raises `WeightsError` as `load`."""
+        files = read_drop_in(Path(directory), "dgae")
+        if isinstance(files.config, dict):
+            files.config["steps"] = files.settings.get("num_inference_steps", DGAEConfig.steps)
+        return cls._built(files)
+
+    @classmethod
+    def _built(cls, files: NativeFiles) -> DGAE:
         with as_weights_error():
             coder = cls(from_json(DGAEConfig, files.config, files.said_by), files.statistics)
         fit_tensors(coder, files.tensors, files.source)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..config import to_json
 from ..errors import WeightsError
 from ..latents import Statistics
-from ..storage import CONFIG, read_settings, read_weights, write_directory
+from ..storage import CONFIG, DIFFUSERS, as_weights_error, read_settings, read_weights, write_directory
+from .adapter import statistics_of
 from .protocol import Coder
 
 STATISTICS = "statistics."
@@ -34,6 +35,8 @@ class NativeFiles(NamedTuple):
     """The file that `config` is from, for messages."""
     source: str
     """The file that `tensors` are from, for messages."""
+    settings: dict[str, Any]
+    """All of config.json."""
 
 
 def write_native(
@@ -66,4 +69,16 @@ def read_native(directory: Path, format: str, versions: tuple[int, ...]) -> Nati
     statistics = None
     if numbers["shift"] is not None and numbers["scale"] is not None:
         statistics = Statistics(numbers["shift"], numbers["scale"])
-    return NativeFiles(data.get("config"), tensors, statistics, said_by, source)
+    return NativeFiles(data.get("config"), tensors, statistics, said_by, source, data)
+
+
+def read_drop_in(directory: Path, key: str) -> NativeFiles:
+    """Reads what a diffusers model of `rac.integrations.diffusers` saved, with the configuration under `key`.
+
+    Raises `WeightsError` for files missing or cut, and for statistics that are none.
+    """
+    data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
+    tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
+    with as_weights_error():
+        statistics = statistics_of(data)
+    return NativeFiles(data.get(key), tensors, statistics, str(directory / CONFIG), source, data)

@@ -6,7 +6,6 @@ RAC: Rectified Flow Auto Coder (arXiv 2603.05925).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +19,8 @@ from ..fields import CarriersFieldConfig, FieldConfig, LocalFieldConfig, Project
 from ..flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, Trajectory, Walk, integrate
 from ..latents import LatentSpec, Statistics, read_spec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
-from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights
-from .adapter import statistics_of
-from .native import read_native, write_native
+from ..storage import as_weights_error, fit_tensors
+from .native import NativeFiles, read_drop_in, read_native, write_native
 from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
 FORMAT = "rac"
@@ -191,31 +189,23 @@ class RAC(Coder):
         Both format versions are read. Raises `WeightsError` for a directory that does not hold a RAC, and for weights
         missing, cut, or of another shape.
         """
-        files = read_native(Path(directory), FORMAT, (1, VERSION))
-        return cls._built(files.config, files.tensors, files.statistics, files.said_by, files.source)
+        return cls._built(read_native(Path(directory), FORMAT, (1, VERSION)))
 
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> RAC:
         """Reads a directory written by `AutoencoderRAC.save_pretrained`. Raises `WeightsError` as `load`."""
-        directory = Path(directory)
-        data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
-        tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
-        with as_weights_error():
-            statistics = statistics_of(data)
-        config = data.get("rac")
-        if isinstance(config, dict):
-            config = {**config, "steps": data.get("num_inference_steps", RACConfig.steps)}
-        return cls._built(config, tensors, statistics, str(directory / CONFIG), source)
+        files = read_drop_in(Path(directory), "rac")
+        if isinstance(files.config, dict):
+            files.config["steps"] = files.settings.get("num_inference_steps", RACConfig.steps)
+        return cls._built(files)
 
     @classmethod
-    def _built(
-        cls, config: Any, tensors: Mapping[str, Tensor], statistics: Statistics | None, said_by: str, source: str
-    ) -> RAC:
+    def _built(cls, files: NativeFiles) -> RAC:
         """Returns a frozen RAC from the JSON of its configuration and its weights; errors name the files of both."""
         with as_weights_error():
-            settings, numbers = read_rac_config(config, said_by)
-            coder = cls(settings, numbers or statistics)
-        fit_tensors(coder, tensors, source)
+            settings, numbers = read_rac_config(files.config, files.said_by)
+            coder = cls(settings, numbers or files.statistics)
+        fit_tensors(coder, files.tensors, files.source)
         return coder.eval().requires_grad_(False)
 
 

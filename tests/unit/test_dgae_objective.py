@@ -207,7 +207,7 @@ def test_a_frozen_encoder_and_its_latents_stay_bit_for_bit(tmp_path, coder: DGAE
     )
     task, image = recipe.task(), smooth_images(2, 16, 16)
     assert task.module.teacher == str(tmp_path)
-    assert task.encoder is task.module
+    assert task.encoder is task.frozen[0]
     assert set(task.parts["coder"].weights) == {"velocity", "perceptual"}
     batch = task.prepare(Batch(image))
     assert torch.equal(batch.need("latents"), coder.encode(image))

@@ -86,12 +86,13 @@ class DGAERecipe:
         weights = {**asdict(self.weights), "adversarial": 0.0}
         networks = ImageNetworks.build(weights, DiscriminatorConfig(), self.train.rng_seed, "weights", self.data.sizes)
         torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
-        module = self._coder() if coder is None else coder.requires_grad_(True)
+        start = None if self.start is None else hub.load(self.start)
+        module = self._coder(start) if coder is None else coder.requires_grad_(True)
         if not isinstance(module, DGAE):
             raise RacError(f"this recipe trains a DGAE, not a {type(module).__name__}")
         if self.train.compile:
             module.field.compile()  # in place; the averaged copy and what is saved stay plain
-        return DGAETask(module, self.weights, self.times, self.train.batch, networks, self.train_encoder)
+        return DGAETask(module, self.weights, self.times, self.train.batch, networks, self._teacher(module, start))
 
     def trains(self, coder: Coder) -> bool:
         """Returns whether `task` accepts this coder."""
@@ -130,21 +131,25 @@ class DGAERecipe:
     def _config(self) -> DGAEConfig:
         return DGAEConfig(self.encoder, self.decoder, self.steps, self.latents_of)
 
-    def _coder(self) -> DGAE:
+    def _coder(self, start: Coder | None) -> DGAE:
         coder = self._config().build()
-        if self.start is not None:
-            coder.take_encoder(hub.load(self.start))
+        if start is not None:
+            coder.take_encoder(start)
         elif not self.train_encoder:
             raise RacError("without a start there is no encoder to keep; give start, or train the encoder too")
         return coder
+
+    def _teacher(self, module: DGAE, start: Coder | None) -> Coder | None:
+        """Returns the coder whose latents a decoder is trained on; `module` itself where there is no start."""
+        return None if self.train_encoder else start or module
 
 
 @dataclass
 class DGAETask:
     """Task that trains a DGAE; its statistics are fitted on training images whenever it is saved.
 
-    Without `train_encoder` only the U-Net is trained, on the latents that `encode` gives (the posterior's means, no
-    noise), or on prepared ones; encoder and statistics stay as they are, bit for bit.
+    With a teacher only the U-Net is trained, on the latents that the teacher's `encode` gives (the posterior's means,
+    no noise), or on prepared ones; encoder and statistics stay as they are, bit for bit.
     """
 
     module: DGAE
@@ -153,33 +158,36 @@ class DGAETask:
     batch: int
     """Images in each of the batches that the statistics are fitted on."""
     networks: ImageNetworks = field(default_factory=ImageNetworks)
-    train_encoder: bool = True
+    teacher: Coder | None = None
+    """The coder with the frozen encoder, whose latents come with the batches; None: the encoder is trained."""
 
     def __post_init__(self) -> None:
-        if not self.train_encoder:
+        if self.teacher is not None:
             self.module.freeze_encoder()
-        unused = set() if self.train_encoder else {"kl"}
+        unused = set() if self.teacher is None else {"kl"}
         weights = {name: weight for name, weight in asdict(self.loss_weights).items() if name not in unused}
         self.parts = coder_parts(self.module, weights, self.networks, "field")
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
-        """The frozen LPIPS network, if its term has a weight."""
-        return self.networks.frozen
+        """The teacher, if there is one, and LPIPS if its term has a weight."""
+        if self.teacher is None or self.teacher is self.module:
+            return self.networks.frozen
+        return (self.teacher, *self.networks.frozen)
 
     @property
-    def encoder(self) -> DGAE | None:
-        """The coder itself if its encoder is frozen, otherwise None."""
-        return None if self.train_encoder else self.module
+    def encoder(self) -> Coder | None:
+        """The teacher, if there is one."""
+        return self.teacher
 
     def prepare(self, batch: Batch) -> Batch:
-        """Encodes the images if the encoder is frozen and the batch came without latents."""
-        return batch if self.train_encoder else with_latents(batch, self.module)
+        """Encodes the images if there is a teacher and the batch came without latents."""
+        return batch if self.teacher is None else with_latents(batch, self.teacher)
 
     def terms(self, batch: Batch, draws: Draws, iteration: int) -> Iterator[PartTerms]:
         """Yields the terms of `dgae_terms`, or those of `decoder_terms` if the encoder is frozen."""
         losses, images = self.networks.losses(iteration), batch.need("images")
-        if self.train_encoder:
+        if self.teacher is None:
             yield from coder_terms(dgae_terms(self.module, images, draws, losses, self.times))
             return
         yield from coder_terms(decoder_terms(self.module, images, batch.need("latents"), draws, losses, self.times))
@@ -210,7 +218,7 @@ class DGAETask:
         """Writes the coder, its statistics fitted on images of `stream` unless its encoder is frozen."""
         coder = modules["coder"]
         assert isinstance(coder, DGAE)
-        if self.train_encoder:
+        if self.teacher is None:
             device = next(coder.parameters()).device
             batches = (stream.batch(k * self.batch, self.batch) for k in range(STATISTICS_BATCHES))
             coder.fit_statistics(batch.need("images").to(device) for batch in batches)

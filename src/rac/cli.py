@@ -31,6 +31,7 @@ VERBS = {
     "train": "train a coder: rac train RECIPE --out FOLDER",
     "evaluate": "measure a coder on images under a named protocol",
     "compare": "compare coders: quality, cost, speed, and pictures of where they differ",
+    "smoothness": "measure how evenly decoded images move with the latent, coder against coder",
     "ablate": "train and compare variants of a recipe: rac ablate RECIPE --vary FIELD=A,B --out FOLDER",
     "cost": "list parameters and MACs of recipes, shipped coders and well-known autoencoders",
     "bench": "measure images per second to train, encode and decode, and where the time goes",

@@ -102,10 +102,15 @@ def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_see
     """
     with reproducible():
         latent = teacher.encode(part.images).float()
-    streams = [generator(rng_seed, "correction", name) for name in part.names]
-    noise = torch.stack([torch.randn(latent.shape[1:], generator=stream) for stream in streams]).to(latent.device)
+    noise = latent_noise(latent, part.names, rng_seed)
     for sigma in sigmas:
         yield latent + sigma * noise
+
+
+def latent_noise(latent: Tensor, names: Sequence[str], rng_seed: int) -> Tensor:
+    """Returns normal noise for latents B c h w, that of each image depending on its name and the seed alone."""
+    streams = [generator(rng_seed, "correction", name) for name in names]
+    return torch.stack([torch.randn(latent.shape[1:], generator=stream) for stream in streams]).to(latent.device)
 
 
 def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

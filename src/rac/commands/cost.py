@@ -35,14 +35,14 @@ class Command:
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Coders to count alone: shipped names, directories, names on the hub. None: everything."""
     side: int = 256
-    """Images are squares of this side; a multiple of 16."""
+    """Images are squares of this side; a multiple of 32."""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """Format of the output."""
 
     def run(self) -> int:
         """Print the tables; the exit code. Raises `RacError`."""
-        if self.side < 16 or self.side % 16:
-            raise RacError(f"--side {self.side} must be a multiple of 16, which is the largest factor in the table")
+        if self.side < 32 or self.side % 32:
+            raise RacError(f"--side {self.side} must be a multiple of 32, which is the largest factor in the table")
         with closing(watched(list(self._sections().items()), lambda section: section[0])) as shown:
             sections = {title: rows for title, count in shown if (rows := count())}
         if self.format == "json":

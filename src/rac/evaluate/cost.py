@@ -173,7 +173,7 @@ def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
         note = ""
         if walk is not None and network.way != "encode":
             steps = f"{walk.steps} step{'' if walk.steps == 1 else 's'}"
-            note = f"{shapes[0][1]} state channels; {cost.gmacs * walk.steps:.2f} GMACs at {steps}"
+            note = f"{shapes[0][1]} channels in; {cost.gmacs * walk.steps:.2f} GMACs at {steps}"
         rows.append(CostRow(f"{name} {title}", cost.parameters, cost, note))
     if len(rows) == 1:
         return rows

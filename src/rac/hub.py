@@ -25,12 +25,12 @@ PRODUCTS = ("coder",)
 LOADERS: dict[str, Callable[[Path], Coder]] = {
     FORMAT: RAC.load,
     DROP_IN: RAC.load_drop_in,
-    dgae.FORMAT: dgae.DGAE.load,
-    dgae.DROP_IN: dgae.DGAE.load_drop_in,
     "AutoencoderKL": KLVAE.load,
     "AutoencoderTiny": TinyCoder.load,
     "AutoencoderDC": DeepCompressionCoder.load,
     "TAESD": TAESD.load,
+    dgae.FORMAT: dgae.DGAE.load,
+    dgae.DROP_IN: dgae.DGAE.load_drop_in,
 }
 """The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 

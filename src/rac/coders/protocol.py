@@ -1,7 +1,7 @@
 """The base class of all coders: image <-> latent, each way at once or by a flow.
 
-A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, and `default_steps`
-where it walks a flow. Checks, padding and dtypes live here, once.
+A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, `default_steps` where
+it walks a flow, and `noise_shape` where it decodes from noise. Checks, padding and dtypes live here, once.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ..coders.rac import RAC
 from ..data.files import find_pictures
 from ..evaluate.comparison import short_name
 from ..evaluate.demo_report import INTRODUCTION, STEPS, sections
-from ..evaluate.one_image import Results, means, per_image, reconstructions
+from ..evaluate.one_image import Results, Seeded, means, per_image, reconstructions
 from ..files import make_output, write_bytes
 from ..images import check_size, read_image, write_picture
 from ..progress import watched
@@ -52,7 +52,9 @@ class Command:
             results = {
                 name: [
                     one.without_flows()
-                    for one in reconstructions(coder, photographs[name], STEPS, None, teacher, short_name(self.model))
+                    for one in reconstructions(
+                        coder, photographs[name], STEPS, None, teacher, short_name(self.model), Seeded(name=name)
+                    )
                 ]
                 for name in shown
             }

@@ -247,9 +247,12 @@ class RACTask:
         with runtime.reproducible():
             latents, own_latents = self.teacher.encode(images), coder.encode(images)
             agreement.update(own_latents, latents)
-            by_teacher, one_step = self.teacher.decode(latents), coder.decode(latents, 1)
-            decoded = one_step if steps == 1 else coder.decode(latents)
-            alone = coder.decode(own_latents)
+            places = range(len(images))  # of coders that decode from noise, each image has its own
+            by_teacher = self.teacher.decode(latents, noise=self.teacher.noise_of(latents, places))
+            noise = coder.noise_of(latents, places)
+            one_step = coder.decode(latents, 1, noise=noise)
+            decoded = one_step if steps == 1 else coder.decode(latents, noise=noise)
+            alone = coder.decode(own_latents, noise=noise)
             metrics = {
                 "psnr_teacher": mean_psnr(by_teacher, images),
                 "psnr_1_step": mean_psnr(one_step, images),

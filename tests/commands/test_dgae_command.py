@@ -17,6 +17,7 @@ from tiny import untrained_dgae
 import rac
 from rac.config import to_json
 from rac.evaluate import Preprocessing, Protocol
+from rac.integrations.export import read_description
 from rac.latents import Statistics
 
 Run = Callable[..., Any]
@@ -110,6 +111,23 @@ def test_evaluate_compare_cost_and_bench(run: Run, dgae_dir: Path, photos: Path,
     ran = run("bench", dgae_dir, *options, "--threads", 1, "--format", "csv")
     assert ran.code == 0, ran.err
     assert "decode" in ran.out
+
+
+@pytest.mark.slow
+def test_export_takes_the_steps_of_decoding_and_noise_as_an_input(run: Run, dgae_dir: Path, tmp_path: Path) -> None:
+    common = ("--format", "torch-export", "--out", tmp_path / "coder.pt2", "--size", 32)
+    ran = run("export", dgae_dir, *common, "--steps", 2)
+    assert ran.code == 0, ran.err
+    assert "image -> latent" in ran.out
+    assert "latent, noise -> image" in ran.out
+    said = {part: read_description(tmp_path / f"coder-{part}.pt2") for part in ("encode", "decode")}
+    assert {part: (one["steps"], one["noise"]) for part, one in said.items()} == {
+        "encode": (None, None),
+        "decode": (2, 3),
+    }
+    ran = run("export", dgae_dir, *common, "--part", "encode", "--steps", 2)
+    assert ran.code == 2
+    assert "encodes at once" in ran.err
 
 
 def test_models_and_page_take_it(dgae_dir: Path, images) -> None:  # type: ignore[no-untyped-def]

@@ -216,3 +216,27 @@ def test_a_frozen_encoder_and_its_latents_stay_bit_for_bit(tmp_path, coder: DGAE
     assert all(one.grad is None for one in task.module.encoder.parameters())
     assert all(one.grad is not None for one in task.module.field.parameters())
     assert task.module.spec == coder.spec
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_what_decodes() -> None:
+    """From noise it never met, through several steps: nearer to its image than the best image that is one for all."""
+    images = smooth_images(8, 16, 16)
+    coder = untrained_dgae(decoder=UNetConfig(width=16, multiples=(1, 2), blocks=1, norm_groups=4))
+    optimiser = torch.optim.AdamW(coder.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        loss = dgae_terms(coder, images, Draws.whole(generator, 8))["velocity"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    coder.eval().requires_grad_(False)
+    latent = coder.encode(images)
+    errors = {}
+    for steps in (1, 4, 16):
+        decoded = coder.decode(latent, steps, noise=coder.noise_of(latent, range(8), rng_seed=5))
+        errors[steps] = float((decoded - images).square().mean())
+    one_for_all = float((images.mean(dim=0) - images).square().mean())
+    assert max(errors.values()) < 0.3 * one_for_all, (errors, one_for_all)
+    others = coder.decode(latent.roll(1, dims=0), 4, noise=coder.noise_of(latent, range(8)))
+    assert float((others - images).square().mean()) > one_for_all  # the latent decides the image

@@ -244,12 +244,18 @@ def test_demo(tmp_path: Path, run, coder_dir: Path) -> None:  # type: ignore[no-
     assert len(list((tmp_path / "demo").glob("strip-*.png"))) == 4
 
 
-def test_train_lists_and_explains_recipes(run) -> None:  # type: ignore[no-untyped-def]
+def test_train_lists_recipes(run) -> None:  # type: ignore[no-untyped-def]
     from rac.recipes import RECIPES
 
     listing = run("train").out
+    assert not [name for name in RECIPES if name not in listing]
+
+
+@pytest.mark.slow
+def test_train_explains_recipes(run) -> None:  # type: ignore[no-untyped-def]
+    from rac.recipes import RECIPES
+
     for name, (_, recipe) in RECIPES.items():
-        assert name in listing
         ran = run("train", name, "--help")
         assert ran.code == 0
         for option in ("--out", "--resume", "--train.iterations", "--data.paths"):

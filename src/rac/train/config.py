@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ..config import free_on_resume
 from ..errors import RacError
 from ..runtime import check_threads
 
+Optimizer = Literal["adamw", "muon"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training loop, with AdamW. An iteration is one step of the optimiser.
+    """Settings of the training loop. An iteration is one step of the optimizer.
 
     Raises `RacError` for values out of their range, naming the field.
     """
@@ -24,6 +26,9 @@ class TrainConfig:
     """Images per iteration, over all parts of an accumulated batch."""
     accumulate: int = 1
     """Split each batch into this many parts, to save memory; changes nothing else."""
+    optimizer: Optimizer = "adamw"
+    """Rule by which gradients change weights. "muon": Muon for the weights of linear layers and convolutions, AdamW for
+    the rest, with one learning rate; steadier than AdamW for small batches."""
     lr: float = 3e-4
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -87,6 +92,10 @@ class TrainConfig:
         check_threads(self.threads)
         if self.accumulate > self.batch:
             raise RacError(f"a batch of {self.batch} cannot be split into {self.accumulate} parts; lower accumulate")
+        if self.optimizer not in get_args(Optimizer):
+            raise RacError(f"optimizer {self.optimizer!r} is unknown; expected {', '.join(get_args(Optimizer))}")
+        if self.optimizer == "muon" and self.shard == "fsdp":
+            raise RacError("optimizer muon needs whole matrices, which shard fsdp cuts; use adamw, or shard none")
         for name, fraction in (("ema", self.ema), ("betas", self.betas[0]), ("betas", self.betas[1])):
             if not 0 <= fraction < 1:
                 raise RacError(f"{name} {fraction} must be at least 0 and below 1")

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-from .errors import RacError, out_of_memory
-from .files import home_expanded
+from .errors import RacError, out_of_memory, printable
+from .files import disk_full, home_expanded
 from .notices import spoken
 
 LEAST_COLUMNS = 40
@@ -51,17 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         _escape_what_cannot_be_printed()
         try:
-            return _dispatch(_as_a_shell_would(sys.argv[1:] if arguments is None else arguments))
+            code = _dispatch(_as_a_shell_would(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()  # here, where a full disk can still be named
+            return code
         except KeyboardInterrupt:
             return _fail("stopped", 130)
         except BrokenPipeError:
-            # The reader, such as `head`, has gone; without this Python would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader, such as `head`, has gone.
+            _drop_output()
             return 0
         except RacError as error:
             return _fail(f"error: {error}", 2)
         except OSError as error:
-            return _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
+            where = f": {error.filename}" if error.filename else ""
+            if disk_full(error):
+                _drop_output()
+                return _fail(f"error: the disk is full{where}; free some space, or write to another disk", 2)
+            return _fail(f"error: {error.strerror or error}{where}", 2)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -142,6 +148,11 @@ def _somewhere_to_write() -> Iterator[None]:
         yield
 
 
+def _drop_output() -> None:
+    """Discards what is left to print, since Python would complain once more of an output that fails at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _escape_what_cannot_be_printed() -> None:
     """Prints names that the output's encoding lacks as escapes, so that they do not end a batch with a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -151,7 +162,7 @@ def _escape_what_cannot_be_printed() -> None:
 
 def _fail(line: str, code: int) -> int:
     """Prints a message to stderr as one line, whatever line breaks it has, and returns the exit code."""
-    print(f"rac: {' '.join(line.split())}", file=sys.stderr)
+    print(f"rac: {printable(' '.join(line.split()))}", file=sys.stderr)
     return code
 
 
@@ -162,6 +173,6 @@ def _printing_once() -> Callable[..., None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in printed:
             printed.add(str(message))
-            print(f"rac: warning: {message}", file=sys.stderr)
+            print(f"rac: warning: {printable(str(message))}", file=sys.stderr)
 
     return show

@@ -6,6 +6,8 @@ and exits with 2; library users catch `RacError` (a `ValueError`), or one of its
 
 from __future__ import annotations
 
+from unicodedata import category
+
 
 class RacError(ValueError):
     """An error that the caller can mend: something that was given, or that the machine refused."""
@@ -26,6 +28,17 @@ class ConvergenceWarning(UserWarning):
 def install_extra(extra: str) -> str:
     """Returns the sentence that tells how to install one of the optional extras of pyproject.toml."""
     return f"run pip install '.[{extra}]' in the folder of rac's source code"
+
+
+def printable(text: str) -> str:
+    """Returns `text` with its control characters and line breaks as escapes such as \\n.
+
+    The names of files may contain both; printed as they are, they would break a line or change a terminal's colours.
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if category(letter) in ("Cc", "Zl", "Zp") else letter
+        for letter in text
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -90,6 +90,11 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
         raise RacError(f"{path} cannot be found: no home folder is known here; set HOME, or write it out") from None
 
 
+def disk_full(error: OSError) -> bool:
+    """Returns whether the system refused to write because the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def explained(path: Path, error: type[RacError] = RacError) -> Iterator[None]:
     """Turns the system's refusal to write `path`, within the block, into one `error` that says how to mend it."""
@@ -141,7 +146,7 @@ def _write_and_rename(path: Path, data: bytes) -> None:
 def _reason(path: Path, refusal: OSError) -> str:
     if isinstance(refusal, PermissionError) or refusal.errno == errno.EROFS:
         return f"no permission to write in {path.parent}; choose another folder or change its permissions"
-    if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(refusal):
         return "the disk is full; free some space or choose another folder"
     if isinstance(refusal, FileNotFoundError) and not path.parent.exists():
         return f"the folder {path.parent} does not exist; create it first"

@@ -117,9 +117,9 @@ def test_steps_that_change_nothing_are_said_once(tmp_path: Path, photo: Path, ru
     for name in ("a.png", "b.png"):
         Image.open(photo).save(folder / name)
     ran = run("encode", folder, "--model", teacher, "--steps", 3, "--out", tmp_path / "latents")
-    assert (ran.code, ran.err) == (0, f"rac: {teacher} encodes at once, so --steps changes nothing\n")
+    assert (ran.code, ran.err) == (0, f"rac: {teacher} encodes in one pass, so --steps changes nothing\n")
     ran = run("decode", tmp_path / "latents", "--steps", 3, "--out", tmp_path / "images")
-    assert (ran.code, ran.err) == (0, f"rac: {teacher} decodes at once, so --steps changes nothing\n")
+    assert (ran.code, ran.err) == (0, f"rac: {teacher} decodes in one pass, so --steps changes nothing\n")
 
 
 # ------------------------------------------------------------------------------------------ reconstruct

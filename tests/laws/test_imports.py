@@ -31,7 +31,7 @@ TRAINING = {*BASE, *STATIONS, *PLUMBING, "representations", "report", "coders", 
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "notices": set(),
+    "notices": {"errors"},
     "rgb": {"errors"},
     "config": {"errors"},
     "runtime": {"errors"},

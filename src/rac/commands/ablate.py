@@ -38,7 +38,7 @@ from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
-from .shared import note, show
+from .shared import note, say, show
 from .train import find_recipe
 
 
@@ -215,7 +215,8 @@ def _report(showing: Showing, out: Path) -> None:
     write_bytes(out / "report.html", utf8(html_report(title, introduction(showing), contents)))
     show(summary(showing), title)
     show(training_table(showing))
-    print(f"\nThe report, with pictures: {out / 'report.html'}")
+    say("")
+    say(f"The report, with pictures: {out / 'report.html'}")
 
 
 def _as_json(showing: Showing) -> str:

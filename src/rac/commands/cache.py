@@ -12,7 +12,7 @@ from ..data import DataConfig, ImageStream, Latents
 from ..data.cache import Layout, fresh_stream, plan_of, prepare
 from ..errors import RacError
 from ..runtime import pick_device, set_threads
-from .shared import note
+from .shared import note, say
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Command:
             note(f"{what}; {len(missing)} more are left to the other parts")
             return 0
         kept = f" with {'moments' if self.moments else 'latents'} of {self.teacher}" if self.teacher else ""
-        print(f"{what}: {count:,} crops of {data.size} x {data.size}{kept}; train with --data.paths {self.out}")
+        say(f"{what}: {count:,} crops of {data.size} x {data.size}{kept}; train with --data.paths {self.out}")
         return 0
 
     def _part(self) -> tuple[int, int]:

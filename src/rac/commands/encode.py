@@ -21,7 +21,18 @@ from ..images import check_size, image_files, read_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
 from .outputs import result_names
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_flow, need_trained, note
+from .shared import (
+    DEFAULT_CODER,
+    check_tile,
+    for_each,
+    in_tiles,
+    load_coder,
+    need_flow,
+    need_trained,
+    note,
+    note_passed_over,
+    say,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,10 @@ class Command:
                     f"--exact is for explicit solvers; {self.solver} is undone by its carry, which no file keeps"
                 )
         elif self.steps is not None and coder.walk("encode") is None:
-            note(f"{self.model} encodes at once, so --steps changes nothing")
+            note(f"{self.model} encodes in one pass, so --steps changes nothing")
+        check_tile(coder, self.tile)
+        if self.path.is_dir():
+            note_passed_over(self.path, files)
         names = result_names(files)
         make_folder(self.out)
         inexact: list[str] = []
@@ -82,7 +96,7 @@ class Command:
             encoded, out = self._encode(fitting, image, file, inexact), self.out / f"{names[file]}.safetensors"
             encoded.write(out)
             channels, height, width = encoded.latent.shape[1:]
-            print(f"{out}: {channels} channels of {width} x {height}")
+            say(f"{out}: {channels} channels of {width} x {height}")
 
         code = for_each(files, work, batch=self.path.is_dir())
         if inexact:
@@ -114,5 +128,5 @@ class Command:
         if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
             inexact.append(file.name)
             return None
-        print(f"{file.name}: largest residual {residual:.2g} in {coded.evaluations} evaluations")
+        say(f"{file.name}: largest residual {residual:.2g} in {coded.evaluations} evaluations")
         return coded.latent

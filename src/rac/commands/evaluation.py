@@ -22,7 +22,7 @@ from ..images import write_picture
 from ..progress import ProgressFn, counting
 from ..report.document import Figure, html_report, utf8
 from ..runtime import pick_device
-from .shared import show
+from .shared import say, show
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class EvaluationOptions:
                 if isinstance(content, Figure):
                     write_picture(content.picture, out / f"{content.name}.png")
         write_bytes(out / "report.html", utf8(html_report(title, introduction(material), contents)))
-        print(f"\nThe report, with pictures: {out / 'report.html'}")
+        say("")
+        say(f"The report, with pictures: {out / 'report.html'}")
 
 
 class _Bars:

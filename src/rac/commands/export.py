@@ -31,7 +31,7 @@ from ..integrations.export import (
     part_of,
 )
 from ..report.document import Table
-from .shared import DEFAULT_CODER, load_coder, note, show
+from .shared import DEFAULT_CODER, load_coder, note, say, show
 
 TOLERANCE = 1e-4
 """How far a file may be from PyTorch on the pictures it is checked on, for values up to 1; further for larger ones."""
@@ -81,7 +81,7 @@ class Command:
             path = self._path(part)
             make_folder(path.parent)
             description = export(module, path, self.format, self.model)
-            print(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
+            say(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
             if self.format == "onnx" and find_spec("onnxruntime") is None:
                 note(f"not checked: onnxruntime is not installed; {install_extra('export')}")
                 continue

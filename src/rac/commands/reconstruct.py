@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..errors import RacError
+from ..errors import RacError, printable
 from ..evaluate.comparison import short_name
 from ..evaluate.one_image import Reconstruction, comparison, means, per_image, reconstructions
 from ..files import make_output, write_bytes
@@ -19,7 +19,19 @@ from ..report.document import utf8
 from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
 from .outputs import result_names
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, need_trained, note, show
+from .shared import (
+    DEFAULT_CODER,
+    check_tile,
+    for_each,
+    in_tiles,
+    load_coder,
+    load_teacher,
+    need_trained,
+    note,
+    note_passed_over,
+    say,
+    show,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,10 @@ class Command:
             if teacher is None:
                 need_trained(coder, self.model, "encode")
             note(f"{self.model} was trained to decode only, so latents are those of its teacher {coder.teacher}")
+        for one in filter(None, (coder, teacher)):
+            check_tile(one, self.tile)
+        if self.path.is_dir():
+            note_passed_over(self.path, files)
         names = result_names(files)
         make_output(self.out)
         results: dict[str, list[Reconstruction]] = {}
@@ -82,7 +98,7 @@ class Command:
                 teacher and in_tiles(teacher, self.tile, size),
                 short_name(self.model),
             )
-            title = f"{file.name} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
+            title = f"{printable(file.name)} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
             write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")
             own = [one for one in made if one.from_teacher != encodes]
             best = next((one for one in own if one.decoding is not None), own[-1])
@@ -96,7 +112,7 @@ class Command:
         if results:
             write_bytes(self.out / "results.csv", utf8(per_image(results).to_csv()))
             show(means(results), f"{self.model}, {_images(len(results))}")
-            print(f"Pictures and results.csv are in {self.out}")
+            say(f"Pictures and results.csv are in {self.out}")
         return code
 
 

@@ -11,7 +11,7 @@ from ..files import make_output, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..runtime import generator
-from .shared import note, show
+from .shared import note, say, show
 
 SHOWN = 160
 """Points that are drawn with their way."""
@@ -56,8 +56,9 @@ class Command:
         write_bytes(self.out / "figures.csv", exact_table(metrics).to_csv().encode())
         show(table(metrics), "Distances in the plane, root mean squares over 1,000 points")
         centre = float((point - config.cell * to_latent(point, config.cell)).square().sum(1).mean().sqrt())
-        print(f"\nA cell's centre, which is all that a latent says, is {centre:.3f} away from the point.")
-        print(f"Pictures, film.gif and figures.csv are in {self.out}")
+        say("")
+        say(f"A latent names only a cell, whose centre is {centre:.3f} away from the point.")
+        say(f"Pictures, film.gif and figures.csv are in {self.out}")
         return 0
 
 

@@ -15,7 +15,7 @@ from ..errors import RacError
 from ..recipes import RECIPES, Recipe
 from ..report.document import Table
 from ..train.processes import leave
-from .shared import show
+from .shared import say, show
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     leave()
     if runtime.is_first_process():
         product = chosen.out / recipe.product
-        print(f"The {recipe.product} is in {product}; try: rac reconstruct PICTURE --model {product}")
+        say(f"The {recipe.product} is in {product}; try: rac reconstruct PICTURE --model {product}")
     return 0
 
 

@@ -10,7 +10,7 @@ from ..errors import RacError
 from ..report.document import Table
 from ..representations import WEIGHT_FILES
 from ..representations.weight_files import VARIABLE, WeightFile, convert, located, sha256, weights_folder
-from .shared import note, show
+from .shared import note, say, show
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _convert_all(source: Path, target: Path) -> list[Path]:
             _check_name(path)
         if (written := convert(file, source, target)) is not None:
             made[written] = None
-            print(written)
+            say(str(written))
     return list(made)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from ..errors import printable
 from .document import Table
 
 GAP = "  "
@@ -20,6 +21,7 @@ def table_text(table: Table, width: int) -> str:
     longer than the width makes a longer line; nothing is cut.
     """
     width = max(width, LEAST_WIDTH)
+    table = Table(table.columns, tuple(tuple(map(printable, row)) for row in table.rows))
     widths = [_least(column, cells) for column, cells in _columns(table)]
     room = width - sum(widths) - len(GAP) * (len(widths) - 1)
     if room < 0:

@@ -6,6 +6,7 @@ and exits with 2; library users catch `RacError` (a `ValueError`), or one of its
 
 from __future__ import annotations
 
+import os
 from unicodedata import category
 
 
@@ -28,6 +29,12 @@ class ConvergenceWarning(UserWarning):
 def install_extra(extra: str) -> str:
     """Returns the sentence that tells how to install one of the optional extras of pyproject.toml."""
     return f"run pip install '.[{extra}]' in the folder of rac's source code"
+
+
+def check_path(path: object, error: type[RacError] = RacError) -> None:
+    """Raises `error` unless `path` is a path: a string or an `os.PathLike`, not bytes."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise error(f"expected a path, a string or a pathlib.Path, not {path!r:.80}")
 
 
 def printable(text: str) -> str:

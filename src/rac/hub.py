@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from .coders.klvae import KLVAE
 from .coders.protocol import Coder
 from .coders.rac import DROP_IN, FORMAT, RAC
 from .coders.taesd import TAESD
-from .errors import RacError, WeightsError
+from .errors import RacError, WeightsError, check_path
 from .runtime import plain_defaults
 from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
 
@@ -53,6 +54,11 @@ def load(name_or_dir: str | Path) -> Coder:
     Raises `WeightsError` for an unknown name (naming similar ones), a directory without weights, and weights that do
     not fit.
     """
+    if not isinstance(name_or_dir, (str, os.PathLike)):
+        raise WeightsError(
+            f"expected the name or the directory of a coder, such as 'rac-64', not {name_or_dir!r:.80}; "
+            f"shipped are {', '.join(available())}"
+        )
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if name in available() and not path.exists():
         path = SHIPPED / name
@@ -85,6 +91,7 @@ def save(coder: Coder, directory: str | Path) -> None:
     """
     if not isinstance(coder, Coder):
         raise RacError(f"expected a coder, such as rac.load gives, not {type(coder).__name__}")
+    check_path(directory, WeightsError)
     coder.save(directory)
 
 

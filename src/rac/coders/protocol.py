@@ -19,7 +19,8 @@ from ..errors import RacError
 from ..flow import Euler, Solver, TimeGrid, Trajectory, Walk
 from ..flow.grid import check_steps
 from ..images import crop, pad_to_multiple
-from ..latents import LatentSpec, Statistics, may_read
+from ..latents import LatentSpec, Statistics
+from ..tensors import check_dense, check_device, may_read
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -240,6 +241,7 @@ class Coder(nn.Module, ABC):
         and for noise where there is no posterior.
         """
         channels = self.spec.channels
+        check_dense(moments, "moments")
         if moments.ndim != 4 or moments.shape[1] != (2 if self.has_posterior else 1) * channels:
             raise RacError(f"moments of shape {tuple(moments.shape)} are not this coder's, of {channels} channels")
         if not self.has_posterior:
@@ -255,6 +257,7 @@ class Coder(nn.Module, ABC):
     def _padded(self, image: Tensor) -> Tensor:
         """Returns the image in the coder's dtype, its sides padded to multiples of the factor. Raises `RacError`."""
         check_image(image)
+        check_device(image, self, "the image", "the coder")
         padded, _ = pad_to_multiple(image.to(self.dtype), self.spec.factor)
         side = None if self.spec.side is None else self.spec.side * self.spec.factor
         if side is not None and tuple(padded.shape[-2:]) != (side, side):
@@ -320,6 +323,7 @@ class Coder(nn.Module, ABC):
         Raises `RacError` as `decode`.
         """
         self.spec.check(latent)
+        check_device(latent, self, "the latent", "the coder")
         latent = latent.to(self.dtype)
         walk = self._chosen("decode", None, None, walk)
         if len(latent):
@@ -423,6 +427,7 @@ def check_image(image: Tensor) -> None:
     """
     if not isinstance(image, Tensor):
         raise RacError(f"an image is a tensor B 3 H W, not {type(image).__name__}; rac.read_image gives one")
+    check_dense(image, "an image")
     if image.ndim != 4 or image.shape[1] != 3:
         raise RacError(f"an image has shape B 3 H W, not {tuple(image.shape)}; rac.read_image gives one")
     if 0 in image.shape[-2:]:

@@ -158,6 +158,10 @@ def _walk(root: Path, passed: Counter[str]) -> Iterator[tuple[str, os.stat_resul
                 yield name, status
 
 
+_OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+"""Suffixes of pictures that Pillow does not read by itself: those of phones, and the raw files of cameras."""
+
+
 def _kind(name: str) -> str | None:
     """Returns the word in warnings for a file that may hold a picture but is skipped here; None for other files."""
     pure = PurePosixPath(name)
@@ -166,7 +170,7 @@ def _kind(name: str) -> str | None:
         return None
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", pure.name.lower()):
         return "compressed archive(s)"
-    if suffix not in PICTURE_SUFFIXES and suffix in Image.registered_extensions():
+    if suffix not in PICTURE_SUFFIXES and (suffix in Image.registered_extensions() or suffix in _OTHER_PICTURES):
         return f"{suffix} file(s)"
     return None
 

@@ -40,6 +40,7 @@ from ..fields.tiling import Function, Pieces
 from ..files import write_bytes
 from ..flow.grid import check_steps
 from ..latents import LatentSpec
+from ..tensors import check_device
 
 
 @dataclass
@@ -159,6 +160,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         - `num_inference_steps`: the number of steps; None: the model's own.
         """
         self.spec.check(z)
+        check_device(z, self.coder, "the latent", "the model")
         latent = self.coder.statistics.normalise(z.float())
         image = self._working[0].decode(latent, self._steps(num_inference_steps)).to(z.dtype)
         return DecoderOutput(sample=image) if return_dict else (image,)

@@ -225,7 +225,7 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
         (edit_config(latent_channels=4), r"shape \(8, 3, 3, 3\), the configuration asks for \(8, 4, 3, 3\)"),
         (edit_config(layers_per_block=2), "lacks tensor"),
         (edit_config(block_out_channels="wide"), "cannot build AutoencoderKL"),
-        (edit_config(scaling_factor="large"), "cannot build AutoencoderKL"),
+        (edit_config(scaling_factor="large"), "scaling_factor: expected a number"),
         (edit_config(scaling_factor=float("nan")), "must be finite, not nan"),
         (lambda coder: shutil.rmtree(coder) or coder.mkdir(), "holds no coder; expected config.json"),
     ],

@@ -84,6 +84,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
+        check_steps(num_inference_steps)
         config, numbers = read_rac_config(dict(rac), "the rac of the configuration")
         statistics = numbers or statistics_of(
             {

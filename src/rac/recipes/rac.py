@@ -168,14 +168,19 @@ class RACRecipe:
 MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
 """Largest absolute mean, and least and largest deviation, of latents that are taken for correctly scaled."""
 
+LEAST_CONTRAST = 0.02
+"""Least mean deviation within images for which latents are judged; that of photographs is about 0.3."""
+
 
 @torch.no_grad()
 def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
     """Warns if the teacher's latents of a batch are far from mean 0 and deviation 1, and suggests the scale that fits.
 
     The objective weighs noise, images and latents against each other on that assumption, so the wrong scale trains
-    badly.
+    badly. Nothing is said of images of a single colour, whose latents are unlike those of photographs at any scale.
     """
+    if batch.images is not None and batch.images.std(dim=(2, 3)).mean() < LEAST_CONTRAST:
+        return
     latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
     assert latents is not None
     mean, deviation = float(latents.double().mean()), float(latents.double().std())

@@ -24,7 +24,7 @@ LEAST_COLUMNS = 40
 """Least width that help texts are laid out for."""
 
 VERBS = {
-    "reconstruct": "encode and decode images; write strips, trajectories, PSNR and SSIM",
+    "reconstruct": "encode and decode images; write comparison pictures, PSNR and SSIM",
     "encode": "encode images to latents",
     "decode": "decode latents to images",
     "cache": "prepare crops and a teacher's latents of them, to train on",
@@ -38,7 +38,7 @@ VERBS = {
     "weights": "list the weight files of LPIPS, KID and FID, and convert published ones",
     "models": "list the shipped coders and what they cost",
     "demo": "reconstruct real photographs with the shipped RAC and write an HTML report",
-    "toy": "train a RAC on points of the plane in seconds, and draw both directions",
+    "toy": "train a RAC on points of the plane in seconds, and draw how it decodes and encodes",
     "serve": "open a page in the browser to try coders on pictures (needs the extra `serve`)",
 }
 
@@ -85,7 +85,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        raise RacError(f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"))
+        hint = f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"
+        raise RacError(f"there is no verb {verb!r}; {hint}")
     module = importlib.import_module(f".commands.{verb}", __package__)
     from .runtime import keep_memory
 
@@ -107,15 +108,18 @@ def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         if not value and (equals or not option):
-            what = f"{option} is given nothing" if option else "an argument is empty"
-            raise RacError(f"{what}; is a variable of the shell unset? Give a value, or . for this folder")
+            what = f"{option} has no value" if option else "an argument is empty"
+            raise RacError(f"{what}; is a shell variable unset? Give a value, or . for the current folder")
         expanded.append(option + equals + (str(home_expanded(value)) if value.startswith("~") else value))
     return expanded
 
 
 def _overview() -> int:
     width = max(len(verb) for verb in VERBS)
-    print("usage: rac VERB [options]\n\nRAC, the rectified flow auto coder: images to latents and back, in steps.\n")
+    print(
+        "usage: rac VERB [options]\n\nRAC, the rectified flow auto coder: encodes images to latents and decodes "
+        "latents to images.\n"
+    )
     for verb, summary in VERBS.items():
         print(f"  {verb:<{width}}  {summary}")
     print("\nrac VERB --help lists a verb's options.")

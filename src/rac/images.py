@@ -174,8 +174,8 @@ def check_size(size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> tup
         raise ImageError(f"size {height} x {width} of an image must be at least 1 x 1")
     if height * width > max_pixels:
         raise ImageError(
-            f"size {height} x {width} asks for {height * width:,} pixels, more than the limit of {max_pixels:,}; "
-            f"take a square of at most {math.isqrt(max_pixels):,}"
+            f"size {height} x {width} has {height * width:,} pixels, more than the limit of {max_pixels:,}; choose a "
+            f"square of at most {math.isqrt(max_pixels):,}"
         )
     return height, width
 
@@ -237,7 +237,7 @@ def _opened(source: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: in
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder; give one picture file") from None
     except PermissionError:
-        raise ImageError(f"{name} may not be read; change its permissions") from None
+        raise ImageError(f"{name} cannot be read: no permission; change its permissions") from None
     except UnidentifiedImageError:
         raise ImageError(
             f"{name} is not a picture, or its header is damaged; give a PNG, JPEG, WebP, BMP or TIFF file"
@@ -286,8 +286,8 @@ def from_pixels(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
     given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
     if str(given.dtype) not in ("uint8", "torch.uint8") or given.ndim not in (3, 4) or given.shape[-1] != 3:
         raise ImageError(
-            f"pixels are uint8 of H W 3 or B H W 3, not {given.dtype} of {tuple(given.shape)}; "
-            "a tensor with its channels first comes into shape by .movedim(-3, -1)"
+            f"pixels must be uint8 of shape H W 3 or B H W 3, not {given.dtype} of shape {tuple(given.shape)}; move "
+            "channels from first to last with .movedim(-3, -1)"
         )
     if isinstance(given, Tensor):
         check_dense(given, "the pixels", ImageError)
@@ -306,7 +306,7 @@ def check_image(image: Tensor) -> None:
         raise ImageError(f"an image has shape B 3 H W, not {tuple(image.shape)}; {_MAKE_ONE}")
 
 
-_MAKE_ONE = "rac.read_image reads one, rac.images.from_pixels makes one of uint8 pixels H W 3"
+_MAKE_ONE = "rac.read_image reads one from a file, rac.images.from_pixels converts uint8 pixels H W 3"
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
@@ -318,7 +318,9 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     check_image(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
     single = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
     if single.ndim != 3:
-        raise ImageError(f"one image is 1 3 H W or 3 H W, not {tuple(image.shape)}; write a batch one by one")
+        raise ImageError(
+            f"expected one image, 1 3 H W or 3 H W, not {tuple(image.shape)}; write the images of a batch one by one"
+        )
     if single.is_meta:
         raise ImageError('the image is on the device "meta", where tensors have no values; make it on another device')
     single = single.detach().float().cpu()

@@ -194,13 +194,13 @@ class LatentSpec:
             raise RacError(f"a latent holds floating-point numbers, not {latent.dtype}; give what encode returned")
         if latent.shape[1] != self.channels:
             raise RacError(
-                f"the latent has {latent.shape[1]} channels, this coder's have {self.channels}; "
-                "decode it with the coder (or the teacher) it was encoded with"
+                f"the latent has {latent.shape[1]} channels, but this coder's latents have {self.channels}; decode it "
+                "with the coder that encoded it, or with one trained on its latents"
             )
         sides = tuple(latent.shape[-2:])
         if 0 in sides or (self.side is not None and sides != (self.side, self.side)):
             wanted = "at least 1 x 1" if self.side is None else f"{self.side} x {self.side}"
-            raise RacError(f"the latent is {sides[0]} x {sides[1]}, this coder's are {wanted}")
+            raise RacError(f"the latent is {sides[0]} x {sides[1]}, but this coder's latents are {wanted}")
         if may_read(latent) and not torch.isfinite(latent).all():
             bad = int((~torch.isfinite(latent)).sum())
             raise RacError(f"the latent holds {bad} values that are NaN or infinite; encode the image again")

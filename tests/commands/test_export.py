@@ -127,7 +127,7 @@ def test_nothing_is_left_where_writing_is_refused(coder_dir: Path, run, tmp_path
     out.mkdir()
     ran = run("export", coder_dir, "--format", format, "--part", "decode", "--steps", 1, "--out", out)
     assert ran.code == 2
-    assert "a folder of that name is there" in ran.err
+    assert "there is a folder of that name" in ran.err
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -104,7 +104,7 @@ def test_a_failed_save_leaves_the_old_coder_whole(saved, make_rac, monkeypatch):
 
 def test_saving_where_one_cannot(make_rac, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RacError, match="a file stands where a folder is needed"):
+    with pytest.raises(RacError, match="there is a file where a folder is needed"):
         rac.save(make_rac(), tmp_path / "file")
     with pytest.raises(RacError, match="not str"):
         rac.save("coder", tmp_path / "x")

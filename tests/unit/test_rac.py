@@ -193,7 +193,7 @@ def test_wrong_steps(coder, images, steps):
 @pytest.mark.parametrize(
     ("latent", "said"),
     [
-        (torch.zeros(1, 3, 2, 2), "3 channels, this coder's have 4"),
+        (torch.zeros(1, 3, 2, 2), "3 channels, but this coder's latents have 4"),
         (torch.zeros(4, 2, 2), "4 dimensions"),
         (torch.full((1, 4, 2, 2), math.nan), "16 values that are NaN"),
         (torch.full((1, 4, 1, 1), math.inf), "4 values that are NaN or infinite"),

@@ -253,11 +253,11 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
     encoder.write_bytes(b"text")
     refused(tmp_path, "cut short")
     torch.save({"0.weight": torch.zeros(1)}, encoder)
-    refused(tmp_path, "no TAESD encoder: it lacks tensor '14.weight'")
+    refused(tmp_path, "is not a TAESD encoder: it lacks tensor '14.weight'")
     torch.save([1, 2], encoder)
     refused(tmp_path, "no state dict")
     torch.save({"model": print}, encoder)
-    refused(tmp_path, "no state dict of plain tensors")
+    refused(tmp_path, "not a state dict of plain tensors")
     encoder.write_bytes(whole)
     write_pair(TAESD(TAESDConfig(latent_channels=5, pooled=True, width=8)), tmp_path, "other")
     (tmp_path / "other_decoder.pth").rename(decoder)
@@ -285,7 +285,7 @@ def test_wrong_tensors_are_refused() -> None:
     coder = kl()
     with pytest.raises(RacError, match="3 H W"):
         coder.encode(torch.zeros(1, 1, 16, 16))
-    with pytest.raises(RacError, match="has 4 channels, this coder's have 3"):
+    with pytest.raises(RacError, match="has 4 channels, but this coder's latents have 3"):
         coder.decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(RacError, match="too small"):
         coder.encode(torch.zeros(1, 3, 1, 1))

@@ -31,7 +31,7 @@ WEIGHTS = f"{DIFFUSERS}.safetensors"
 
 
 class Adapter(Coder):
-    """A coder around a foreign network with an `encoder` and a `decoder`, both ways taken at once."""
+    """A coder around a foreign network with an `encoder` and a `decoder`, which each take one pass."""
 
     network: Any
     pixel_range: tuple[float, float] = (-1.0, 1.0)

@@ -1,4 +1,4 @@
-"""The base class of all coders: image <-> latent, each way at once or by a flow.
+"""The base class of all coders: image <-> latent, in each direction in one pass or by a flow.
 
 A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, and `default_steps`
 where it walks a flow. Checks, padding and dtypes live here, once.
@@ -40,9 +40,9 @@ class Coded(NamedTuple):
     latent: Tensor
     """The latent, B c h w."""
     evaluations: int
-    """Network evaluations that encoding took; 1 for a way taken at once."""
+    """Network evaluations that encoding took; 1 for a coder that does so in one pass."""
     flow: Trajectory | None = None
-    """The flow from the image state to the seed state; None for a way taken at once."""
+    """The flow from the image state to the seed state; None for a coder that does so in one pass."""
 
 
 class Decoded(NamedTuple):
@@ -51,9 +51,9 @@ class Decoded(NamedTuple):
     image: Tensor
     """The image, B 3 h*f w*f, about [-1, 1], not clamped."""
     evaluations: int
-    """Network evaluations that decoding took; 1 for a way taken at once."""
+    """Network evaluations that decoding took; 1 for a coder that does so in one pass."""
     flow: Trajectory | None = None
-    """The flow from the seed state to the image state; None for a way taken at once."""
+    """The flow from the seed state to the image state; None for a coder that does so in one pass."""
 
 
 class Network(NamedTuple):
@@ -100,10 +100,12 @@ class Coder(nn.Module, ABC):
         shape, found = tuple(statistics.shift.shape), statistics.hash()
         if shape and shape[0] != spec.channels:
             raise RacError(
-                f"statistics of {shape[0]} channels do not fit {spec.channels} latent channels; give as many"
+                f"statistics of {shape[0]} channels do not fit {spec.channels} latent channels; give {spec.channels}"
             )
         if spec.statistics not in (None, found):
-            raise RacError(f"the statistics have hash {found}, the spec names {spec.statistics}; give its own")
+            raise RacError(
+                f"the statistics have hash {found}, the spec names {spec.statistics}; give both of the same coder"
+            )
         self.statistics = statistics.copy()
         self.spec = LatentSpec(spec.factor, spec.channels, spec.side, found)
 
@@ -122,13 +124,13 @@ class Coder(nn.Module, ABC):
     # ------------------------------------------------------------------------------------- how a way is walked
 
     def default_steps(self, way: Way) -> int | None:
-        """Returns the default number of steps of a way, or None for a way that is taken at once."""
+        """Returns the default number of steps of a way, or None for a way that takes one pass."""
         return None
 
     def walk(
         self, way: Way, steps: int | TimeGrid | None = None, solver: Solver | None = None, shift: float = 1.0
     ) -> Walk | None:
-        """Returns the time grid and solver of a way, or None where it is taken at once.
+        """Returns the time grid and solver of a way, or None where it takes one pass.
 
         - `way`: "encode" or "decode".
         - `steps`: a number of steps, or a rising grid (encoding walks it backwards); None: the coder's own number.
@@ -157,11 +159,11 @@ class Coder(nn.Module, ABC):
         own = self.walk(way, steps, solver)
         if own is None and (walk is not None or steps is not None or solver is not None):
             raise RacError(
-                f"a {type(self).__name__} {way}s at once and has no steps; leave out steps, solver and walk, or load a "
-                "coder with a flow, such as a RAC"
+                f"a {type(self).__name__} {way}s in one pass and has no steps; leave out steps, solver and walk, or "
+                "load a coder with a flow, such as a RAC"
             )
         if walk is not None and walk.backwards != (way == "encode"):
-            raise RacError(f"the walk goes the other way; `coder.walk({way!r})` gives one to {way}")
+            raise RacError(f"the walk goes in the other direction; `coder.walk({way!r})` gives one to {way}")
         return walk or own
 
     # ------------------------------------------------------------------------------------- image -> latent
@@ -202,11 +204,11 @@ class Coder(nn.Module, ABC):
         - `image`: the images, B 3 H W in [-1, 1].
         - `steps`, `solver`, `walk`: as for `encode`.
 
-        Raises `RacError` as `encode`, and for a coder that encodes at once.
+        Raises `RacError` as `encode`, and for a coder that encodes in one pass.
         """
         flow = self.coded(image, self._chosen("encode", steps, solver, walk), keep="nodes").flow
         if flow is None:
-            raise RacError(f"a {type(self).__name__} encodes at once and has no trajectory; load a RAC for one")
+            raise RacError(f"a {type(self).__name__} encodes in one pass and has no trajectory; load a RAC for one")
         return flow
 
     def coded(self, image: Tensor, walk: Walk | None = None, keep: Keep = "end") -> Coded:
@@ -243,10 +245,10 @@ class Coder(nn.Module, ABC):
         channels = self.spec.channels
         check_dense(moments, "moments")
         if moments.ndim != 4 or moments.shape[1] != (2 if self.has_posterior else 1) * channels:
-            raise RacError(f"moments of shape {tuple(moments.shape)} are not this coder's, of {channels} channels")
+            raise RacError(f"moments of shape {tuple(moments.shape)} do not fit this coder of {channels} channels")
         if not self.has_posterior:
             if noise is not None:
-                raise RacError(f"a {type(self).__name__} has no posterior to draw from; leave out the noise")
+                raise RacError(f"a {type(self).__name__} has no posterior to sample from; leave out the noise")
             return self.statistics.normalise(moments)
         mean, log_variance = moments.chunk(2, dim=1)
         if noise is None:
@@ -303,11 +305,11 @@ class Coder(nn.Module, ABC):
         - `latent`: the latents, B c h w.
         - `steps`, `solver`, `walk`, `noise`: as for `decode`.
 
-        Raises `RacError` as `decode`, and for a coder that decodes at once.
+        Raises `RacError` as `decode`, and for a coder that decodes in one pass.
         """
         flow = self.decoded(latent, self._chosen("decode", steps, solver, walk), noise, keep="nodes").flow
         if flow is None:
-            raise RacError(f"a {type(self).__name__} decodes at once and has no trajectory; load a RAC for one")
+            raise RacError(f"a {type(self).__name__} decodes in one pass and has no trajectory; load a RAC for one")
         return flow
 
     def decoded(
@@ -345,7 +347,7 @@ class Coder(nn.Module, ABC):
         if noise is None:  # one for all images, so that an image does not depend on its batch
             noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0), device="cpu")
         if noise.shape[0] not in (1, shape[0]) or noise.shape[1:] != shape[1:]:
-            raise RacError(f"the noise has shape {tuple(noise.shape)}, this latent is decoded from {shape}")
+            raise RacError(f"the noise has shape {tuple(noise.shape)}, this latent needs noise of shape {shape}")
         return noise.to(latent).expand(shape)
 
     # ------------------------------------------------------------------------------------- both
@@ -370,7 +372,7 @@ class Coder(nn.Module, ABC):
         `flow_back` is the flow that `coded` gave, along `walk_back`; retracing it costs as many evaluations again. The
         image has the padded size. Raises `RacError` unless both ways are walked.
         """
-        raise RacError(f"a {type(self).__name__} has no states to go back and forth between; give a RAC")
+        raise RacError(f"a {type(self).__name__} has no flow whose states could make a round trip; give a RAC")
 
     # ------------------------------------------------------------------------------------- the core of a family
 

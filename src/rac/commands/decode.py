@@ -32,12 +32,13 @@ class Command:
     model: str | None = None
     """The coder to decode with. None: the one named in the file."""
     steps: int | None = None
-    """Steps of the flow. None: as many as it was encoded with."""
+    """Number of steps of the flow. None: as many as the image was encoded with."""
     solver: SolverName | None = None
     """Solver of the flow. None: the one used for encoding."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
-    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
+    """Side of the tiles to work in, in pixels, to save memory. The result is the same for coders of plain convolutions,
+    such as rac-64; for others the tiles are blended, which changes it a little. 0: no tiles. None: tiles of 1024 pixels
+    for images of more than 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 

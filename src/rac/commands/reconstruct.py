@@ -36,10 +36,10 @@ from .shared import (
 
 @dataclass(frozen=True)
 class Command:
-    """Reconstruct an image, or each of a folder: encode, decode, compare.
+    """Encode and decode an image, or every image of a folder, and compare the result with the original.
 
     Writes for each image its reconstruction (at the largest number of steps), a strip (original, teacher, the coder at
-    each number of steps) and the states on the way from the seed state to the image; and results.csv for all of them.
+    each number of steps) and the states between seed state and image; and results.csv for all images.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -49,16 +49,17 @@ class Command:
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of steps to compare; encoding takes as many as decoding."""
+    """Numbers of steps to compare; each encodes and decodes in the same number."""
     solver: SolverName = "euler"
     """Solver of the flow."""
     size: int | None = None
-    """Scale and crop images to squares of this side. None: keep their size."""
+    """Scale and crop images to squares of this side, in pixels. None: keep their size."""
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
-    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
+    """Side of the tiles to work in, in pixels, to save memory. The result is the same for coders of plain convolutions,
+    such as rac-64; for others the tiles are blended, which changes it a little. 0: no tiles. None: tiles of 1024 pixels
+    for images of more than 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -77,7 +78,7 @@ class Command:
         if not encodes:
             if teacher is None:
                 need_trained(coder, self.model, "encode")
-            note(f"{self.model} was trained to decode only, so latents are those of its teacher {coder.teacher}")
+            note(f"{self.model} was trained to decode only, so its teacher {coder.teacher} encodes the images")
         for one in filter(None, (coder, teacher)):
             check_tile(one, self.tile)
         if self.path.is_dir():

@@ -65,8 +65,8 @@ def _in_tiles(coder: C, tile: int) -> C:
     pieces = tiled(coder, tile)
     if not exact(pieces):
         note(
-            f"a {type(coder).__name__} looks at the whole image, so its tiles of {tile} pixels are blended and differ "
-            "a little from it; --tile 0 works on the whole, --tile with a larger number differs less"
+            f"a {type(coder).__name__} looks at the whole image, so tiles of {tile} pixels, which are blended, change "
+            "the result a little; a larger --tile changes it less, --tile 0 not at all"
         )
     return pieces
 
@@ -76,8 +76,8 @@ def need_flow(coder: Coder, name: str, *ways: Way) -> None:
     for way in ways:
         if coder.walk(way) is None:
             raise RacError(
-                f"{name} is a {type(coder).__name__}, which {way}s at once and has no flow; give a coder that has one, "
-                f"such as {DEFAULT_CODER}"
+                f"{name} is a {type(coder).__name__}, which {way}s in one pass, without a flow; give a coder with a "
+                f"flow, such as {DEFAULT_CODER}"
             )
 
 
@@ -85,8 +85,8 @@ def need_trained(coder: Coder, name: str, way: Way) -> None:
     """Raises `RacError` unless the coder called `name` was trained for this way."""
     if way not in coder.trained_ways:
         other = " and ".join(sorted(coder.trained_ways))
-        mend = f"; {way} with its teacher {coder.teacher}" if coder.teacher else ""
-        raise RacError(f"{name} was trained to {other} only, and does not {way} to anything of use{mend}")
+        mend = f"{way} with its teacher {coder.teacher}" if coder.teacher else f"choose another coder to {way}"
+        raise RacError(f"{name} was trained to {other} only; {mend}")
 
 
 def load_teacher(coder: Coder, device: str) -> Coder | None:
@@ -96,7 +96,7 @@ def load_teacher(coder: Coder, device: str) -> Coder | None:
     try:
         return load_coder(coder.teacher, device)
     except RacError as error:
-        note(f"going on without the teacher: {error}")
+        note(f"continuing without the teacher: {error}")
         return None
 
 

@@ -53,7 +53,7 @@ def _options(recipe: Recipe) -> Any:
     """A dataclass of the recipe, whose fields keep their own names as options, and of what the run itself needs."""
     own: Any = Annotated[type(recipe), tyro.conf.arg(name="")]
     out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and the coder.")]
-    resume = Annotated[bool, tyro.conf.arg(help="Go on with the run in --out, with the recipe it was begun with.")]
+    resume = Annotated[bool, tyro.conf.arg(help="Continue the run in --out with the recipe that it was started with.")]
     return dataclasses.make_dataclass(
         "Options",
         [

@@ -124,7 +124,7 @@ def _pictures(tar: tarfile.TarFile) -> Iterator[_Member]:
         if member is None:
             return
         if tar.offset <= end:  # a size below zero, by which tarfile goes back, and round for ever
-            raise tarfile.ReadError(f"the member at byte {member.offset:,} ends before it begins")
+            raise tarfile.ReadError(f"the member at byte {member.offset:,} has a negative size")
         end = tar.offset
         if member.isfile() and not member.issparse() and is_picture(member.name):
             # A zero would end the name early where names are kept.

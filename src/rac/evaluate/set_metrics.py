@@ -53,13 +53,16 @@ class Gaussian(NamedTuple):
                 f"moments are a mean D and a covariance D D, not {tuple(mean.shape)} and {tuple(covariance.shape)}"
             )
         if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-            raise RacError("the moments hold NaN or infinite values; the file they are from is damaged")
+            raise RacError("the moments hold NaN or infinite values; the file that they are from is damaged")
         scale = float(covariance.abs().max())
         if float((covariance - covariance.T).abs().max()) > 1e-5 * scale:
-            raise RacError("the covariance is not symmetric, so it is none; the file it is from is damaged")
+            raise RacError("the covariance is not symmetric; the file that it is from is damaged")
         variances, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
         if float(variances[0]) < -1e-4 * scale:
-            raise RacError(f"the covariance has a negative variance, {float(variances[0]):.3g}; it is none")
+            raise RacError(
+                f"the covariance has a negative variance, {float(variances[0]):.3g}; the file that it is from is "
+                "damaged"
+            )
         # Of a singular covariance the smallest variances come out at plus or minus a rounding error.
         return cls(mean, variances.clamp_min(0).sqrt()[:, None] * axes.T)
 
@@ -68,8 +71,8 @@ def require_more_images(count: int, width: int) -> None:
     """Raises `RacError` unless there are more images (`count`) than features (`width`)."""
     if count <= width:
         raise RacError(
-            f"a Frechet distance over {width} features needs more than {width} images, not {count}; "
-            "give more, cut them into tiles, or use the kernel distance, which is fair at any number"
+            f"a Frechet distance over {width} features needs more than {width} images, not {count}; give more, cut "
+            "them into tiles, or use the kernel distance, which suits any number"
         )
 
 

@@ -129,7 +129,7 @@ class MetricSuite:
             return
         if reference.sizes != images.sizes:
             raise RacError(
-                f"{reference.name} and {images.name} have images of other sizes; read both with the protocol's "
+                f"{reference.name} and {images.name} have images of different sizes; read both with the protocol's "
                 "preprocessing"
             )
         if "frechet" in self.metrics:

@@ -153,11 +153,13 @@ class Ablation:
             raise RacError(f"{self.directory} holds no ablation to resume (no {PLAN}); leave out --resume to start one")
         if resume:
             if other := differences(self._compared(self._asked()), self._compared(read_json(path)["asked"])):
-                raise RacError(f"{self.directory} was begun otherwise: {'; '.join(other)}; resume it as it was begun")
+                raise RacError(
+                    f"{self.directory} was started with other settings: {'; '.join(other)}; resume it with those"
+                )
             return
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise RacError(
-                f"{self.directory} is not empty; --resume goes on with what is in it, or choose another --out"
+                f"{self.directory} is not empty; --resume continues the ablation in it, or choose another --out"
             )
         make_output(self.directory)
         self._keep({})

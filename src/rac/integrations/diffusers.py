@@ -318,7 +318,7 @@ tags:
 
 # A rectified flow auto coder (RAC)
 
-One velocity field that decodes latents in correctable steps and, followed backwards, encodes images
+One network, a velocity field, that decodes latents in any number of steps and, run backwards, encodes images
 ([arXiv 2603.05925](https://arxiv.org/abs/2603.05925)). It codes the latents of **{teacher}**, so it can take that
 autoencoder's place in a pipeline.
 
@@ -346,9 +346,9 @@ def _as_diffusers(coder: RAC) -> dict[str, Any]:
     spec, shift, scale = coder.spec, coder.statistics.shift.double(), coder.statistics.scale.double()
     levels = spec.factor.bit_length()
     if spec.factor != 2 ** (levels - 1):
-        raise RacError(f"diffusers' pipelines know factors that are powers of two, not {spec.factor}")
+        raise RacError(f"diffusers' pipelines support only factors that are powers of two, not {spec.factor}")
     if shift.ndim > 1:
-        raise RacError("diffusers' pipelines know statistics for each channel, and this coder's are for each position")
+        raise RacError("diffusers' pipelines support only statistics per channel, and this coder's are per position")
     return {
         "latent_channels": spec.channels,
         # Pipelines read the factor off the length. The numbers: channels of the state, folded to each stride.

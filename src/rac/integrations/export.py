@@ -54,7 +54,7 @@ class Description:
 
     part: Part
     steps: int | None
-    """Number of steps, unrolled in the file; None for a way that is taken at once."""
+    """Number of steps, unrolled in the file; None for a coder that takes one pass."""
     latents: Latents
     """Kind of latents. `raw`: as the teacher's own network makes them. `normalised`: (raw - shift) * scale."""
     factor: int
@@ -121,7 +121,7 @@ def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents
         raise RacError(f"part {part!r} and latents {latents!r} must be encode or decode, and raw or normalised")
     walk = coder.walk(part, steps)
     if walk is None and steps is not None:
-        raise RacError(f"a {type(coder).__name__} {part}s at once; leave out steps, or export a RAC")
+        raise RacError(f"a {type(coder).__name__} {part}s in one pass; leave out steps, or export a RAC")
     spec = coder.spec
     if part == "decode" and coder.noise_shape(torch.empty(1, spec.channels, 1, 1)) is not None:
         raise RacError(

@@ -236,7 +236,7 @@ def _in_gradio_errors(gr: Any, compute: Callable[[], str | None]) -> str | None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        words = "this picture is too much for the machine; take a smaller one, or fewer steps"
+        words = "this picture needs more memory than the machine has; choose a smaller one, or fewer steps"
         raise gr.Error(words, title="Out of memory", print_exception=False) from None
 
 
@@ -326,8 +326,8 @@ def free_port(host: str, port: int) -> int:
         raise RacError(f"port {port} is reserved for the system; choose one above 1023 with --port") from None
     except OSError as error:
         taken = error.errno == 98 or "in use" in str(error)
-        mend = "is in use; choose another with --port, or 0 for any" if taken else f"cannot be had ({error.strerror})"
-        raise RacError(f"port {port} at {host} {mend}") from None
+        reason = "is in use" if taken else f"is not available ({error.strerror})"
+        raise RacError(f"port {port} at {host} {reason}; choose another with --port, or 0 for any") from None
 
 
 # ------------------------------------------------------------------------------------------ answers

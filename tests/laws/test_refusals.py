@@ -60,7 +60,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.json").write_text("{}")
     with pytest.raises(RacError, match="is not empty; --resume"):
         rac_recipe().run(tmp_path / "run")
-    with pytest.raises(RacError, match="was trained otherwise"):
+    with pytest.raises(RacError, match="was trained with other settings"):
         rac_recipe().run(tmp_path / "run", resume=True)
     with pytest.raises(RacError, match="holds no run to resume"):
         rac_recipe().run(tmp_path / "other", resume=True)

@@ -158,7 +158,7 @@ def test_a_run_goes_on_that_was_begun_before_classes_could_be_chosen(
     recipe = json.loads((run / "recipe.json").read_text())
     older = {name: value for name, value in recipe.items() if "classes" not in name}
     (run / "recipe.json").write_text(json.dumps(older))
-    with pytest.raises(RacError, match="trained otherwise: without_classes"):
+    with pytest.raises(RacError, match="trained with other settings: without_classes"):
         fit(
             ToyTask(), ImageStream(config), settings, run, recipe=replace(config, without_classes=("cat",)), resume=True
         )

@@ -177,7 +177,7 @@ def test_unknown_names_are_refused_with_the_near_ones(monkeypatch, tmp_path):
     assert rac.available() == ["klvae-64", "rac-64"]
     with pytest.raises(WeightsError, match="did you mean rac-64"):
         rac.load("rac-46")
-    with pytest.raises(WeightsError, match="shipped are klvae-64, rac-64"):
+    with pytest.raises(WeightsError, match="shipped coders are klvae-64, rac-64"):
         rac.load("zzzzzz")
 
 

@@ -146,7 +146,7 @@ def test_bad_sets_are_refused(folder: Path, tmp_path: Path) -> None:
     for paths, framing, count, words in (
         ([tmp_path / "nowhere"], Preprocessing(), None, "nowhere does not exist"),
         ([empty], Preprocessing(), None, "empty holds no pictures"),
-        ([single], Preprocessing(), None, "single gives 1 image.*at least 2"),
+        ([single], Preprocessing(), None, "single has 1 image.*at least 2"),
         ([folder], Preprocessing(24, "none"), None, "24 x 24 and does not crop"),
         ([folder], Preprocessing(28, "centre"), None, "too small for images of 28 x 28"),
         ([folder], Preprocessing(24, "centre"), 13, "has 12 images, but the protocol asks for 13"),
@@ -199,7 +199,7 @@ def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
     evaluate(one_layer_coder, references, replace(PIXELS, count=5, reference=references.hash), name="it")
     for words, changes in {
         "some has hash": {"reference": "0" * 64},
-        "about 6 images, some gives 5": {"count": 6},
+        "is for 6 images, but some has 5": {"count": 6},
         "needs the teacher's latents": {"latents": "teacher"},
         "teacher's latents": {"metrics": ("explained-variance",)},
         "RAC has no posterior": {"posterior": "sample"},

@@ -265,13 +265,13 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
     decoder.unlink()
     refused(encoder, "tae_decoder.pth does not exist")
     encoder.rename(tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "is no coder")
+    refused(tmp_path / "weights.pt", "is not a coder")
 
 
 @pytest.mark.parametrize("name", ["nowhere/to-be-found", "a/b/c", "no such name"])
 def test_offline_and_unknown_names_are_refused_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=f"{name}.*(check the name|nor shipped)") as error:
+    with pytest.raises(WeightsError, match=f"{name}.*(check the name|or a shipped coder)") as error:
         rac.load(name)
     assert "\n" not in str(error.value)
 

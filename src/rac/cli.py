@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -19,6 +20,7 @@ from typing import Any
 from .errors import RacError, out_of_memory, printable
 from .files import disk_full, home_expanded
 from .notices import spoken
+from .report.terminal import listing
 
 LEAST_COLUMNS = 40
 """Least width that help texts are laid out for."""
@@ -94,9 +96,9 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in ("train", "ablate"):
         return module.run(rest)
 
-    import tyro
+    from .commands.options import read_options
 
-    return tyro.cli(module.Command, prog=f"rac {verb}", args=rest).run()
+    return read_options(module.Command, f"rac {verb}", rest).run()
 
 
 def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
@@ -115,14 +117,13 @@ def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
 
 
 def _overview() -> int:
-    width = max(len(verb) for verb in VERBS)
+    width = shutil.get_terminal_size().columns
+    print("usage: rac VERB [options]\n")
     print(
-        "usage: rac VERB [options]\n\nRAC, the rectified flow auto coder: encodes images to latents and decodes "
-        "latents to images.\n"
+        textwrap.fill("RAC, the rectified flow auto coder: encode images to latents, decode latents to images.", width)
     )
-    for verb, summary in VERBS.items():
-        print(f"  {verb:<{width}}  {summary}")
-    print("\nrac VERB --help lists a verb's options.")
+    print("\n" + listing(VERBS, width))
+    print("rac VERB --help lists a verb's options.")
     return 0
 
 

@@ -38,6 +38,7 @@ from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
+from .options import read_options
 from .shared import note, say, show
 from .train import find_recipe
 
@@ -70,19 +71,16 @@ class Options:
 def run(arguments: Sequence[str]) -> int:
     """`rac ablate` with these arguments; the exit code. Raises `RacError`."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER [--budget 10m] [--resume] [--options]\n")
+        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER")
+        print("                  [--budget 10m] [--resume] [options]\n")
         print("rac train lists the recipes; rac ablate RECIPE --help lists all options.")
         return 0
     name, *options = arguments
     description, recipe = find_recipe(name)
-    chosen = tyro.cli(
-        _both(recipe),
-        prog=f"rac ablate {name}",
-        description="Train variants of a recipe in the same way, and evaluate them in the same way. The "
-        f"recipe: {description}",
-        args=options,
-        config=(tyro.conf.AvoidSubcommands,),
+    purpose = (
+        f"Train variants of a recipe in the same way, and evaluate them in the same way. The recipe: {description}"
     )
+    chosen = read_options(_both(recipe), f"rac ablate {name}", options, purpose)
     return ablate(name, chosen.recipe, chosen.options)
 
 

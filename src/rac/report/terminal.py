@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import printable
 from .document import Table
@@ -11,6 +11,18 @@ from .document import Table
 GAP = "  "
 LEAST_WIDTH = 20
 """Least width that a layout is made for; on a narrower terminal its lines are broken by the terminal."""
+
+
+def listing(texts: Mapping[str, str], width: int) -> str:
+    """Lays out names and their texts in two columns, in lines of at most `width` characters."""
+    longest = max(map(len, texts))
+    indent = " " * (longest + 2 * len(GAP))
+    room = max(width, len(indent) + LEAST_WIDTH)
+    entries = (
+        textwrap.fill(text, room, initial_indent=f"{GAP}{name:<{longest}}{GAP}", subsequent_indent=indent)
+        for name, text in texts.items()
+    )
+    return "\n".join(entries) + "\n"
 
 
 def table_text(table: Table, width: int) -> str:

@@ -56,7 +56,9 @@ class Command:
     """File to write. None: the coder's name and the format's suffix. For both parts, -encode and -decode are added
     before the suffix."""
     format: Format = "onnx"
+    """Format of the file."""
     part: Literal["encode", "decode", "both"] = "both"
+    """Part of the coder to export; both parts make two files."""
     steps: int | None = None
     """Number of steps of the flow. None: the coder's own number."""
     latents: Latents = "normalised"

@@ -32,6 +32,7 @@ class CarriersFieldConfig:
     """
 
     kind: Literal["carriers"] = "carriers"
+    """Kind of field."""
     latent_channels: int = 32
     """Channels of the latents that the states hold."""
     width: int = 64

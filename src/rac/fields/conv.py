@@ -106,6 +106,7 @@ class TinyFieldConfig:
     """
 
     kind: Literal["tiny"] = "tiny"
+    """Kind of field."""
     widths: tuple[int, ...] = (64, 64, 64, 64)
     """Channels at strides f, f/2, ..., `patch`; with `patch` 1 the last stride is the output's resolution."""
     blocks: tuple[int, ...] = (3, 3, 3, 1)
@@ -208,9 +209,11 @@ class LdmFieldConfig:
     """
 
     kind: Literal["ldm"] = "ldm"
+    """Kind of field."""
     widths: tuple[int, ...] = (128, 256, 512, 512)
     """Channels at strides 1, 2, ..., f."""
     layers_per_block: int = 2
+    """Number of residual blocks at each resolution, less one."""
     groups: int = 32
     """Groups of the group normalisation; must divide every width."""
     attention: bool = True

@@ -33,6 +33,7 @@ class LocalFieldConfig:
     """
 
     kind: Literal["local"] = "local"
+    """Kind of field."""
     widths: tuple[int, ...] = (64, 64, 64)
     """Channels on the way up, at strides f, f/2, ..., `patch`."""
     blocks: tuple[int, ...] = (3, 3, 3)

@@ -29,6 +29,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decays of AdamW's two moments."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: unlimited."""
     ema: float = 0.999
@@ -37,6 +38,7 @@ class TrainConfig:
     warmup: int = 0
     """Number of iterations over which the learning rate rises to `lr`."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warmup: constant, or falling along a half cosine."""
     final_lr: float = 0.0
     """Learning rate at the end of the cosine schedule, as a fraction of `lr`."""
     bf16: bool = False

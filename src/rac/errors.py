@@ -1,7 +1,7 @@
 """The errors a user can cause, and how they are worded.
 
-Every message names the value, what was expected, and the mend. The command line prints such an error as one line
-and exits with 2; library users catch `RacError` (a `ValueError`), or one of its kinds.
+Every message names the value, what was expected, and how to correct it. The command line prints such an error as one
+line and exits with 2; library users catch `RacError` (a `ValueError`), or one of its kinds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from unicodedata import category
 
 
 class RacError(ValueError):
-    """An error that the caller can mend: something that was given, or that the machine refused."""
+    """An error that the caller can correct: wrong input, or something that the machine refused."""
 
 
 class ImageError(RacError):

@@ -187,7 +187,7 @@ class Coder(nn.Module, ABC):
 
         Raises `RacError` for a tensor that is not an image (8-bit pixels, another shape, values far outside [-1, 1],
         NaN), an image too small to pad or of another size than the coder's only one, steps below 1, and steps where the
-        coder encodes at once.
+        coder encodes in one pass.
         """
         return self.coded(image, self._chosen("encode", steps, solver, walk)).latent
 
@@ -287,7 +287,7 @@ class Coder(nn.Module, ABC):
           place of B; None: always the same.
 
         Raises `RacError` for a latent that is not a finite floating-point tensor of this coder's shape, for steps below
-        1, for steps where the coder decodes at once, and for noise of another shape or where the coder takes none.
+        1, for steps where the coder decodes in one pass, and for noise of another shape or where the coder takes none.
         """
         return self.decoded(latent, self._chosen("decode", steps, solver, walk), noise).image
 
@@ -356,8 +356,8 @@ class Coder(nn.Module, ABC):
         """Encodes and decodes an image, and crops the result to the image's own size: B 3 H W, not clamped.
 
         `steps` and `solver` apply to each way that is walked. With `FixedPoint(solver)` the image is encoded by that
-        and decoded by the solver that it undoes. Raises `RacError` as `encode`, and for steps where both ways are taken
-        at once.
+        and decoded by the solver that it undoes. Raises `RacError` as `encode`, and for steps where both ways
+        take one pass.
         """
         back = self.walk("encode", steps, solver)
         there = self.walk("decode", steps, solver) if back is None else back.inverse()

@@ -152,7 +152,7 @@ class _Evaluation:
     """Loaded once, by name."""
 
     def candidates(self, training: Training, steps: Sequence[int]) -> list[Candidate]:
-        """The coder of a training at every number of steps."""
+        """Returns the candidates of a training: its coder at every number of steps."""
         name, coder = str(training.coder), self._load(str(training.coder))
         if coder.teacher is not None and coder.teacher not in self._teachers:
             self._teachers[coder.teacher] = self._load(coder.teacher)

@@ -7,10 +7,11 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import docstring_parser
 import tyro
+from docstring_parser import Docstring, DocstringStyle
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ def _options_described_in_one_line() -> Iterator[None]:
     """
     original = docstring_parser.parse_from_object
 
-    def parsed(obj: object, style: docstring_parser.DocstringStyle = docstring_parser.DocstringStyle.AUTO) -> object:
+    def parsed(obj: Any, style: DocstringStyle = DocstringStyle.AUTO) -> Docstring:
         docstring = original(obj, style)
         for option in docstring.params:
             option.description = option.description and " ".join(option.description.split())

@@ -31,7 +31,7 @@ LARGE = 2048 * 2048
 """Pixels of an image above which coders work in tiles where nothing else is asked."""
 
 WIDTH = 240
-"""Width of tables where the output is no terminal: wide enough for all of ours."""
+"""Width of tables where the output is not a terminal: wide enough for all of ours."""
 
 C = TypeVar("C", bound=Coder)
 
@@ -163,7 +163,7 @@ def _reason(error: Exception) -> str:
 
 
 def show(table: Table, title: str = "") -> None:
-    """Print a table to stdout: as records where a terminal is too narrow for it, on wide lines if it is no terminal."""
+    """Print a table to stdout: as records where a terminal is too narrow for it, on wide lines elsewhere."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else WIDTH
     if title:

@@ -227,9 +227,9 @@ class CachedStream:
     """A stream of prepared crops, each once an epoch, with the latents and labels stored with them.
 
     They stay on the disk until they are asked for. Batches hold what `wants` names (None: images, latents if there are
-    any, and labels if every crop has one); without images no pixel is read. Raw moments are finished by the coder of
-    `latents`. Of the held-out images there are the first `held_out`. Raises `RacError` if the folder is no such cache,
-    lacks what is asked for, is unfinished, or damaged.
+    any, and labels if every crop has one); without images no pixel is read. The coder of `latents` makes latents of raw
+    moments. Only the first `held_out` of the held-out images are used. Raises `RacError` if the folder is not such a
+    cache, lacks what is needed, is unfinished, or damaged.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from ..images import is_picture
 from .pictures import Names, folder_class
 
 WORTH_KEEPING = 1_000
-"""Least number of pictures for which an index is kept: fewer are found again at once."""
+"""Least number of pictures for which an index is kept: fewer are found again quickly."""
 
 _FORMAT = 2
 
@@ -56,7 +56,7 @@ class Tar:
         """Finds the pictures of `path`, or reads an index kept earlier; `progress` is called with their number so far.
 
         The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac), where there is such a folder, and made anew when
-        the file was changed or replaced. Raises `RacError` for a file that is no tar file, compressed, cut short, or
+        the file was changed or replaced. Raises `RacError` for a file that is not a tar file, compressed, cut short, or
         damaged between members.
         """
         try:

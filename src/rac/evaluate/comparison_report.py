@@ -448,7 +448,7 @@ def _steps_of(candidate: Candidate) -> str:
 
 
 _QUALITY = (
-    "Means over the images. A step is one evaluation of the network that decodes; GMACs are 10^9 "
+    "Values are means over the images. A step is one evaluation of the network that decodes; GMACs are 10^9 "
     "multiply-accumulates "
     "for one image of {height} x {width}. Parameters are the coder's own: decoding a teacher's latents needs the "
     "teacher's encoder besides. Speeds are of encoding and decoding, were measured in this run, and hold for this "

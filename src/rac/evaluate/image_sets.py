@@ -293,8 +293,8 @@ class FeatureMoments:
         """Reads an .npz file of moments with `mu` D and `sigma` D D.
 
         Such are published with ADM (Dhariwal and Nichol, arXiv 2105.05233) and with pytorch-fid; ADM's `mu_s` and
-        `sigma_s` are those of the spatial features. Raises `RacError` for a file that is missing, is no .npz, lacks
-        them, or holds pickled objects.
+        `sigma_s` are those of the spatial features. Raises `RacError` for a file that is missing, is not an .npz
+        file, lacks them, or holds pickled objects.
         """
         path = Path(path).expanduser()
         try:

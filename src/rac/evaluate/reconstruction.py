@@ -38,14 +38,14 @@ class Reconstructor:
     """The coder whose latents are decoded if the protocol says so."""
 
     def walk(self, way: Way) -> Walk | None:
-        """Returns the time grid and solver of `way`, or None where the coder takes it at once."""
+        """Returns the time grid and solver of `way`, or None where the coder needs one pass."""
         if self.coder.walk(way) is None:
             return None
         return self.coder.walk(way, self.protocol.steps, SOLVERS[self.protocol.solver], self.protocol.shift)
 
     @property
     def steps(self) -> int | None:
-        """Number of steps of each way that is walked; None for a coder that takes both at once."""
+        """Number of steps of each way that is walked; None for a coder without a flow."""
         walk = self.walk("decode") or self.walk("encode")
         return None if walk is None else walk.steps
 

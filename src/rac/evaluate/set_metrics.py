@@ -43,7 +43,7 @@ class Gaussian(NamedTuple):
     def from_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
         """Returns the distribution with mean D and covariance D D, which may be singular; in float64.
 
-        Raises `RacError` for other shapes, values that are not finite, and a matrix that is no covariance: not
+        Raises `RacError` for other shapes, values that are not finite, and a matrix that is not a covariance: not
         symmetric, or with negative variances beyond rounding.
         """
         mean, covariance = mean.detach().cpu().double(), covariance.detach().cpu().double()

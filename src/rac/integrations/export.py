@@ -114,7 +114,7 @@ def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents
     - `steps`: the number of steps; None: the coder's own.
     - `latents`: "raw" or "normalised" latents.
 
-    Raises `RacError` for steps below 1, for steps of a way that is taken at once, and for decoding from noise, which
+    Raises `RacError` for steps below 1, for steps of a coder that takes one pass, and for decoding from noise, which
     would be of one size.
     """
     if latents not in get_args(Latents) or part not in get_args(Part):

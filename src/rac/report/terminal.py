@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import printable
-from .document import Table
+
+if TYPE_CHECKING:  # it imports Pillow, for which the help text of `rac` need not wait
+    from .document import Table
 
 GAP = "  "
 LEAST_WIDTH = 20
@@ -33,7 +37,7 @@ def table_text(table: Table, width: int) -> str:
     longer than the width makes a longer line; nothing is cut.
     """
     width = max(width, LEAST_WIDTH)
-    table = Table(table.columns, tuple(tuple(map(printable, row)) for row in table.rows))
+    table = replace(table, rows=tuple(tuple(map(printable, row)) for row in table.rows))
     widths = [_least(column, cells) for column, cells in _columns(table)]
     room = width - sum(widths) - len(GAP) * (len(widths) - 1)
     if room < 0:

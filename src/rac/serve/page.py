@@ -326,8 +326,10 @@ def free_port(host: str, port: int) -> int:
         raise RacError(f"port {port} is reserved for the system; choose one above 1023 with --port") from None
     except OSError as error:
         taken = error.errno == 98 or "in use" in str(error)
-        reason = "is in use" if taken else f"is not available ({error.strerror})"
-        raise RacError(f"port {port} at {host} {reason}; choose another with --port, or 0 for any") from None
+        reason = "is in use; choose another with --port, or 0 for any"
+        if not taken:
+            reason = f"is not available ({error.strerror}); choose another --host or --port"
+        raise RacError(f"port {port} at {host} {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------ answers

@@ -84,7 +84,7 @@ def test_a_variant_that_fails_does_not_stop_the_others(
     arguments = [*options(coder_dir.parent / "teacher", pictures), "--budget", 1, "--out", tmp_path / "out"]
     ran = run("ablate", *arguments, "--vary", "train.lr=1e-3,1e-4")
     assert ran.code == 1, ran
-    assert "rac: going on without train.lr=1e-3: training diverged at iteration 2" in ran.err
+    assert "rac: continuing without train.lr=1e-3: training diverged at iteration 2" in ran.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [training["failure"] for training in report["trainings"]] == ["training diverged at iteration 2", None]
     assert [row["label"] for row in report["comparison"]["rows"]] == ["train.lr=1e-4, 4 steps"]
@@ -147,7 +147,7 @@ def test_values_are_of_the_fields_type(choice: str, values: list[object]) -> Non
     ("choice", "message"),
     [
         ("spread", "is not a choice of values; write a field and its values"),
-        ("spread=nearest", "is no choice"),
+        ("spread=nearest", "is not a choice"),
         ("spread=nearest,near", "spread cannot be 'near'; expected nearest or centre or shuffle"),
         ("spred=nearest,centre", r"the recipe has no field spred; did you mean spread\?"),
         ("objective.stepnoise=0,1", r"no field objective.stepnoise; did you mean objective.step_noise\?"),

@@ -71,7 +71,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
 def test_what_the_recipe_cannot_be(tmp_path: Path) -> None:
     refused = {
         "size 20 must be a multiple of the teacher's factor 8": rac_recipe(data=DataConfig(size=20)),
-        "start klvae-f8d8 is no RAC": rac_recipe(start="klvae-f8d8"),
+        "start klvae-f8d8 is not a RAC": rac_recipe(start="klvae-f8d8"),
         "at least 24 pixels, not 16": rac_recipe(
             data=DataConfig(size=32, further_sizes=(16,)),
             objective=RACObjective(RACWeights(reconstruction=1.0, adversarial=0.1)),
@@ -198,7 +198,7 @@ def test_a_teacher_of_the_wrong_scale_is_warned_of_with_the_scale_that_fits(
 
 
 def test_pictures_of_a_single_colour_do_not_cast_doubt_on_a_teacher(recwarn: pytest.WarningsRecorder) -> None:
-    colours = torch.tensor([[1.0, -1.0, -1.0]] * 5).view(5, 3, 1, 1).expand(5, 3, 64, 64)
+    colours = torch.tensor([[-1.0, 1.0, -1.0]] * 5).view(5, 3, 1, 1).expand(5, 3, 64, 64)
     teacher = rac.load("klvae-f8d4")
     check_latents(teacher, "klvae-f8d4", Batch(colours))
     assert not recwarn.list

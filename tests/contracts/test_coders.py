@@ -204,7 +204,7 @@ def test_steps_are_refused_where_there_are_none(coder: Coder) -> None:
             for wrong in (0, -1, 1.5):
                 with pytest.raises(RacError, match="at least 1"):
                     code(given, wrong)
-            with pytest.raises(RacError, match="the other way"):
+            with pytest.raises(RacError, match="the other direction"):
                 code(given, walk=coder.walk(way).inverse())
         else:
             walk = Walk(TimeGrid.uniform(2))

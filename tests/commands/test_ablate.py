@@ -106,7 +106,7 @@ def test_what_cannot_be_trained_stops_it_before_anything_is(tmp_path, run, coder
         (("nano",), "nothing is varied; give --vary, such as: --vary spread=nearest,shuffle"),
         (("nano", "--vary", "spread=nearest,shuffle", "--budget", "10 minutes"), "budget '10 minutes' is neither"),
         (("nano", "--vary", "steps=1,4", "--budget", "9", "--equal", "time"), "for equal time give a time"),
-        (("nano", "--vary", "train.iterations=1,2"), "train.iterations is what the budget sets"),
+        (("nano", "--vary", "train.iterations=1,2"), "train.iterations is set by the budget"),
         (("nano", "--vary", "data.held-out=1,2"), "give --test with pictures that no variant trains on"),
         (("nano", "--vary", "steps=1,4", "--protocol", "pixel"), "no protocol 'pixel'; expected one of pixels-64"),
         (("nano", "--vary", "steps=1,4", "--test", "nowhere"), "nowhere does not exist"),

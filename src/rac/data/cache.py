@@ -2,7 +2,7 @@
 
 A folder of prepared crops holds crops.json (their origin), held-out.safetensors, and shards, 00000.safetensors and on,
 each with a stretch of crops and, in its header, a copy of crops.json. A shard is a function of that and of its number,
-whoever makes it and whenever; so work that was broken off goes on, and several processes can share it. Latents are kept
+whoever makes it and whenever; so interrupted work can continue, and several processes can share it. Latents are kept
 finished, or as raw moments of the posterior, from which they are finished when read.
 """
 

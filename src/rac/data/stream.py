@@ -1,6 +1,6 @@
 """Training images, with the labels of their classes, as an endless numbered stream of crops.
 
-Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on after an interruption needs no state.
+Crop n is a pure function of (rng_seed, n), so batch k is one of k: continuing after an interruption needs no state.
 """
 
 from __future__ import annotations

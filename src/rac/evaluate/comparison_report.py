@@ -299,7 +299,10 @@ def _judged_panel(image: Tensor, name: str, made: Tensor) -> Panel:
 
 
 def _error_words(full: float) -> str:
-    return f"Error maps: root mean square over the channels; brightest from {full:g} on, where black to white is 2."
+    return (
+        "Error maps show the root mean square of the difference over the channels; the brightest colour stands for "
+        f"{full:g} or more, where black and white differ by 2."
+    )
 
 
 # ------------------------------------------------------------------------------------------- latents
@@ -450,9 +453,9 @@ def _steps_of(candidate: Candidate) -> str:
 _QUALITY = (
     "Values are means over the images. A step is one evaluation of the network that decodes; GMACs are 10^9 "
     "multiply-accumulates "
-    "for one image of {height} x {width}. Parameters are the coder's own: decoding a teacher's latents needs the "
-    "teacher's encoder besides. Speeds are of encoding and decoding, were measured in this run, and hold for this "
-    "machine only. PSNR of the state round trip is that of encoding and decoding without a latent in between: it "
+    "for one image of {height} x {width}. Parameters are those of the coder alone; decoding a teacher's latents "
+    "also needs the teacher's encoder. Speeds are of encoding and decoding, were measured in this run, and hold for "
+    "this machine only. PSNR of the state round trip is that of encoding and decoding without a latent in between: it "
     "measures how exactly the flow is inverted, not how good the coder is."
 )
 _STEPS_CAPTION = "Encoding takes as many steps as decoding. Horizontal lines are coders without a flow."

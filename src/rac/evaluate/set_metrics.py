@@ -84,7 +84,7 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
     singular.
     """
     if one.mean.shape != other.mean.shape:
-        raise RacError(f"distances need equal features, not {len(one.mean)} and {len(other.mean)} of them")
+        raise RacError(f"distances need features of one kind, not {len(one.mean)} and {len(other.mean)} features")
     means = (one.mean - other.mean).square().sum()
     traces = one.root.square().sum() + other.root.square().sum()
     shared = torch.linalg.svdvals(one.root @ other.root.T).sum()
@@ -152,7 +152,9 @@ def _checked(*features: Tensor) -> list[Tensor]:
         if each.ndim != 2 or len(each) < 2:
             raise RacError(f"features of a set are N D with N at least 2, not of shape {tuple(each.shape)}")
         if each.shape[1] != features[0].shape[1]:
-            raise RacError(f"distances need equal features, not {features[0].shape[1]} and {each.shape[1]} of them")
+            raise RacError(
+                f"distances need features of one kind, not {features[0].shape[1]} and {each.shape[1]} features"
+            )
         if not torch.isfinite(each).all():
             raise RacError("the features hold NaN or infinite values; the images or the weights are damaged")
     return [each.detach().cpu().double() for each in features]

@@ -116,8 +116,8 @@ class MetricSuite:
             require_more_images(len(images), self.extractor.spatial_width)
         if "score" in self.metrics and not self.extractor.has_logits:
             raise RacError(
-                f"features {self.extractor.label} name no classes, so there is no Inception Score; "
-                "choose inception-2048 or efficientnet-lite0"
+                f"features {self.extractor.label} have no classes, so there is no Inception Score; choose "
+                "inception-2048 or efficientnet-lite0"
             )
 
         if reference is not None:

@@ -111,7 +111,7 @@ class Ablation:
         if not self.choices:
             raise RacError("nothing is varied; give --vary, such as: --vary spread=nearest,shuffle")
         if "train.iterations" in {axis.name for axis in self._axes}:
-            raise RacError("train.iterations is what the budget sets; vary another field")
+            raise RacError("train.iterations is set by the budget; vary another field")
         if Budget.read(self.budget).seconds is None and self.equal == "time":
             raise RacError(f"budget {self.budget} is a number of iterations; for equal time give a time, such as 10m")
 

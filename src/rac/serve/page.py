@@ -320,7 +320,7 @@ def free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except socket.gaierror:
         raise RacError(
-            f"host {host!r} is not known; 127.0.0.1 serves this machine alone, 0.0.0.0 all that reach it"
+            f"host {host!r} is not known; 127.0.0.1 serves this machine only, 0.0.0.0 every machine that can reach it"
         ) from None
     except PermissionError:
         raise RacError(f"port {port} is reserved for the system; choose one above 1023 with --port") from None

@@ -68,7 +68,7 @@ class TrainConfig:
     """Longest wait for a batch or for another process, in minutes. After that the run ends with an error."""
     on_divergence: Literal["stop", "skip"] = field(default="stop", metadata=free_on_resume())
     """Reaction to a loss or gradient that is not finite. "stop" ends the run and keeps the batch for inspection; "skip"
-    goes on without that batch.
+    continues without that batch.
     """
     gallery_every: int = field(default=500, metadata=free_on_resume())
     """Iterations between galleries of held-out images, with curves of the losses."""

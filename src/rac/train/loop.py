@@ -68,7 +68,7 @@ def fit(
 
     Where `torchrun` or `accelerate launch` started several processes, all of them call this, with equal arguments: each
     reads its own rows of every batch, and the first writes (`rac.train.processes`). `directory` must be on a disk that
-    all of them see. A run goes on on any number of processes.
+    all of them see. A run can continue on any number of processes.
 
     Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back, and
     SIGHUP, which a closed terminal sends, do the same and raise `SystemExit` with the code 0. A second one raises at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from .coders.klvae import KLVAE
 from .coders.protocol import Coder
 from .coders.rac import DROP_IN, FORMAT, RAC
 from .coders.taesd import TAESD
-from .errors import RacError, WeightsError
+from .errors import RacError, WeightsError, check_path
 from .runtime import plain_defaults
 from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
 
@@ -53,6 +54,10 @@ def load(name_or_dir: str | Path) -> Coder:
     Raises `WeightsError` for an unknown name (naming similar ones), a directory without weights, and weights that do
     not fit.
     """
+    if not isinstance(name_or_dir, (str, os.PathLike)):
+        raise WeightsError(
+            f"expected the name or the directory of a coder, such as 'rac-64', not {name_or_dir!r:.80}; {_shipped()}"
+        )
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if name in available() and not path.exists():
         path = SHIPPED / name
@@ -60,15 +65,20 @@ def load(name_or_dir: str | Path) -> Coder:
         path = download(name)
     if not path.exists():
         near = difflib.get_close_matches(name, available(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(available()) or 'none'}"
+        hint = f"did you mean {' or '.join(near)}?" if near else _shipped()
         raise WeightsError(
-            f"no coder {name!r}: neither a directory, nor a hub name (organisation/name), nor shipped; {hint}"
+            f"there is no coder {name!r}: it is not a directory, a hub name (organisation/name) or a shipped coder; "
+            f"{hint}"
         )
     path = product(path)
     if (path / "model_index.json").is_file() and (path / "vae").is_dir():
         path = path / "vae"
     with plain_defaults():
         return _loader(path)(path).eval().requires_grad_(False)
+
+
+def _shipped() -> str:
+    return f"the shipped coders are {', '.join(available()) or 'none'}"
 
 
 def product(path: Path) -> Path:
@@ -85,6 +95,7 @@ def save(coder: Coder, directory: str | Path) -> None:
     """
     if not isinstance(coder, Coder):
         raise RacError(f"expected a coder, such as rac.load gives, not {type(coder).__name__}")
+    check_path(directory, WeightsError)
     coder.save(directory)
 
 
@@ -120,5 +131,6 @@ def download(name: str) -> Path:
     except Exception as error:  # the network fails in many ways, all with the same mend
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
-            f"{name} is no directory here, and the hub did not give it ({reason}); check the name and the connection"
+            f"{name} is not a directory, and cannot be downloaded from the hub ({reason}); check the name and the "
+            "connection"
         ) from error

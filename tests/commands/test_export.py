@@ -127,7 +127,7 @@ def test_nothing_is_left_where_writing_is_refused(coder_dir: Path, run, tmp_path
     out.mkdir()
     ran = run("export", coder_dir, "--format", format, "--part", "decode", "--steps", 1, "--out", out)
     assert ran.code == 2
-    assert "a folder of that name is there" in ran.err
+    assert "there is a folder of that name" in ran.err
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -169,7 +169,7 @@ def test_a_missing_extra_names_the_command(coder_dir: Path, run, monkeypatch) ->
 
 
 def test_what_cannot_be_exported_says_why(make_rac) -> None:
-    with pytest.raises(RacError, match="codes at once"):
+    with pytest.raises(RacError, match="codes in one pass"):
         part_of(CODERS["KL-VAE"](make_rac), "decode", steps=4)
     with pytest.raises(RacError, match="decodes from noise"):
         part_of(make_rac(seed_noise=0.1), "decode")

@@ -174,7 +174,7 @@ def test_another_ablation_is_refused(recipe: RACRecipe, whole: Path, change: dic
 def test_another_recipe_is_refused_and_a_directory_in_use(tmp_path: Path, recipe: RACRecipe, whole: Path) -> None:
     options = Options(whole, VARY, budget="3", resume=True)
     other = replace(recipe, train=replace(recipe.train, lr=0.1, checkpoint_minutes=1.0))
-    with pytest.raises(RacError, match=r"begun otherwise: recipe\.train\.lr 0\.1, was 0\.0003; resume"):
+    with pytest.raises(RacError, match=r"started with other settings: recipe\.train\.lr 0\.1, was 0\.0003; resume"):
         ablate("tiny", other, options)
     with pytest.raises(RacError, match="is not empty; --resume"):
         ablate("tiny", recipe, replace(options, resume=False))

@@ -432,7 +432,7 @@ def test_a_klvae_starts_where_another_ended(images, tmp_path: Path) -> None:
     assert equal(bits(module), bits(start))
     with pytest.raises(RacError, match=r"another network: latent_channels 5, was 3"):
         replace(recipe, network=replace(SMALL, latent_channels=5)).run(tmp_path / "other")
-    with pytest.raises(RacError, match="is no KL-VAE"):
+    with pytest.raises(RacError, match="is not a KL-VAE"):
         replace(recipe, start="rac-f8d8").run(tmp_path / "other")
     with pytest.raises(RacError, match="no encoder to keep"):
         replace(recipe, start=None, train_encoder=False).run(tmp_path / "other")

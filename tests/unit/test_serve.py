@@ -147,7 +147,7 @@ def test_ports() -> None:
     assert free_port("127.0.0.1", 0) > 0
     with pytest.raises(RacError, match="65535"):
         free_port("127.0.0.1", 70_000)
-    with pytest.raises(RacError, match="cannot be had"):
+    with pytest.raises(RacError, match="is not available"):
         free_port("192.0.2.1", 0)
 
 

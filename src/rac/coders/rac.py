@@ -29,7 +29,7 @@ from ..storage import (
     read_weights,
     write_directory,
 )
-from .adapter import statistics_of
+from .adapter import check_keys, statistics_of
 from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
 FORMAT = "rac"
@@ -46,6 +46,12 @@ STATISTICS = "statistics."
 
 DROP_IN = "AutoencoderRAC"
 """Value of `_class_name` in the config.json of a RAC saved by diffusers (`rac.integrations.diffusers`)."""
+
+DROP_IN_KEYS = (
+    *("rac", "num_inference_steps", "in_channels", "out_channels", "latent_channels", "block_out_channels"),
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"),
+)
+"""Keys of that config.json, apart from those that begin with an underscore."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,8 @@ class RAC(Coder):
         directory = Path(directory)
         data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
         tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
-        with as_weights_error():
+        with as_weights_error(str(directory / CONFIG)):
+            check_keys(data, DROP_IN_KEYS)
             statistics = statistics_of(data)
         config = data.get("rac")
         if isinstance(config, dict):
@@ -239,7 +246,7 @@ class RAC(Coder):
         cls, config: Any, tensors: Mapping[str, Tensor], statistics: Statistics | None, said_by: str, source: str
     ) -> RAC:
         """Returns a frozen RAC from the JSON of its configuration and its weights; errors name the files of both."""
-        with as_weights_error():
+        with as_weights_error(said_by):
             settings, numbers = read_rac_config(config, said_by)
             coder = cls(settings, numbers or statistics)
         fit_tensors(coder, tensors, source)

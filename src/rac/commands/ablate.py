@@ -38,13 +38,14 @@ from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
-from .shared import note, show
+from .options import read_options
+from .shared import note, say, show
 from .train import find_recipe
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the ablation itself needs, beside the recipe's own options."""
+    """Options of the ablation itself, beside those of the recipe."""
 
     out: Path
     """Folder of the ablation: the runs of all variants, the report, and report.json."""
@@ -52,41 +53,41 @@ class Options:
     """A field of the recipe and its values, such as spread=nearest,shuffle or objective.step-noise=0,0.05; colons join
     the parts of a tuple: objective.steps=1:1,4:4. Given several times, every combination is a variant."""
     budget: str = "500"
-    """Training of each variant: so many iterations of the unchanged recipe, or a time such as 90s, 10m or 1.5h. A time
-    is turned into a number of images once, by measured speeds, and stays so on --resume."""
+    """Length of each variant's training: a number of iterations of the unchanged recipe, or a time such as 90s, 10m or
+    1.5h. A time is converted once to a number of images, by measured speeds; --resume keeps that number."""
     equal: Equal = "images"
-    """What each variant gets the same of. images: a time is then what variants take on average; the report names
-    what each took. time: the faster variants see more images."""
+    """Quantity that is the same for all variants. images: each variant sees the same number of images; a --budget in
+    time is then their average time, and the report tells the time of each. time: each variant trains for the same time,
+    so faster ones see more images."""
     protocol: str = "pixels-64"
-    """Protocol under which all are judged, see `rac evaluate`."""
+    """Protocol by which all variants are evaluated; rac evaluate --help lists the protocols."""
     test: tuple[Path, ...] = ()
-    """Pictures to judge by, framed as the protocol says. None: the recipe's held-out images, as they are."""
+    """Pictures to evaluate on, cropped and scaled as the protocol says. None: the recipe's held-out images,
+    unchanged."""
     resume: bool = False
-    """Go on with the ablation in --out."""
+    """Continue the ablation in --out."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """`rac ablate` with these arguments; the exit code. Raises `RacError`."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER [--budget 10m] [--resume] [--options]\n")
-        print("rac train lists the recipes, rac ablate RECIPE --help all options.")
+        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER")
+        print("                  [--budget 10m] [--resume] [options]\n")
+        print("rac train lists the recipes; rac ablate RECIPE --help lists all options.")
         return 0
     name, *options = arguments
     description, recipe = find_recipe(name)
-    chosen = tyro.cli(
-        _both(recipe),
-        prog=f"rac ablate {name}",
-        description=f"Train variants of a recipe alike, and judge them alike. The recipe: {description}",
-        args=options,
-        config=(tyro.conf.AvoidSubcommands,),
+    purpose = (
+        f"Train variants of a recipe in the same way, and evaluate them in the same way. The recipe: {description}"
     )
+    chosen = read_options(_both(recipe), f"rac ablate {name}", options, purpose)
     return ablate(name, chosen.recipe, chosen.options)
 
 
 def ablate(name: str, recipe: Recipe, options: Options) -> int:
     """Train, judge, report; the exit code: 1 if some of the variants could not be trained. Raises `RacError`."""
     if processes() > 1:
-        raise RacError("rac ablate works on one process; start it without torchrun or accelerate launch")
+        raise RacError("rac ablate runs in one process; start it without torchrun or accelerate launch")
     vary = tuple(_dotted(choice) for choice in options.vary)
     ablation = Ablation(recipe, vary, options.budget, options.out, options.equal)
     # Before hours of training, all that can be wrong with what comes after.
@@ -135,7 +136,7 @@ def _train(ablation: Ablation, trainings: Sequence[Training]) -> dict[str, str]:
             if len(failures) == len(trainings) - 1:
                 raise
             failures[training.label] = str(error)
-            note(f"going on without {training.label}: {error}")
+            note(f"continuing without {training.label}: {error}")
     return failures
 
 
@@ -151,7 +152,7 @@ class _Evaluation:
     """Loaded once, by name."""
 
     def candidates(self, training: Training, steps: Sequence[int]) -> list[Candidate]:
-        """The coder of a training at every number of steps."""
+        """Returns the candidates of a training: its coder at every number of steps."""
         name, coder = str(training.coder), self._load(str(training.coder))
         if coder.teacher is not None and coder.teacher not in self._teachers:
             self._teachers[coder.teacher] = self._load(coder.teacher)
@@ -189,7 +190,10 @@ def _evaluation(ablation: Ablation, options: Options) -> _Evaluation:
                 options.test, protocol.preprocessing, protocol.count, progress=lambda done: progress(done, None)
             )
     elif ablation.varies("data.paths", "data.held_out"):
-        raise RacError("variants of other data hold out other pictures; give --test, pictures that none trains on")
+        raise RacError(
+            "variants that differ in their data hold out different pictures; give --test with pictures that no "
+            "variant trains on"
+        )
     else:
         held_out = held_out_images(recipe.data)
         images = ImageSet.of(held_out, "the held-out set")
@@ -215,7 +219,8 @@ def _report(showing: Showing, out: Path) -> None:
     write_bytes(out / "report.html", utf8(html_report(title, introduction(showing), contents)))
     show(summary(showing), title)
     show(training_table(showing))
-    print(f"\nThe report, with pictures: {out / 'report.html'}")
+    say("")
+    say(f"The report, with pictures: {out / 'report.html'}")
 
 
 def _as_json(showing: Showing) -> str:

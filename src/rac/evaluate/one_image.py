@@ -119,9 +119,9 @@ class Reconstructed:
     versions: tuple[Reconstruction, ...]
     """The teacher's reconstruction, if there is one, then the coder's."""
     encoding: Trajectory | None
-    """The coder's flow from the image to the seed state; None for a coder that encodes at once."""
+    """The coder's flow from the image to the seed state; None for a coder that encodes in one pass."""
     decoding: Trajectory | None
-    """The coder's flow from the seed state to the image; None for a coder that decodes at once."""
+    """The coder's flow from the seed state to the image; None for a coder that decodes in one pass."""
 
 
 def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:

@@ -40,6 +40,7 @@ from ..fields.tiling import Function, Pieces
 from ..files import write_bytes
 from ..flow.grid import check_steps
 from ..latents import LatentSpec
+from ..tensors import check_device
 
 
 @dataclass
@@ -83,6 +84,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
+        check_steps(num_inference_steps)
         config, numbers = read_rac_config(dict(rac), "the rac of the configuration")
         statistics = numbers or statistics_of(
             {
@@ -159,6 +161,7 @@ class AutoencoderRAC(ModelMixin, ConfigMixin):
         - `num_inference_steps`: the number of steps; None: the model's own.
         """
         self.spec.check(z)
+        check_device(z, self.coder, "the latent", "the model")
         latent = self.coder.statistics.normalise(z.float())
         image = self._working[0].decode(latent, self._steps(num_inference_steps)).to(z.dtype)
         return DecoderOutput(sample=image) if return_dict else (image,)
@@ -315,7 +318,7 @@ tags:
 
 # A rectified flow auto coder (RAC)
 
-One velocity field that decodes latents in correctable steps and, followed backwards, encodes images
+One network, a velocity field, that decodes latents in any number of steps and, run backwards, encodes images
 ([arXiv 2603.05925](https://arxiv.org/abs/2603.05925)). It codes the latents of **{teacher}**, so it can take that
 autoencoder's place in a pipeline.
 
@@ -343,9 +346,9 @@ def _as_diffusers(coder: RAC) -> dict[str, Any]:
     spec, shift, scale = coder.spec, coder.statistics.shift.double(), coder.statistics.scale.double()
     levels = spec.factor.bit_length()
     if spec.factor != 2 ** (levels - 1):
-        raise RacError(f"diffusers' pipelines know factors that are powers of two, not {spec.factor}")
+        raise RacError(f"diffusers' pipelines support only factors that are powers of two, not {spec.factor}")
     if shift.ndim > 1:
-        raise RacError("diffusers' pipelines know statistics for each channel, and this coder's are for each position")
+        raise RacError("diffusers' pipelines support only statistics per channel, and this coder's are per position")
     return {
         "latent_channels": spec.channels,
         # Pipelines read the factor off the length. The numbers: channels of the state, folded to each stride.

@@ -54,7 +54,7 @@ class Description:
 
     part: Part
     steps: int | None
-    """Number of steps, unrolled in the file; None for a way that is taken at once."""
+    """Number of steps, unrolled in the file; None for a coder that takes one pass."""
     latents: Latents
     """Kind of latents. `raw`: as the teacher's own network makes them. `normalised`: (raw - shift) * scale."""
     factor: int
@@ -114,14 +114,14 @@ def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents
     - `steps`: the number of steps; None: the coder's own.
     - `latents`: "raw" or "normalised" latents.
 
-    Raises `RacError` for steps below 1, for steps of a way that is taken at once, and for decoding from noise, which
+    Raises `RacError` for steps below 1, for steps of a coder that takes one pass, and for decoding from noise, which
     would be of one size.
     """
     if latents not in get_args(Latents) or part not in get_args(Part):
         raise RacError(f"part {part!r} and latents {latents!r} must be encode or decode, and raw or normalised")
     walk = coder.walk(part, steps)
     if walk is None and steps is not None:
-        raise RacError(f"a {type(coder).__name__} {part}s at once; leave out steps, or export a RAC")
+        raise RacError(f"a {type(coder).__name__} {part}s in one pass; leave out steps, or export a RAC")
     spec = coder.spec
     if part == "decode" and coder.noise_shape(torch.empty(1, spec.channels, 1, 1)) is not None:
         raise RacError(

@@ -47,12 +47,12 @@ class KLVAERecipe:
 
     network: KLVAEConfig = field(default_factory=KLVAEConfig)
     start: str | None = None
-    """A KL-VAE to start from (same network), instead of random weights: a shipped name, a directory or a hub name."""
+    """A KL-VAE of the same network to start from, instead of random weights: a shipped name, a directory or a hub
+    name."""
     train_encoder: bool = True
-    """Train the encoder too. Without it only the decoder is trained, and the latents of `start` stay as they are, bit
-    for bit: whatever was trained on them fits the new coder too. The decoder then learns to decode the posterior's
-    mean, which is what `encode` gives, without noise.
-    """
+    """Train the encoder too. Otherwise only the decoder is trained, and the latents of `start` do not change, so models
+    trained on them can use the new decoder. It learns to decode the posterior's mean without noise, which is what
+    `encode` returns."""
     weights: KLVAEWeights = field(default_factory=KLVAEWeights)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -117,7 +117,7 @@ class KLVAERecipe:
             return coder
         start = hub.load(self.start)
         if not isinstance(start, KLVAE):
-            raise RacError(f"start {self.start} is no KL-VAE; give one that an earlier stage trained")
+            raise RacError(f"start {self.start} is not a KL-VAE; give one that an earlier stage trained")
         ours, theirs = (shape_of(one) for one in (coder, start))
         if ours != theirs:
             raise RacError(f"start {self.start} has another network: {'; '.join(differences(ours, theirs))}")

@@ -56,20 +56,21 @@ class RACRecipe:
     """The teacher: a shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
     field: FieldConfig = dataclasses.field(default_factory=TinyFieldConfig)
     state_channels: int = 4
-    """Channels C of the states B C H W, the image's three among them."""
+    """Number of channels C of the states B C H W, including the three of the image."""
     spread: Spread = "shuffle"
-    """Layout of a latent in the seed state, one of those of `rac.states.StateSpec`."""
+    """Layout of a latent in the seed state: one of those that `rac.states.StateSpec` describes."""
     contraction: Literal["inverse", "projector"] = "inverse"
-    """Way from a seed state to a latent: the spread's own inverse, or a learned projector."""
+    """How a seed state becomes a latent: by the inverse of the spread, or by a learned projector."""
     steps: int = 4
     """Default number of steps of the finished coder."""
     seed_noise: float = 0.0
-    """Standard deviation of Gaussian noise in the sites of the seed state that the latent leaves free."""
+    """Standard deviation of Gaussian noise in the parts of the seed state that the latent does not fill."""
     start: str | None = None
-    """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
+    """A RAC of the same field and states to start from, instead of random weights: a second stage of training."""
     start_from_teacher: bool = False
-    """Start from the weights of the teacher, as far as the field has layers of that kind: TAESD-family teachers, spread
-    `beside`; `carriers` fields take both halves, `local` ones the decoder's."""
+    """Start from the weights of the teacher where the field has the same layers. Needs a teacher of the TAESD family
+    and spread `beside`; `carriers` fields take the weights of its encoder and decoder, `local` ones those of its
+    decoder."""
     objective: RACObjective = dataclasses.field(default_factory=RACObjective)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -96,7 +97,7 @@ class RACRecipe:
         )
         name = self.teacher if coder is None else coder.teacher
         if name is None:
-            raise RacError("the coder names no teacher, by whose latents it could be trained")
+            raise RacError("the coder names no teacher, so it cannot be trained on one's latents")
         teacher = hub.load(name)
         for size in self.data.sizes:
             if size % teacher.spec.factor:
@@ -159,7 +160,7 @@ class RACRecipe:
             return coder
         start = hub.load(self.start)
         if not isinstance(start, RAC):
-            raise RacError(f"start {self.start} is no RAC; give one that an earlier stage trained")
+            raise RacError(f"start {self.start} is not a RAC; give one that an earlier stage trained")
         if replace(start.config, teacher=config.teacher, steps=config.steps) != config:
             raise RacError(f"start {self.start} has another field, other states or other latents; give the ones it has")
         return start.requires_grad_(True)
@@ -168,14 +169,19 @@ class RACRecipe:
 MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
 """Largest absolute mean, and least and largest deviation, of latents that are taken for correctly scaled."""
 
+LEAST_CONTRAST = 0.02
+"""Least mean deviation within images for which latents are judged; that of photographs is about 0.3."""
+
 
 @torch.no_grad()
 def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
     """Warns if the teacher's latents of a batch are far from mean 0 and deviation 1, and suggests the scale that fits.
 
     The objective weighs noise, images and latents against each other on that assumption, so the wrong scale trains
-    badly.
+    badly. Nothing is said of images of a single colour, whose latents are unlike those of photographs at any scale.
     """
+    if batch.images is not None and batch.images.std(dim=(2, 3)).mean() < LEAST_CONTRAST:
+        return
     latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
     assert latents is not None
     mean, deviation = float(latents.double().mean()), float(latents.double().std())
@@ -348,7 +354,7 @@ def rac_64_rollout() -> RACRecipe:
 
 
 def rac_64_sizes() -> RACRecipe:
-    """Third stage of the small coder: against tints, patterns, blur; 64, 128, 224 pixels. The second as --start."""
+    """Third stage of the small coder: fewer tints, less blur; 64, 128 and 224 pixels. Give the second as --start."""
     second = rac_64_rollout()
     weights = replace(second.objective.weights, perceptual=0.4, coarse=30.0, pattern=100.0, detail=5.0)
     return replace(
@@ -360,7 +366,7 @@ def rac_64_sizes() -> RACRecipe:
 
 
 def rac_taef2() -> RACRecipe:
-    """A coder of TAEF2's latents, begun as its decoder; give the .pth file as --teacher; an hour on one core."""
+    """A coder of TAEF2's latents that starts as its decoder; give the .pth file as --teacher; an hour on one core."""
     return RACRecipe(
         teacher="taef2_decoder.pth",
         start_from_teacher=True,
@@ -404,7 +410,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage of the TAEF2 coder: against tints, blur; 128 to 256 pixels; 15 minutes. Give --teacher, --start."""
+    """Third stage of the TAEF2 coder: fewer tints, less blur; 128 to 256 pixels. Give --teacher and --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(
@@ -416,7 +422,7 @@ def rac_taef2_detail() -> RACRecipe:
 
 
 def rac_256() -> RACRecipe:
-    """First stage of the coder of TAEF2's latents both ways, begun as TAEF2; ten minutes on one core."""
+    """First stage of rac-256, a coder of TAEF2's latents that starts as TAEF2; ten minutes on one core."""
     return RACRecipe(
         teacher="taef2",
         start_from_teacher=True,

@@ -11,6 +11,8 @@ from html import escape
 
 from PIL import Image
 
+from ..errors import printable
+
 
 def utf8(text: str) -> bytes:
     """Encodes text for a file, with escapes such as \\udcff for the bytes of file names that are not Unicode."""
@@ -33,7 +35,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """Returns a Markdown table, padded so that it reads well as plain text too."""
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         lines = [

@@ -31,9 +31,9 @@ class DivergedError(RacError):
         found = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         times = f", for the {in_a_row}th time in a row" if in_a_row else ""
         super().__init__(
-            f"training diverged at iteration {iteration}{times}: {found}; earlier checkpoints are sound: resume from "
-            "them with on_divergence skip if the batch is at fault, or start anew with a lower lr, a longer warmup, "
-            "a lower clip, or without bf16"
+            f"training diverged at iteration {iteration}{times}: {found}; earlier checkpoints are intact: resume with "
+            "on_divergence skip if the batch is the cause, or start again with a lower lr, a longer warmup, a lower "
+            "clip, or without bf16"
         )
         self.iteration = iteration
         self.values = values

@@ -216,15 +216,15 @@ def test_labels_choose_their_part_of_the_mixture():
 
 
 def test_guidance_moves_samples_away_from_the_other_parts():
-    labels = torch.zeros(300, dtype=torch.int64)
-    plain = integrate(labelled(labels), start(300), TimeGrid.uniform(30)).end.flatten(1)
-    guided = integrate(Guided(labelled(labels), mixture, 2.0), start(300), TimeGrid.uniform(30)).end.flatten(1)
+    labels = torch.zeros(150, dtype=torch.int64)
+    plain = integrate(labelled(labels), start(150), TimeGrid.uniform(30)).end.flatten(1)
+    guided = integrate(Guided(labelled(labels), mixture, 2.0), start(150), TimeGrid.uniform(30)).end.flatten(1)
     away = CENTRES[0] - CENTRES[1:].mean(0)
     along = (guided - plain) @ (away / away.norm())
     assert along.mean() > 0.1
     # Where the data are sure of their class already, little is left to push.
     late = Guided(labelled(labels), mixture, 2.0, interval=(0.7, 1.0))
-    moved = integrate(late, start(300), TimeGrid.uniform(30)).end.flatten(1) - plain
+    moved = integrate(late, start(150), TimeGrid.uniform(30)).end.flatten(1) - plain
     assert moved.norm(dim=1).mean() < 0.5 * (guided - plain).norm(dim=1).mean()
 
 

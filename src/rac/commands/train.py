@@ -17,6 +17,9 @@ from ..report.document import Table
 from ..train.processes import leave
 from .shared import show
 
+NEXT = {"coder": "rac reconstruct PICTURE --model {}", "generator": "rac generate {}"}
+"""The command to try next, by what was trained."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """`rac train` with these arguments; the exit code. Raises `RacError` for an unknown recipe and from the run."""
@@ -36,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     leave()
     if runtime.is_first_process():
         product = chosen.out / recipe.product
-        print(f"The {recipe.product} is in {product}; try: rac reconstruct PICTURE --model {product}")
+        print(f"The {recipe.product} is in {product}; try: {NEXT[recipe.product].format(product)}")
     return 0
 
 
@@ -52,7 +55,7 @@ def find_recipe(name: str) -> tuple[str, Recipe]:
 def _options(recipe: Recipe) -> Any:
     """A dataclass of the recipe, whose fields keep their own names as options, and of what the run itself needs."""
     own: Any = Annotated[type(recipe), tyro.conf.arg(name="")]
-    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and the coder.")]
+    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and what is trained.")]
     resume = Annotated[bool, tyro.conf.arg(help="Go on with the run in --out, with the recipe it was begun with.")]
     return dataclasses.make_dataclass(
         "Options",

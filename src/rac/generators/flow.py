@@ -77,6 +77,11 @@ class FlowGenerator(LatentGenerator):
         twin.kind, twin.sampling, twin.field = twin.config.kind(), self.sampling, self.field
         return twin.train(self.training)
 
+    @property
+    def multiple(self) -> int:
+        """The number that the sides of latents must be multiples of: the side of a patch."""
+        return self.config.field.patch
+
     def velocity_field(self, labels: Tensor | None, count: int) -> Field:
         """Returns the velocity field (state, time) -> velocity for the labels of `count` samples; None: no label."""
         if labels is None:

@@ -149,19 +149,43 @@ class LatentGenerator(nn.Module, ABC):
         height, width = size or (self.kind.side, self.kind.side)
         if not rng_seeds:
             raise RacError("no seeds are given; give one for each sample")
+        if labels is not None and len(labels) != len(rng_seeds):
+            raise RacError(f"{len(labels)} labels do not fit {len(rng_seeds)} seeds; give one for each sample")
+        self.check_request(labels, sampling, weaker, (height, width))
+        noise = SampleNoise(rng_seeds)
+        start = noise.draw((self.kind.spec.channels, height, width)).to(self.device, self.dtype)
+        given = None if labels is None else torch.tensor(list(labels), dtype=torch.int64, device=self.device)
+        return self._sample(start, given, sampling, noise, weaker, keep_states)
+
+    def check_request(
+        self,
+        labels: Sequence[int] | None,
+        sampling: Sampling,
+        weaker: LatentGenerator | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Raises `RacError` for what `sample` would refuse, before any work; the arguments are those of `sample`."""
+        height, width = size or (self.kind.side, self.kind.side)
         if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE):
             raise RacError(f"latents of {height} x {width} cannot be generated; give sides of 1 to {MOST_SIDE}")
-        self._check_labels(labels, len(rng_seeds))
+        if height % self.multiple or width % self.multiple:
+            raise RacError(f"latents of {height} x {width} have sides that are no multiples of {self.multiple}")
+        if labels is not None and not self.classes:
+            raise RacError("this generator knows no classes; leave the labels out")
+        for label in labels or ():
+            if not 0 <= label < len(self.classes):
+                raise RacError(f"label {label} is none of 0 to {len(self.classes) - 1}")
         if sampling.guides and weaker is None and labels is None:
             raise RacError(
                 "guidance without labels has nothing to go away from; give labels, a weaker generator, or guidance 1"
             )
         if weaker is not None and (differ := weaker.kind.differences(self.kind)):
             raise RacError(f"the weaker generator is of another kind: {'; '.join(differ)}; give one of the same")
-        noise = SampleNoise(rng_seeds)
-        start = noise.draw((self.kind.spec.channels, height, width)).to(self.device, self.dtype)
-        given = None if labels is None else torch.tensor(list(labels), dtype=torch.int64, device=self.device)
-        return self._sample(start, given, sampling, noise, weaker, keep_states)
+
+    @property
+    @abstractmethod
+    def multiple(self) -> int:
+        """The number that the sides of latents must be multiples of."""
 
     @abstractmethod
     def _sample(
@@ -178,17 +202,6 @@ class LatentGenerator(nn.Module, ABC):
     @abstractmethod
     def velocity_field(self, labels: Tensor | None, count: int) -> Any:
         """Returns the velocity field (state, time) -> velocity for the labels of `count` samples; None: no label."""
-
-    def _check_labels(self, labels: Sequence[int] | None, count: int) -> None:
-        if labels is None:
-            return
-        if not self.classes:
-            raise RacError("this generator knows no classes; leave the labels out")
-        if len(labels) != count:
-            raise RacError(f"{len(labels)} labels do not fit {count} seeds; give one for each sample")
-        for label in labels:
-            if not 0 <= label < len(self.classes):
-                raise RacError(f"label {label} is none of 0 to {len(self.classes) - 1}")
 
     @abstractmethod
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rac.draws import Draws
 from rac.errors import RacError
+from rac.fields import SiTFieldConfig
 from rac.flow import Euler, EulerMaruyama, Guided, Heun, TimeGrid, integrate, sde_grid
 from rac.flow.stochastic import diffusion_at, score
+from rac.generators.flow import FlowGenerator, FlowGeneratorConfig
 from rac.generators.sampling import SampleNoise, Sampling, sample_seeds
+from rac.latents import LatentSpec
+from rac.objectives.flow import FlowObjective, flow_sample, velocity_error
 
 DATA_VARIANCE = 0.25
 
@@ -270,3 +275,35 @@ def test_numbers_belong_to_a_sample_and_not_to_its_batch():
     assert torch.equal(alone.draw((3, 4, 4)), first[3:4])
     assert torch.equal(alone(torch.zeros(1, 2, 2, dtype=torch.float64)), second[3:4])
     assert len({*seeds, *sample_seeds(8, range(5))}) == 10
+
+
+@pytest.mark.slow
+def test_a_trained_generator_finds_the_classes_of_a_mixture():
+    torch.manual_seed(0)
+    field = SiTFieldConfig(depth=2, width=64, heads=2, patch=1, classes=3)
+    generator = FlowGenerator(FlowGeneratorConfig(LatentSpec(1, 2), 1, field, ("right", "left", "up")))
+    optimizer = torch.optim.AdamW(generator.parameters(), 3e-3, weight_decay=0.0)
+    objective, rng = FlowObjective(label_dropout=0.2), torch.Generator().manual_seed(0)
+    iterations = 600
+    for iteration in range(iterations):
+        labels = torch.randint(3, (256,), generator=rng)
+        latents = CENTRES[labels].float() + SPREAD * torch.randn(256, 2, generator=rng)
+        sample = flow_sample(latents.view(-1, 2, 1, 1), labels, 3, objective, Draws.whole(rng, 256))
+        loss = velocity_error(generator.field(sample.state, sample.time, condition=sample.labels), sample)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - iteration / iterations)
+        optimizer.step()
+    generator.eval().requires_grad_(False)
+    seeds, labels = sample_seeds(0, range(300)), [k % 3 for k in range(300)]
+    plain = generator.sample(seeds, labels, Sampling(steps=50)).latent.flatten(1)
+    assert (torch.cdist(plain, CENTRES.float()).argmin(1) == torch.tensor(labels)).float().mean() > 0.98
+    for label, centre in enumerate(CENTRES.float()):
+        own = plain[label::3]
+        assert (own.mean(0) - centre).abs().max() < 0.15
+        assert own.std(0).mean().item() == pytest.approx(SPREAD, abs=0.1)
+    # Without labels all parts are met; guidance moves away from what they have in common.
+    bare = torch.cdist(generator.sample(seeds, None, Sampling(steps=50)).latent.flatten(1), CENTRES.float()).argmin(1)
+    assert bare.bincount(minlength=3).min() > 60
+    guided = generator.sample(seeds, labels, Sampling(steps=50, guidance=2.5)).latent.flatten(1)
+    assert guided.norm(dim=1).mean() > plain.norm(dim=1).mean() + 0.05

@@ -49,7 +49,7 @@ class TimeEmbedding(nn.Sequential):
 
     def forward(self, time: Tensor) -> Tensor:
         """Returns the embedding, in the type of the weights."""
-        return super().forward(waves(time).to(self[0].weight.dtype))
+        return super().forward(waves(time).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Embedding):
@@ -124,7 +124,7 @@ class Modulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(condition, count * width))
         self.count = count
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Returns the modulations, in their order."""
         made = super().forward(condition)
         return (made if made.ndim == 3 else made[:, None]).chunk(self.count, dim=-1)
@@ -267,10 +267,8 @@ def initialise(network: nn.Module) -> None:
         elif isinstance(module, LabelEmbedding):
             nn.init.normal_(module.weight, std=0.02)
     for module in network.modules():
-        if isinstance(module, TimeEmbedding):
-            nn.init.normal_(module[0].weight, std=0.02)
-            nn.init.normal_(module[2].weight, std=0.02)
-        elif isinstance(module, Modulation):
-            nn.init.zeros_(module[1].weight)
-        elif isinstance(module, Head):
-            nn.init.zeros_(module.out.weight)
+        for part in module.children():
+            if isinstance(module, TimeEmbedding) and isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=0.02)
+            elif isinstance(module, (Modulation, Head)) and isinstance(part, nn.Linear):
+                nn.init.zeros_(part.weight)

@@ -18,6 +18,7 @@ from rac.draws import Draws
 from rac.errors import RacError
 from rac.recipes import RECIPES, SiTRecipe
 from rac.train import log
+from rac.train.step import TrainState, train_step
 
 
 @pytest.fixture
@@ -133,3 +134,17 @@ def test_numbers_of_classes_become_words() -> None:
     assert in_words(("n01440764", "zebra")) == ("tench", "zebra")
     assert in_words(("n01440764", "tench")) == ("n01440764", "tench")
     assert len({*IMAGENETTE.values()}) == 10
+
+
+def test_a_batch_in_parts_trains_like_a_whole_one(recipe: SiTRecipe) -> None:
+    batch = Batch(latents=torch.randn(6, 4, 4, 4), labels=torch.arange(6) % 2)
+    found = []
+    for accumulate in (1, 3):
+        settings = replace(recipe.train, batch=6, accumulate=accumulate, bf16=False)
+        task = recipe.task()
+        state = TrainState.start(task, settings, torch.device("cpu"))
+        values = [train_step(task, state, batch, settings) for _ in range(2)]
+        found.append((values[-1]["velocity"], state.finished()["generator"].state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][name], rtol=1e-4, atol=1e-6)

@@ -156,13 +156,10 @@ class Command:
             raise RacError(
                 f"channels {sampling.channels} to guide are more than the latents have, {generator.kind.spec.channels}"
             )
+        self._check_use(sampling)
         weaker = None if self.weaker is None else hub.load_generator(self.weaker)
         size = self._size(generator)
         generator.check_request([one for one in labels if one is not None] or None, sampling, weaker, size)
-        if weaker is not None and not sampling.guides:
-            raise RacError(
-                f"guidance {sampling.guidance} asks for no guidance, so --weaker has no use; give --guidance"
-            )
         name = self.coder or generator.kind.coder
         if name is None:
             raise RacError(f"{self.model} names no coder of its latents; give --coder")
@@ -176,6 +173,17 @@ class Command:
         source = Source(generator, coder, sampling, self.rng_seed, weaker, size, self.bf16)
         wanted = [Wanted(number, self._label(labels, number)) for number in range(self.count)]
         return _Job(source, wanted, walks, self.out, self._record(source, labels, name), self.latents)
+
+    def _check_use(self, sampling: Sampling) -> None:
+        """Raises `RacError` for options that would change nothing."""
+        for needs, there, names in (
+            ("guidance", sampling.guides, ("weaker", "interval", "channels")),
+            ("method sde", sampling.method == "sde", ("diffusion", "last_step", "last")),
+        ):
+            for name in names:
+                if getattr(self, name) is not None and not there:
+                    option = name.replace("_", "-")
+                    raise RacError(f"--{option} has no use without --{needs}; leave it out, or give both")
 
     def _labels(self, generator: LatentGenerator) -> list[int] | list[None]:
         """Returns the labels that take turns; one None if there are no classes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,11 +72,10 @@ class FlowGenerator(LatentGenerator):
 
     def renamed(self, classes: tuple[str, ...]) -> FlowGenerator:
         """Returns a generator of the same weights whose classes have these names."""
-        twin = FlowGenerator.__new__(FlowGenerator)
-        nn.Module.__init__(twin)
+        twin = copy.copy(self)
         twin.config = replace(self.config, classes=classes)
-        twin.kind, twin.sampling, twin.field = twin.config.kind(), self.sampling, self.field
-        return twin.train(self.training)
+        twin.kind = twin.config.kind()
+        return twin
 
     @property
     def multiple(self) -> int:

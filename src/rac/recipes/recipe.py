@@ -124,13 +124,13 @@ def run_recipe(
     crops: Path | None = None,
     look: Callable[[Task, Stream], None] | None = None,
     wants: Collection[Want] = IMAGES,
-    posterior: Literal["mean", "sample"] = "mean",
+    sample_posterior: bool = False,
 ) -> Fitted:
     """Implements `Recipe.run` for every recipe.
 
     - `recipe`, `directory`, `resume`, `crops`: as for `Recipe.run`.
     - `look`: called with the task and the stream when a new run begins, on the first process.
-    - `wants`, `posterior`: as for `open_for`.
+    - `wants`, `sample_posterior`: as for `open_for`.
     """
     settings = recipe.train
     processes = Processes.join(settings.device, 60 * settings.patience_minutes)
@@ -139,7 +139,7 @@ def run_recipe(
     task = recipe.task()
     cache = crops or directory.parent / f"{directory.name}.crops"
     with processes.in_turn():
-        stream = open_for(recipe, task, cache, wants, posterior)
+        stream = open_for(recipe, task, cache, wants, sample_posterior)
         if look is not None and processes.first and not resume:
             look(task, stream)
     return fit(task, stream, settings, directory, recipe=recipe, resume=resume, product=recipe.product)
@@ -150,7 +150,7 @@ def open_for(
     task: Task,
     cache: Path | None = None,
     wants: Collection[Want] = IMAGES,
-    posterior: Literal["mean", "sample"] = "mean",
+    sample_posterior: bool = False,
 ) -> Stream:
     """Opens what a recipe trains on.
 
@@ -158,10 +158,13 @@ def open_for(
     - `task`: has that coder, if any.
     - `cache`: the folder in which prepared crops are kept.
     - `wants`: what every batch must hold; latents come, where they are prepared, for every task with a coder.
-    - `posterior`: how latents are taken from the coder's posterior.
+    - `sample_posterior`: draw latents from the coder's posterior, if it has one, instead of taking its mean.
     """
     device, settings, encoder = runtime.pick_device(recipe.train.device), recipe.train, task.encoder
-    latents = None if encoder is None else Latents(encoder.to(device), recipe.latents_of, device, posterior)
+    latents = None
+    if encoder is not None:
+        posterior: Literal["mean", "sample"] = "sample" if sample_posterior and encoder.has_posterior else "mean"
+        latents = Latents(encoder.to(device), recipe.latents_of, device, posterior)
     return open_stream(recipe.data, settings.rng_seed, wants=wants, batch=settings.batch, cache=cache, latents=latents)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -154,10 +154,15 @@ class SiTRecipe:
             check_latents(task.encoder, self.coder, stream.batch(0, self.train.batch))
 
         self._check_classes()
-        posterior: Literal["mean", "sample"] = "mean"
-        if self.sample_posterior and hub.load(self.coder).has_posterior:
-            posterior = "sample"
-        return run_recipe(self, directory, resume=resume, crops=crops, look=look, wants=self.wants, posterior=posterior)
+        return run_recipe(
+            self,
+            directory,
+            resume=resume,
+            crops=crops,
+            look=look,
+            wants=self.wants,
+            sample_posterior=self.sample_posterior,
+        )
 
     def _check_classes(self) -> None:
         """Raises `RacError` unless the pictures have as many classes as the field. Looks before crops are prepared."""

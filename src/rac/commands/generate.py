@@ -109,17 +109,17 @@ class Command:
         runtime.set_threads(self.threads)
         job = self._job()
         mine = job.wanted[part[0] :: part[1]]
-        missing = self._enter(job, mine)
-        done = len(mine) - len(missing)
+        missing, made = self._enter(job, mine), 0
         with counting(f"generating {len(missing):,} images") as progress:
             try:
                 for samples in job.source.samples(missing, self.batch, job.walks):
                     job.write(samples)
-                    done += len(samples.wanted)
-                    progress(done - len(mine) + len(missing), len(missing))
-                    if done == len(mine):
+                    made += len(samples.wanted)
+                    progress(made, len(missing))
+                    if made == len(missing):
                         job.finish(samples.evaluations)
             except KeyboardInterrupt:
+                done = len(mine) - len(missing) + made
                 note(f"stopped after {done:,} of {len(mine):,} images; the same command with --resume goes on")
                 raise
         grid = job.draw() if part[0] == 0 else None

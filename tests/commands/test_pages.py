@@ -35,6 +35,7 @@ QUICK = {
     "bench": "--batch 2 --seconds 0 --precision fp32 --data photos --threads 1",
     "compare": "--robustness 0 --count 2 --steps 1 2",
     "export": "--size 32",
+    "generate": "--count 2 --steps 2",
 }
 """What makes a verb quick without changing what it does."""
 
@@ -62,13 +63,17 @@ def ids(page: Path) -> str:
 
 @pytest.fixture
 def workplace(tmp_path: Path, images, monkeypatch: pytest.MonkeyPatch) -> Path:  # type: ignore[no-untyped-def]
-    """A folder with photo.png, photos/ and others/, as the pages suppose."""
+    """A folder with photo.png, photos/, others/, and pets/ of two classes, as the pages suppose."""
     monkeypatch.chdir(tmp_path)
     rac.write_image(images(1, 150, 140), tmp_path / "photo.png")
     for folder, first in (("photos", 0), ("others", 6)):
         (tmp_path / folder).mkdir()
         for k in range(first, first + 6):
             rac.write_image(images(1, 72, 80, k), tmp_path / folder / f"{k}.png")
+    for k in range(8):
+        path = tmp_path / "pets" / ("cat", "dog")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rac.write_image(images(1, 72, 80, k), path)
     return tmp_path
 
 

@@ -88,6 +88,10 @@ def ablate(name: str, recipe: Recipe, options: Options) -> int:
     """Train, judge, report; the exit code: 1 if some of the variants could not be trained. Raises `RacError`."""
     if processes() > 1:
         raise RacError("rac ablate runs in one process; start it without torchrun or accelerate launch")
+    if recipe.product != hub.PRODUCTS[0]:
+        raise RacError(
+            f"rac ablate judges reconstructions, and {name} trains a {recipe.product}; give a coder's recipe"
+        )
     vary = tuple(_dotted(choice) for choice in options.vary)
     ablation = Ablation(recipe, vary, options.budget, options.out, options.equal)
     # Before hours of training, all that can be wrong with what comes after.

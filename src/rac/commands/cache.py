@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from ..data import DataConfig, ImageStream, Latents
 from ..data.cache import Layout, fresh_stream, plan_of, prepare
 from ..errors import RacError
 from ..runtime import pick_device, set_threads
-from .shared import note, say
+from .shared import note, part_of, say
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Command:
             raise RacError("give --crops with the number of random crops, at least 1, or --whole")
         if self.workers < 0:
             raise RacError(f"workers {self.workers} must be 0 (none) or more")
-        part, layout = self._part(), Layout(self.whole, self.pixels, self.moments, self.dtype, self.shard_size)
+        part, layout = part_of(self.part), Layout(self.whole, self.pixels, self.moments, self.dtype, self.shard_size)
         set_threads(self.threads)
         device = pick_device(self.device)
         teacher = None if self.teacher is None else hub.load(self.teacher).to(device)
@@ -81,9 +80,3 @@ class Command:
         kept = f" with {'moments' if self.moments else 'latents'} of {self.teacher}" if self.teacher else ""
         say(f"{what}: {count:,} crops of {data.size} x {data.size}{kept}; train with --data.paths {self.out}")
         return 0
-
-    def _part(self) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d+)/(\d+)", self.part)
-        if not found or int(found[1]) >= int(found[2]):
-            raise RacError(f"part {self.part!r} must be k/n with k from 0 to n - 1, such as 0/4")
-        return int(found[1]), int(found[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -34,6 +35,14 @@ WIDTH = 240
 """Width of tables where the output is not a terminal: wide enough for all of ours."""
 
 C = TypeVar("C", bound=Coder)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Returns (k, n) of a share written as "k/n", of work that n processes divide. Raises `RacError`."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise RacError(f"part {text!r} must be k/n with k from 0 to n - 1, such as 0/4")
+    return int(found[1]), int(found[2])
 
 
 def load_coder(name: str, device: str) -> Coder:

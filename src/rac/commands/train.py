@@ -19,6 +19,9 @@ from ..train.processes import leave
 from .options import read_options
 from .shared import say
 
+NEXT = {"coder": "rac reconstruct PICTURE --model {}", "generator": "rac generate {}"}
+"""The command to try next, by what was trained."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """`rac train` with these arguments; the exit code. Raises `RacError` for an unknown recipe and from the run."""
@@ -31,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     leave()
     if runtime.is_first_process():
         product = chosen.out / recipe.product
-        say(f"The {recipe.product} is in {product}; try: rac reconstruct PICTURE --model {product}")
+        say(f"The {recipe.product} is in {product}; try: {NEXT[recipe.product].format(product)}")
     return 0
 
 
@@ -47,7 +50,7 @@ def find_recipe(name: str) -> tuple[str, Recipe]:
 def _options(recipe: Recipe) -> Any:
     """A dataclass of the recipe, whose fields keep their own names as options, and of what the run itself needs."""
     own: Any = Annotated[type(recipe), tyro.conf.arg(name="")]
-    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and the coder.")]
+    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and what is trained.")]
     resume = Annotated[bool, tyro.conf.arg(help="Continue the run in --out with the recipe that it was started with.")]
     return dataclasses.make_dataclass(
         "Options",

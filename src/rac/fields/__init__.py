@@ -8,8 +8,9 @@ from .carriers import CarriersField, CarriersFieldConfig
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
+from .sit import SiTField, SiTFieldConfig, sit
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig
+FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | SiTFieldConfig
 
 __all__ = [
     "CarriersField",
@@ -20,5 +21,8 @@ __all__ = [
     "LocalField",
     "LocalFieldConfig",
     "Projector",
+    "SiTField",
+    "SiTFieldConfig",
     "TinyFieldConfig",
+    "sit",
 ]

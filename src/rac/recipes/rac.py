@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..train.discriminator import DiscriminatorConfig
 from .recipe import (
     ONE_CORE,
     ONE_GPU,
+    check_latents,
     coder_parts,
     coder_terms,
     gallery,
@@ -164,37 +164,6 @@ class RACRecipe:
         if replace(start.config, teacher=config.teacher, steps=config.steps) != config:
             raise RacError(f"start {self.start} has another field, other states or other latents; give the ones it has")
         return start.requires_grad_(True)
-
-
-MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
-"""Largest absolute mean, and least and largest deviation, of latents that are taken for correctly scaled."""
-
-LEAST_CONTRAST = 0.02
-"""Least mean deviation within images for which latents are judged; that of photographs is about 0.3."""
-
-
-@torch.no_grad()
-def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
-    """Warns if the teacher's latents of a batch are far from mean 0 and deviation 1, and suggests the scale that fits.
-
-    The objective weighs noise, images and latents against each other on that assumption, so the wrong scale trains
-    badly. Nothing is said of images of a single colour, whose latents are unlike those of photographs at any scale.
-    """
-    if batch.images is not None and batch.images.std(dim=(2, 3)).mean() < LEAST_CONTRAST:
-        return
-    latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
-    assert latents is not None
-    mean, deviation = float(latents.double().mean()), float(latents.double().std())
-    if abs(mean) <= MOST_MEAN and LEAST_DEVIATION <= deviation <= MOST_DEVIATION:
-        return
-    raw_latents = teacher.statistics.denormalise(latents).double()
-    scale, shift = 1 / max(float(raw_latents.std()), 1e-12), float(raw_latents.mean())
-    warnings.warn(
-        f"the latents of teacher {name} have mean {mean:.3g} and deviation {deviation:.3g} on the first batch, where "
-        "training expects about 0 and 1; the statistics in its config.json are probably wrong: scaling_factor "
-        f"{scale:.4g} with shift_factor {shift:.4g} would fit",
-        stacklevel=2,
-    )
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Command:
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
+    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as rac-64,
     blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""

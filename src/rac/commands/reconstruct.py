@@ -36,7 +36,7 @@ class Command:
     """Folder for the results; created if it does not exist."""
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
-    steps: tuple[int, ...] = (1, 2, 4, 8)
+    steps: tuple[int, ...] = (1, 2, 4)
     """Numbers of steps to compare; encoding takes as many as decoding."""
     solver: SolverName = "euler"
     """Solver of the flow."""
@@ -45,7 +45,7 @@ class Command:
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
+    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as rac-64,
     blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
@@ -53,7 +53,7 @@ class Command:
     def run(self) -> int:
         """Reconstruct; the exit code. Raises `RacError` if nothing could be done."""
         if not self.steps:
-            raise RacError("--steps needs at least one number of steps, such as 1 2 4 8")
+            raise RacError("--steps needs at least one number of steps, such as 1 2 4")
         for number in self.steps:
             check_steps(number)
         if self.size is not None:

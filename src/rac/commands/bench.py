@@ -64,7 +64,7 @@ class Command:
     """Images at a time."""
     steps: int | None = None
     """Steps to encode and decode. None: the coder's own number."""
-    recipe: str = "rac"
+    recipe: str = "rac-64"
     """The recipe by whose objective coders are trained; those it does not fit, by the first one that does."""
     data: tuple[Path, ...] = ()
     """Training images: folders, tar files, single images. None: scikit-image's photographs."""

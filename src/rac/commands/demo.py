@@ -70,5 +70,6 @@ class Command:
         figures = [content for section in contents for content in section.contents if isinstance(content, Figure)]
         for figure in figures:
             write_bytes(self.out / f"{figure.name}.png", figure.png)
+        write_bytes(self.out / "table.md", utf8(means(results).to_markdown()))
         write_bytes(self.out / "results.csv", utf8(per_image(results).to_csv()))
         write_bytes(self.out / "report.html", utf8(page))

@@ -36,7 +36,7 @@ class Reconstruction:
     """A reconstruction of one image by one coder, with its quality and cost."""
 
     name: str
-    """Name of the coder and its setting, such as "rac-64, 4 steps"."""
+    """Name of the coder and its setting, such as "rac-256, 4 steps"."""
     image: Tensor
     """The reconstruction, 1 3 H W, of the original's size."""
     psnr: float

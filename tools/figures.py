@@ -68,7 +68,7 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
 
     def place(found: re.Match[str]) -> str:
         before, name, after = found.groups()
-        return f"{before}\n{tables[name]}\n{after}" if name in tables else found[0]
+        return f"{before}\n{tables[name].strip()}\n\n{after}" if name in tables else found[0]
 
     return MARKED.sub(place, page)
 

@@ -52,7 +52,8 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    found = re.findall(r"^```(\S*)(?: title=\"([^\"\n]*)\")?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\S*)(?: title=\"([^\"\n]*)\")?\n(.*?)^```$", text, re.S | re.M)
     return [Block(*parts) for parts in found]
 
 

@@ -38,7 +38,7 @@ COLUMNS: Mapping[str, tuple[str, ...] | None] = {
     "demo": None,
     "rac-256": QUALITY,
     "rac-taef2": (*QUALITY[:4], "GMACs decoding"),
-    "rac-64": (*QUALITY[:4], "KID-768", *QUALITY[4:]),
+    "rac-64": (*QUALITY[:4], "KID-768", *QUALITY[4:6]),
 }
 """Columns of the table of each run, which has the run's name in the pages; None: all."""
 

@@ -18,7 +18,7 @@ from rac.recipes import RECIPES, RACRecipe
 from rac.train import log
 
 NANO = RECIPES["nano"][1]
-KLVAE = RECIPES["klvae"][1]
+KLVAE = RECIPES["klvae-f8d4"][1]
 
 
 @pytest.fixture(autouse=True)

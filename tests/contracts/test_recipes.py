@@ -15,7 +15,6 @@ import rac
 from rac import hub
 from rac.coders.adapter import TinyCoder
 from rac.coders.klvae import KLVAEConfig
-from rac.coders.taesd import TAESD, TAESDConfig
 from rac.config import from_json, to_json
 from rac.data import Batch
 from rac.draws import Draws
@@ -38,7 +37,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     coders = {
         "stabilityai/sd-vae-ft-ema": KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(),
         "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
-        "taef2_decoder.pth": TAESD(TAESDConfig(latent_channels=32, pooled=True)),
         "klvae-128": KLVAEConfig(latent_channels=4).build(),
     }
     for number, coder in enumerate(coders.values()):

@@ -264,8 +264,8 @@ def test_a_pipeline_that_was_saved_with_a_rac_is_its_coder(make_rac, images, tmp
 
 
 def test_the_first_version_and_the_second_give_the_same_bits(images, tmp_path):
-    """What ships has the first version's numbers in its config.json."""
-    for name in ("rac-64", "rac-taef2", "rac-f8d8"):
+    """Some of what ships has the first version's numbers in its config.json."""
+    for name in ("rac-64", "rac-taef2"):
         coder = rac.load(name)
         assert json.loads((rac.hub.SHIPPED / name / "config.json").read_text())["version"] == 1
         rac.save(coder, tmp_path / name)

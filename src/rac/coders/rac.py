@@ -125,7 +125,7 @@ class RAC(Coder):
     def of(cls, coder: Coder) -> RAC:
         """Returns `coder` itself, typed as a RAC. Raises `RacError` for a coder of another family."""
         if not isinstance(coder, RAC):
-            raise RacError(f"expected a RAC, such as rac-64, not a {type(coder).__name__}")
+            raise RacError(f"expected a RAC, such as rac-256, not a {type(coder).__name__}")
         return coder
 
     def walk(

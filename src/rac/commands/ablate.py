@@ -32,7 +32,6 @@ from ..experiments.ablation_report import (
     training_table,
 )
 from ..files import make_folder, write_bytes
-from ..images import write_picture
 from ..progress import counting
 from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report, utf8
@@ -216,7 +215,7 @@ def _report(showing: Showing, out: Path) -> None:
     for section in contents:
         for content in section.contents:
             if isinstance(content, Figure):
-                write_picture(content.picture, out / f"{content.name}.png")
+                write_bytes(out / f"{content.name}.png", content.png)
     title = f"{showing.name}: {', '.join(showing.ablation.choices)}"
     write_bytes(out / "report.json", utf8(_as_json(showing)))
     write_bytes(out / "report.md", utf8(markdown_report(title, introduction(showing), contents)))

@@ -64,7 +64,7 @@ class Command:
     """Number of images processed together."""
     steps: int | None = None
     """Number of steps to encode and decode. None: the coder's own number."""
-    recipe: str = "rac"
+    recipe: str = "rac-64"
     """The recipe whose objective is trained. A coder that it does not suit is trained by the first recipe that
     suits."""
     data: tuple[Path, ...] = ()

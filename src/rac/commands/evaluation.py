@@ -18,7 +18,6 @@ from ..evaluate.protocol import Protocol, protocol_named
 from ..evaluate.suite import MetricSuite
 from ..files import check_output, make_folder, make_output, write_bytes
 from ..flow.grid import check_steps
-from ..images import write_picture
 from ..progress import ProgressFn, counting
 from ..report.document import Figure, html_report, utf8
 from ..runtime import pick_device
@@ -107,7 +106,7 @@ class EvaluationOptions:
         for section in contents:
             for content in section.contents:
                 if isinstance(content, Figure):
-                    write_picture(content.picture, out / f"{content.name}.png")
+                    write_bytes(out / f"{content.name}.png", content.png)
         write_bytes(out / "report.html", utf8(html_report(title, introduction(material), contents)))
         say("")
         say(f"The report, with pictures: {out / 'report.html'}")

@@ -56,7 +56,7 @@ class Candidate(Reconstructor):
 
     @property
     def label(self) -> str:
-        """Title and setting, such as "rac-f8d8, 4 steps, teacher's latents"."""
+        """Title and setting, such as "rac-64, 4 steps, teacher's latents"."""
         steps = "" if self.steps is None else f", {steps_in_words(self.steps)}"
         return f"{self.title}{steps}{_SOURCES[self.protocol.latents]}"
 
@@ -420,7 +420,7 @@ def steps_in_words(steps: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """Returns the name of a coder in tables: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder.
+    """Returns the name of a coder in tables: rac-64; taef2 for taef2_decoder.pth; run for run/coder.
 
     The last is where a training run has its coder.
     """

@@ -23,11 +23,6 @@ def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
 
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
-    "klvae": _preset(klvae.klvae),
-    "klvae-sharp": _preset(klvae.klvae_sharp),
-    "rac": _preset(rac.rac),
-    "rollout": _preset(rac.rollout),
-    "one-step": _preset(rac.one_step),
     "klvae-f8d4": _preset(klvae.klvae_f8d4),
     "klvae-f8d4-sharp": _preset(klvae.klvae_f8d4_sharp),
     "rac-64": _preset(rac.rac_64),

@@ -204,27 +204,6 @@ class KLVAETask:
         coder.save(directory)
 
 
-def klvae() -> KLVAERecipe:
-    """The shipped teacher: f8, 8 channels, L1 + KL, on 64-pixel crops; about 40 minutes on one core."""
-    return KLVAERecipe(
-        network=KLVAEConfig(latent_channels=8),
-        train=replace(ONE_CORE, iterations=9_000, batch=16, final_lr=0.02),
-    )
-
-
-def klvae_sharp() -> KLVAERecipe:
-    """A sharper decoder for the shipped teacher's own latents: L1 + LPIPS + a discriminator; needs LPIPS's weights."""
-    return KLVAERecipe(
-        network=KLVAEConfig(latent_channels=8),
-        start="klvae-f8d8",
-        train_encoder=False,
-        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
-        discriminator=DiscriminatorConfig(start=500),
-        data=DataConfig(cached_crops=10_000),
-        train=replace(ONE_CORE, iterations=4_000, batch=8, lr=3e-4),
-    )
-
-
 def klvae_f8d4() -> KLVAERecipe:
     """First stage of the f8d4 teacher, the SD-VAE at a quarter of its widths: L1 + KL; an hour on one core."""
     return KLVAERecipe(
@@ -238,11 +217,12 @@ def klvae_f8d4_sharp() -> KLVAERecipe:
     """Second stage of the f8d4 teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
     first = klvae_f8d4()
     return replace(
-        klvae_sharp(),
-        network=first.network,
+        first,
         start="klvae-f8d4",
-        data=replace(first.data, cached_crops=10_000),
+        train_encoder=False,
+        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
         discriminator=DiscriminatorConfig(start=200),
+        data=replace(first.data, cached_crops=10_000),
         train=replace(first.train, iterations=1_500, lr=2e-4),
     )
 

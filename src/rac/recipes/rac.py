@@ -260,44 +260,6 @@ def _through(most: int) -> RACObjective:
     )
 
 
-def rac() -> RACRecipe:
-    """First stage of the shipped coder: velocity matching on the shipped teacher's latents; 15 minutes on one core."""
-    return RACRecipe(
-        teacher="klvae-f8d8",
-        field=TinyFieldConfig(widths=(96, 64, 48), blocks=(3, 3, 2), patch=2),
-        state_channels=8,
-        spread="nearest",
-        objective=RACObjective(weights=RACWeights(velocity=1.0)),
-        data=DataConfig(cached_crops=30_000),
-        train=replace(ONE_CORE, iterations=4_500, batch=32),
-    )
-
-
-def rollout() -> RACRecipe:
-    """Second stage of the shipped coder: end-point and latent terms through 1 to 4 steps. Give the first as --start."""
-    first = rac()
-    return replace(
-        first,
-        objective=RACObjective(
-            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=0.2, round_trip=1.0),
-            steps=(1, 4),
-            memory="store",
-        ),
-        data=replace(first.data, cached_crops=10_000),
-        train=replace(first.train, iterations=1_000, batch=16, lr=3e-4, warmup=20, final_lr=0.02),
-    )
-
-
-def one_step() -> RACRecipe:
-    """A plain decoder to compare with: the shipped coder's network, trained for a single step from latent to image."""
-    first = rac()
-    return replace(
-        first,
-        steps=1,
-        objective=RACObjective(weights=RACWeights(reconstruction=1.0), steps=(1, 1), step_noise=0.0, memory="store"),
-    )
-
-
 def rac_64() -> RACRecipe:
     """First stage of the small coder of f8d4 latents: velocity matching at the ends of the flow; half an hour."""
     return RACRecipe(
@@ -335,9 +297,9 @@ def rac_64_sizes() -> RACRecipe:
 
 
 def rac_taef2() -> RACRecipe:
-    """A coder of TAEF2's latents that starts as its decoder; give the .pth file as --teacher; an hour on one core."""
+    """A coder of TAEF2's latents that only decodes and starts as TAEF2's decoder; an hour on one core."""
     return RACRecipe(
-        teacher="taef2_decoder.pth",
+        teacher="taef2",
         start_from_teacher=True,
         field=LocalFieldConfig(
             widths=(64, 64, 64, 64),
@@ -366,7 +328,7 @@ def rac_taef2() -> RACRecipe:
 
 
 def rac_taef2_sharp() -> RACRecipe:
-    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give --teacher, and the first as --start."""
+    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give the first as --start."""
     first = rac_taef2()
     weights = RACWeights(velocity=0.2, latent_velocity=0.02, reconstruction=1.0, perceptual=6.0)
     return replace(
@@ -379,7 +341,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage of the TAEF2 coder: fewer tints, less blur; 128 to 256 pixels. Give --teacher and --start."""
+    """Third stage of the TAEF2 coder: fewer tints, less blur; 128 to 256 pixels. Give the second as --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(
@@ -461,17 +423,18 @@ def rac_128_rollout() -> RACRecipe:
 def tiny() -> RACRecipe:
     """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
     return RACRecipe(
-        teacher="klvae-f8d8",
-        field=TinyFieldConfig(widths=(64, 48, 32), blocks=(2, 2, 1), patch=2),
-        state_channels=8,
-        spread="nearest",
+        teacher="klvae-f8d4",
+        field=LocalFieldConfig(widths=(64, 32, 16), blocks=(2, 1, 1), down=(16, 32), down_blocks=(0, 0)),
+        state_channels=4,
+        spread="beside",
         objective=RACObjective(
-            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=1.0, round_trip=1.0),
+            weights=RACWeights(velocity=1.0, latent_velocity=0.1, reconstruction=1.0, latent=0.1, round_trip=1.0),
             steps=(1, 2),
+            times="ends",
             memory="store",
         ),
         data=DataConfig(cached_crops=2_000),
-        train=replace(ONE_CORE, iterations=1_000, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),
+        train=replace(ONE_CORE, iterations=1_600, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),
     )
 
 

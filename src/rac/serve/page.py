@@ -187,7 +187,7 @@ def _lay_out(gr: Any, page: Answers) -> Controls:
             zoom = gr.Radio(list(ZOOMS), value=ZOOMS[0], label="Zoom", elem_classes="rac-zoom")
         with gr.Column(scale=4, min_width=300, elem_classes="rac-results"), gr.Tabs():
             with gr.Tab("Steps", id="steps") as first:
-                steps = gr.Slider(1, GREATEST_STEPS, 4, step=1, label="Steps in each direction")
+                steps = gr.Slider(1, GREATEST_STEPS, 2, step=1, label="Steps in each direction")
                 reconstruction = gr.HTML(EMPTY, elem_classes="rac-answer")
             with gr.Tab("Noisy latent", id="noise") as second:
                 sigma = gr.Slider(0, GREATEST_NOISE, 0.5, step=0.05, label="Noise, standard deviations")

@@ -1,9 +1,9 @@
 """rac: flow-based image autoencoders.
 
-coder = rac.load("rac-64")
+coder = rac.load("rac-256")
 image = rac.read_image("photo.png")           # 1 3 H W in [-1, 1]
-latent = coder.encode(image, steps=4)         # the field, walked backwards
-rac.write_image(coder.decode(latent, steps=4), "again.png")
+latent = coder.encode(image, steps=2)         # the field, walked backwards
+rac.write_image(coder.decode(latent, steps=2), "again.png")
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import flow, states
     from .errors import ConvergenceWarning, ImageError, RacError, WeightsError
-    from .hub import available, load, save
+    from .hub import available, load, load_generator, save
     from .images import read_image, write_image
     from .latents import LatentSpec
 
@@ -30,6 +30,7 @@ __all__ = [
     "available",
     "flow",
     "load",
+    "load_generator",
     "read_image",
     "save",
     "states",
@@ -38,7 +39,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("ConvergenceWarning", "ImageError", "RacError", "WeightsError"), "errors"),
-    **dict.fromkeys(("available", "load", "save"), "hub"),
+    **dict.fromkeys(("available", "load", "load_generator", "save"), "hub"),
     **dict.fromkeys(("read_image", "write_image"), "images"),
     "LatentSpec": "latents",
 }

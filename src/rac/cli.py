@@ -11,24 +11,27 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-from .errors import RacError, out_of_memory
-from .files import home_expanded
+from .errors import RacError, out_of_memory, printable
+from .files import disk_full, home_expanded
 from .notices import spoken
+from .report.terminal import listing
 
 LEAST_COLUMNS = 40
 """Least width that help texts are laid out for."""
 
 VERBS = {
-    "reconstruct": "encode and decode images; write strips, trajectories, PSNR and SSIM",
+    "reconstruct": "encode and decode images; write comparison pictures, PSNR and SSIM",
     "encode": "encode images to latents",
     "decode": "decode latents to images",
     "cache": "prepare crops and a teacher's latents of them, to train on",
-    "train": "train a coder: rac train RECIPE --out FOLDER",
+    "train": "train a coder or a generator: rac train RECIPE --out FOLDER",
+    "generate": "generate images of classes: rac generate MODEL --classes A B --out FOLDER",
     "evaluate": "measure a coder on images under a named protocol",
     "compare": "compare coders: quality, cost, speed, and pictures of where they differ",
     "smoothness": "measure how evenly decoded images move with the latent, coder against coder",
@@ -39,7 +42,7 @@ VERBS = {
     "weights": "list the weight files of LPIPS, KID and FID, and convert published ones",
     "models": "list the shipped coders and what they cost",
     "demo": "reconstruct real photographs with the shipped RAC and write an HTML report",
-    "toy": "train a RAC on points of the plane in seconds, and draw both directions",
+    "toy": "train a RAC on points of the plane in seconds, and draw how it decodes and encodes",
     "serve": "open a page in the browser to try coders on pictures (needs the extra `serve`)",
 }
 
@@ -52,17 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         _escape_what_cannot_be_printed()
         try:
-            return _dispatch(_as_a_shell_would(sys.argv[1:] if arguments is None else arguments))
+            code = _dispatch(_as_a_shell_would(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()  # here, where a full disk can still be named
+            return code
         except KeyboardInterrupt:
             return _fail("stopped", 130)
         except BrokenPipeError:
-            # The reader, such as `head`, has gone; without this Python would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader, such as `head`, has gone.
+            _drop_output()
             return 0
         except RacError as error:
             return _fail(f"error: {error}", 2)
         except OSError as error:
-            return _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
+            where = f": {error.filename}" if error.filename else ""
+            if disk_full(error):
+                _drop_output()
+                return _fail(f"error: the disk is full{where}; free some space, or write to another disk", 2)
+            return _fail(f"error: {error.strerror or error}{where}", 2)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -80,7 +89,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        raise RacError(f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"))
+        hint = f"did you mean {near[0]}?" if near else f"try {', '.join(VERBS)}"
+        raise RacError(f"there is no verb {verb!r}; {hint}")
     module = importlib.import_module(f".commands.{verb}", __package__)
     from .runtime import keep_memory
 
@@ -88,9 +98,9 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in ("train", "ablate"):
         return module.run(rest)
 
-    import tyro
+    from .commands.options import read_options
 
-    return tyro.cli(module.Command, prog=f"rac {verb}", args=rest).run()
+    return read_options(module.Command, f"rac {verb}", rest).run()
 
 
 def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
@@ -102,18 +112,20 @@ def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         if not value and (equals or not option):
-            what = f"{option} is given nothing" if option else "an argument is empty"
-            raise RacError(f"{what}; is a variable of the shell unset? Give a value, or . for this folder")
+            what = f"{option} has no value" if option else "an argument is empty"
+            raise RacError(f"{what}; is a shell variable unset? Give a value, or . for the current folder")
         expanded.append(option + equals + (str(home_expanded(value)) if value.startswith("~") else value))
     return expanded
 
 
 def _overview() -> int:
-    width = max(len(verb) for verb in VERBS)
-    print("usage: rac VERB [options]\n\nRAC, the rectified flow auto coder: images to latents and back, in steps.\n")
-    for verb, summary in VERBS.items():
-        print(f"  {verb:<{width}}  {summary}")
-    print("\nrac VERB --help lists a verb's options.")
+    width = shutil.get_terminal_size().columns
+    print("usage: rac VERB [options]\n")
+    print(
+        textwrap.fill("RAC, the rectified flow auto coder: encode images to latents, decode latents to images.", width)
+    )
+    print("\n" + listing(VERBS, width))
+    print("rac VERB --help lists a verb's options.")
     return 0
 
 
@@ -143,6 +155,11 @@ def _somewhere_to_write() -> Iterator[None]:
         yield
 
 
+def _drop_output() -> None:
+    """Discards what is left to print, since Python would complain once more of an output that fails at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _escape_what_cannot_be_printed() -> None:
     """Prints names that the output's encoding lacks as escapes, so that they do not end a batch with a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -152,7 +169,7 @@ def _escape_what_cannot_be_printed() -> None:
 
 def _fail(line: str, code: int) -> int:
     """Prints a message to stderr as one line, whatever line breaks it has, and returns the exit code."""
-    print(f"rac: {' '.join(line.split())}", file=sys.stderr)
+    print(f"rac: {printable(' '.join(line.split()))}", file=sys.stderr)
     return code
 
 
@@ -163,6 +180,6 @@ def _printing_once() -> Callable[..., None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in printed:
             printed.add(str(message))
-            print(f"rac: warning: {message}", file=sys.stderr)
+            print(f"rac: warning: {printable(str(message))}", file=sys.stderr)
 
     return show

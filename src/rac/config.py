@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import cattrs
 from cattrs.v import format_exception
@@ -22,12 +22,15 @@ _converter.register_structure_hook(Path, lambda value, _: Path(value))
 _converter.register_unstructure_hook(Path, str)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
 def _exactly(*accepted: type) -> Callable[[Any, Any], Any]:
     """Returns a converter that accepts only these types: 2.7 is not a count, and "3" is not a number."""
 
     def structure(value: Any, cls: type) -> Any:
         if type(value) not in accepted:
-            raise RacError(f"expected {cls.__name__}, not {value!r}")
+            raise RacError(f"expected {_KINDS[cls]}, not {value!r}")
         return cls(value)
 
     return structure
@@ -89,12 +92,29 @@ def from_json(cls: type[T], data: Any, source: str = "config") -> T:
         return _converter.structure(data, cls)
     except cattrs.BaseValidationError as error:
         reasons = cattrs.transform_error(error, format_exception=_reason)
-        raise RacError(f"{source} does not fit: {'; '.join(reasons)}") from None
+        raise RacError(f"{source} does not fit: {'; '.join(map(_place_first, reasons))}") from None
 
 
 def _reason(error: BaseException, cls: type | None) -> str:
-    """Returns the reason of an error: the text of our own errors, cattrs' words for others."""
-    return str(error) if isinstance(error, RacError) else format_exception(error, cls)
+    """Returns the reason of an error: the text of our own errors, plain words for those of cattrs."""
+    if isinstance(error, RacError):
+        return str(error)
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return f"unknown keys, {', '.join(sorted(error.extra_fields))}"
+    if isinstance(error, KeyError):
+        return "is missing"
+    if get_origin(cls) is Literal:
+        return f"expected one of {', '.join(map(str, get_args(cls)))}"
+    return format_exception(error, cls)
+
+
+def _place_first(reason: str) -> str:
+    """Returns a reason of cattrs, "REASON @ $.PLACE", as "PLACE: REASON"."""
+    text, _, place = reason.rpartition(" @ $")
+    place = place.lstrip(".")
+    if text == "is missing":
+        return f"{place} is missing"
+    return f"{place}: {text}" if place else text
 
 
 def read_json(path: Path) -> Any:

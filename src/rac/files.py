@@ -59,7 +59,7 @@ def make_output(path: str | os.PathLike[str]) -> Path:
     """
     folder = make_folder(home_expanded(path))
     if not any(folder.iterdir()):
-        write_bytes(folder / MARKER, b"rac wrote what is in this folder; a search for pictures passes it over.\n")
+        write_bytes(folder / MARKER, b"The files in this folder were written by rac; searches for pictures skip it.\n")
     return folder
 
 
@@ -74,8 +74,8 @@ def check_output(path: str | os.PathLike[str], searched: Sequence[Path]) -> None
     for other in searched:
         if folder.resolve().is_relative_to(home_expanded(other).resolve()):
             raise RacError(
-                f"{folder} holds other files and lies in {other}, where pictures are looked for: what is written there "
-                "would be taken for more of them; choose a new folder, or one elsewhere"
+                f"{folder} holds other files and lies in {other}, which is searched for pictures: results in it would "
+                f"count as more pictures; choose a new folder, or one outside {other}"
             )
 
 
@@ -87,7 +87,12 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise RacError(f"{path} cannot be found: no home folder is known here; set HOME, or write it out") from None
+        raise RacError(f"the home folder in {path} is not known; set HOME, or write the whole path") from None
+
+
+def disk_full(error: OSError) -> bool:
+    """Returns whether the system refused to write because the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -141,12 +146,12 @@ def _write_and_rename(path: Path, data: bytes) -> None:
 def _reason(path: Path, refusal: OSError) -> str:
     if isinstance(refusal, PermissionError) or refusal.errno == errno.EROFS:
         return f"no permission to write in {path.parent}; choose another folder or change its permissions"
-    if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(refusal):
         return "the disk is full; free some space or choose another folder"
     if isinstance(refusal, FileNotFoundError) and not path.parent.exists():
         return f"the folder {path.parent} does not exist; create it first"
     if isinstance(refusal, (NotADirectoryError, FileExistsError)):
-        return "a file stands where a folder is needed; choose another folder"
+        return "there is a file where a folder is needed; choose another folder"
     if isinstance(refusal, IsADirectoryError):
-        return "a folder of that name is there; choose another name"
+        return "there is a folder of that name; choose another name"
     return f"{refusal.strerror or refusal}; choose another folder"

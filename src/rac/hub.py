@@ -1,8 +1,9 @@
-"""Loading coders by name or directory, and saving them."""
+"""Loading coders and generators by name or directory, and saving them."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,16 @@ from .coders.klvae import KLVAE
 from .coders.protocol import Coder
 from .coders.rac import DROP_IN, FORMAT, RAC
 from .coders.taesd import TAESD
-from .errors import RacError, WeightsError
+from .errors import RacError, WeightsError, check_path
+from .generators.flow import FORMAT as FLOW_GENERATOR
+from .generators.flow import FlowGenerator
+from .generators.protocol import LatentGenerator
 from .runtime import plain_defaults
 from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
 
 SHIPPED = Path(__file__).parent / "weights"
 
-PRODUCTS = ("coder",)
+PRODUCTS = ("coder", "generator")
 """Names of the folder inside a training run's folder that holds the trained product."""
 
 LOADERS: dict[str, Callable[[Path], Coder]] = {
@@ -34,10 +38,22 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
 }
 """The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 
+GENERATORS: dict[str, Callable[[Path], LatentGenerator]] = {FLOW_GENERATOR: FlowGenerator.load}
+"""The function that reads a generator's directory, by the `format` in its config.json."""
+
 
 def available() -> list[str]:
     """Returns the names of the coders that ship with the package, as `load` takes them."""
-    return sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
+    return sorted(folder.name for folder in _shipped() if _kind(folder) not in GENERATORS)
+
+
+def available_generators() -> list[str]:
+    """Returns the names of the generators that ship with the package, as `load_generator` takes them."""
+    return sorted(folder.name for folder in _shipped() if _kind(folder) in GENERATORS)
+
+
+def _shipped() -> list[Path]:
+    return [config.parent for config in SHIPPED.glob(f"*/{CONFIG}")]
 
 
 def load(name_or_dir: str | Path) -> Coder:
@@ -56,22 +72,56 @@ def load(name_or_dir: str | Path) -> Coder:
     Raises `WeightsError` for an unknown name (naming similar ones), a directory without weights, and weights that do
     not fit.
     """
-    name, path = str(name_or_dir), Path(name_or_dir).expanduser()
-    if name in available() and not path.exists():
-        path = SHIPPED / name
-    elif not path.exists() and _on_hub(name):
-        path = download(name)
-    if not path.exists():
-        near = difflib.get_close_matches(name, available(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(available()) or 'none'}"
-        raise WeightsError(
-            f"no coder {name!r}: neither a directory, nor a hub name (organisation/name), nor shipped; {hint}"
-        )
-    path = product(path)
+    path = _found(name_or_dir, "coder", available())
     if (path / "model_index.json").is_file() and (path / "vae").is_dir():
         path = path / "vae"
     with plain_defaults():
         return _loader(path)(path).eval().requires_grad_(False)
+
+
+def load_generator(name_or_dir: str | Path) -> LatentGenerator:
+    """Loads a generator of latents, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
+
+    `name_or_dir` is a name in `available_generators()`, a directory that a generator's `save` wrote, the folder of a
+    training run, or a name on the Hugging Face hub. Raises `WeightsError` for an unknown name (naming similar ones), a
+    directory that holds no generator, and weights that are missing or do not fit.
+    """
+    path = _found(name_or_dir, "generator", available_generators())
+    kind = _kind(path)
+    if kind not in GENERATORS:
+        raise WeightsError(
+            f"{path} holds no generator of latents; give the folder of a training run of one, or what its save wrote"
+        )
+    with plain_defaults():
+        return GENERATORS[kind](path)
+
+
+def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
+    """Returns the folder, or the file, of a coder or a generator, downloaded if the hub has it.
+
+    Raises `WeightsError` if it is not found.
+    """
+    if not isinstance(name_or_dir, (str, os.PathLike)):
+        raise WeightsError(
+            f"expected the name or the directory of a {what}, not {name_or_dir!r:.80}; {_listed(what, shipped)}"
+        )
+    name, path = str(name_or_dir), Path(name_or_dir).expanduser()
+    if name in shipped and not path.exists():
+        path = SHIPPED / name
+    elif not path.exists() and _on_hub(name):
+        path = download(name)
+    if not path.exists():
+        near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else _listed(what, shipped)
+        raise WeightsError(
+            f"there is no {what} {name!r}: it is not a directory, a hub name (organisation/name) or a shipped {what}; "
+            f"{hint}"
+        )
+    return product(path)
+
+
+def _listed(what: str, shipped: list[str]) -> str:
+    return f"the shipped {what}s are {', '.join(shipped) or 'none'}"
 
 
 def product(path: Path) -> Path:
@@ -88,20 +138,36 @@ def save(coder: Coder, directory: str | Path) -> None:
     """
     if not isinstance(coder, Coder):
         raise RacError(f"expected a coder, such as rac.load gives, not {type(coder).__name__}")
+    check_path(directory, WeightsError)
     coder.save(directory)
 
 
 def _loader(path: Path) -> Callable[[Path], Coder]:
     if not (path / CONFIG).is_file():
         return TAESD.load_pth
-    data = read_settings(path)
-    kind = data.get("format", data.get("_class_name"))
-    if not isinstance(kind, str) or kind not in LOADERS:
+    kind = _kind(path)
+    if kind in GENERATORS:
+        raise WeightsError(
+            f"{path} holds a generator of latents, not a coder; rac.load_generator and rac generate use it"
+        )
+    if kind not in LOADERS:
         raise WeightsError(
             f"cannot tell the coder from {path / CONFIG}: its format or _class_name is {kind!r}, expected one of "
             f"{', '.join(LOADERS)}"
         )
     return LOADERS[kind]
+
+
+def _kind(path: Path) -> str:
+    """Returns the `format`, or else the `_class_name`, in the config.json of a folder; "" where there is none.
+
+    Raises `WeightsError` for a file that is not JSON.
+    """
+    if not (path / CONFIG).is_file():
+        return ""
+    data = read_settings(path)
+    kind = data.get("format", data.get("_class_name"))
+    return kind if isinstance(kind, str) else ""
 
 
 def _on_hub(name: str) -> bool:
@@ -123,5 +189,6 @@ def download(name: str) -> Path:
     except Exception as error:  # the network fails in many ways, all with the same mend
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
-            f"{name} is no directory here, and the hub did not give it ({reason}); check the name and the connection"
+            f"{name} is not a directory, and cannot be downloaded from the hub ({reason}); check the name and the "
+            "connection"
         ) from error

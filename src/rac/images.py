@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import ImageError, RacError
+from .errors import ImageError, RacError, check_path
 from .files import write_bytes
 from .notices import warn_once
 from .rgb import Rgb, mend_planes, stored, to_rgb
+from .tensors import check_dense
 
 PICTURE_FORMATS: dict[str, tuple[str, ...]] = {
     "AVIF": (".avif",),
@@ -173,8 +174,8 @@ def check_size(size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> tup
         raise ImageError(f"size {height} x {width} of an image must be at least 1 x 1")
     if height * width > max_pixels:
         raise ImageError(
-            f"size {height} x {width} asks for {height * width:,} pixels, more than the limit of {max_pixels:,}; "
-            f"take a square of at most {math.isqrt(max_pixels):,}"
+            f"size {height} x {width} has {height * width:,} pixels, more than the limit of {max_pixels:,}; choose a "
+            f"square of at most {math.isqrt(max_pixels):,}"
         )
     return height, width
 
@@ -190,6 +191,7 @@ def image_files(path: str | os.PathLike[str]) -> list[Path]:
 
     Raises `ImageError` if there is nothing at `path`, or no picture in it.
     """
+    check_path(path, ImageError)
     path = Path(path)
     if path.is_file():
         return [path]
@@ -223,6 +225,8 @@ def _decoding(name: str) -> Iterator[None]:
 
 def _opened(source: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: int) -> Image.Image:
     """Opens a picture and checks its header; nothing is decoded yet."""
+    if getattr(source, "read", None) is None:
+        check_path(source, ImageError)
     try:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warning would be a second line for the same thing.
@@ -233,7 +237,7 @@ def _opened(source: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: in
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder; give one picture file") from None
     except PermissionError:
-        raise ImageError(f"{name} may not be read; change its permissions") from None
+        raise ImageError(f"{name} cannot be read: no permission; change its permissions") from None
     except UnidentifiedImageError:
         raise ImageError(
             f"{name} is not a picture, or its header is damaged; give a PNG, JPEG, WebP, BMP or TIFF file"
@@ -282,9 +286,11 @@ def from_pixels(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
     given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
     if str(given.dtype) not in ("uint8", "torch.uint8") or given.ndim not in (3, 4) or given.shape[-1] != 3:
         raise ImageError(
-            f"pixels are uint8 of H W 3 or B H W 3, not {given.dtype} of {tuple(given.shape)}; "
-            "a tensor with its channels first comes into shape by .movedim(-3, -1)"
+            f"pixels must be uint8 of shape H W 3 or B H W 3, not {given.dtype} of shape {tuple(given.shape)}; move "
+            "channels from first to last with .movedim(-3, -1)"
         )
+    if isinstance(given, Tensor):
+        check_dense(given, "the pixels", ImageError)
     batch = given if isinstance(given, Tensor) else torch.from_numpy(given)
     return (batch if batch.ndim == 4 else batch[None]).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
@@ -293,13 +299,14 @@ def check_image(image: Tensor) -> None:
     """Raises `ImageError` unless `image` is a tensor B 3 H W of floats. Its values are not looked at."""
     if not isinstance(image, Tensor):
         raise ImageError(f"an image is a tensor 1 3 H W in [-1, 1], not a {type(image).__name__}; {_MAKE_ONE}")
+    check_dense(image, "an image", ImageError)
     if not image.is_floating_point():
         raise ImageError(f"an image holds floats in [-1, 1], not {str(image.dtype).split('.')[-1]}; {_MAKE_ONE}")
     if image.ndim != 4 or image.shape[1] != 3:
         raise ImageError(f"an image has shape B 3 H W, not {tuple(image.shape)}; {_MAKE_ONE}")
 
 
-_MAKE_ONE = "rac.read_image reads one, rac.images.from_pixels makes one of uint8 pixels H W 3"
+_MAKE_ONE = "rac.read_image reads one from a file, rac.images.from_pixels converts uint8 pixels H W 3"
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
@@ -311,7 +318,11 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     check_image(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
     single = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
     if single.ndim != 3:
-        raise ImageError(f"one image is 1 3 H W or 3 H W, not {tuple(image.shape)}; write a batch one by one")
+        raise ImageError(
+            f"expected one image, 1 3 H W or 3 H W, not {tuple(image.shape)}; write the images of a batch one by one"
+        )
+    if single.is_meta:
+        raise ImageError('the image is on the device "meta", where tensors have no values; make it on another device')
     single = single.detach().float().cpu()
     if not torch.isfinite(single).all():
         bad = int((~torch.isfinite(single)).sum())
@@ -350,6 +361,7 @@ def _check_range(image: Tensor) -> None:
 
 def write_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Writes an RGB `PIL.Image` (strips, galleries) like `write_image`. Raises `ImageError`."""
+    check_path(path, ImageError)
     path = Path(path)
     if path.suffix.lower() not in _WRITERS:
         raise ImageError(f"{path} cannot be written: its suffix must be one of {' '.join(_WRITERS)}")

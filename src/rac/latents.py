@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .config import from_json
 from .errors import RacError
+from .tensors import check_dense, may_read
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -186,35 +187,23 @@ class LatentSpec:
         """
         if not isinstance(latent, Tensor):
             raise RacError(f"a latent is a tensor B c h w, not {type(latent).__name__}; give what encode returned")
+        check_dense(latent, "a latent")
         if latent.ndim != 4:
             raise RacError(f"a latent has 4 dimensions B c h w, not {latent.ndim} (shape {tuple(latent.shape)})")
         if not latent.is_floating_point():
             raise RacError(f"a latent holds floating-point numbers, not {latent.dtype}; give what encode returned")
         if latent.shape[1] != self.channels:
             raise RacError(
-                f"the latent has {latent.shape[1]} channels, this coder's have {self.channels}; "
-                "decode it with the coder (or the teacher) it was encoded with"
+                f"the latent has {latent.shape[1]} channels, but this coder's latents have {self.channels}; decode it "
+                "with the coder that encoded it, or with one trained on its latents"
             )
         sides = tuple(latent.shape[-2:])
         if 0 in sides or (self.side is not None and sides != (self.side, self.side)):
             wanted = "at least 1 x 1" if self.side is None else f"{self.side} x {self.side}"
-            raise RacError(f"the latent is {sides[0]} x {sides[1]}, this coder's are {wanted}")
+            raise RacError(f"the latent is {sides[0]} x {sides[1]}, but this coder's latents are {wanted}")
         if may_read(latent) and not torch.isfinite(latent).all():
             bad = int((~torch.isfinite(latent)).sum())
             raise RacError(f"the latent holds {bad} values that are NaN or infinite; encode the image again")
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Returns whether code may branch on the values of `tensor`, and read them without waiting for a device.
-
-    False while torch compiles or exports, under `torch.func` transforms, and for tensors without values.
-    """
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
 
 
 # ------------------------------------------------------------------------------------------- the first version on disk

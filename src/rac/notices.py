@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .errors import printable
+
 log = logging.getLogger("rac")
 log.addHandler(logging.NullHandler())
 
@@ -42,4 +44,5 @@ class _Stderr(logging.Handler):
     """A handler that looks `sys.stderr` up for each line, so that whoever replaces it gets the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"rac: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+        line = printable(" ".join(record.getMessage().split()))
+        print(f"rac: {line}", file=sys.stderr, flush=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from .errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -54,9 +56,9 @@ def watched(items: Sequence[T], name: Callable[[T], str]) -> Generator[T, None, 
         task, shown = bar.add_task("", total=len(items)), time.monotonic()
         for count, item in enumerate(items, 1):
             if bar.disable and time.monotonic() - shown > 2:
-                print(f"{count}/{len(items)}  {name(item)}", file=sys.stderr, flush=True)
+                print(f"{count}/{len(items)}  {printable(name(item))}", file=sys.stderr, flush=True)
                 shown = time.monotonic()
-            bar.update(task, description=name(item))
+            bar.update(task, description=printable(name(item)))
             yield item
             bar.advance(task)
 

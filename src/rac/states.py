@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import RacError
+from .tensors import check_dense
 
 PAD = 0.5
 """Constant value of every channel and site that carries neither image nor latent (RAC, equations 1 and 3)."""
@@ -82,6 +83,7 @@ def image_state(image: Tensor, state_channels: int) -> Tensor:
 
     RAC, equation 1.
     """
+    check_dense(image, "an image")
     if image.ndim != 4 or image.shape[1] != RGB:
         raise RacError(f"expected an image B 3 H W, not shape {tuple(image.shape)}")
     return _pad_channels(image, state_channels)
@@ -137,6 +139,7 @@ def contract(state: Tensor, spec: StateSpec | None = None, **args: Any) -> Tenso
 
 
 def _one_spec(tensor: Tensor, spec: StateSpec | None, own: str, args: dict[str, Any]) -> StateSpec:
+    check_dense(tensor, "a latent or a state")
     if tensor.ndim != 4:
         raise RacError(
             f"expected a tensor of 4 dimensions, batch, channels, height and width, not {tuple(tensor.shape)}"

@@ -85,14 +85,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def as_weights_error() -> Iterator[None]:
-    """Turns a `RacError` of the block into a `WeightsError` with the same message."""
+def as_weights_error(source: str = "") -> Iterator[None]:
+    """Turns a `RacError` of the block into a `WeightsError` with the same message, which begins with `source`."""
     try:
         yield
-    except WeightsError:
-        raise
     except RacError as error:
-        raise WeightsError(str(error)) from None
+        message = str(error)
+        raise WeightsError(message if source in message else f"{source}: {message}") from None
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

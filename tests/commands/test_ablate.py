@@ -19,7 +19,7 @@ from rac.recipes import RECIPES, RACRecipe
 from rac.train import log
 
 NANO = RECIPES["nano"][1]
-KLVAE = RECIPES["klvae"][1]
+KLVAE = RECIPES["klvae-f8d4"][1]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_ablate(tmp_path: Path, run, coder_dir: Path, pictures: Path) -> None:  
 
     again = run("ablate", *arguments)
     assert again.code == 2
-    assert "is not empty; --resume goes on with what is in it" in again.err
+    assert "is not empty; --resume continues the ablation in it" in again.err
 
 
 def test_a_variant_that_fails_does_not_stop_the_others(
@@ -85,7 +85,7 @@ def test_a_variant_that_fails_does_not_stop_the_others(
     arguments = [*options(coder_dir.parent / "teacher", pictures), "--budget", 1, "--out", tmp_path / "out"]
     ran = run("ablate", *arguments, "--vary", "train.lr=1e-3,1e-4")
     assert ran.code == 1, ran
-    assert "rac: going on without train.lr=1e-3: training diverged at iteration 2" in ran.err
+    assert "rac: continuing without train.lr=1e-3: training diverged at iteration 2" in ran.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [training["failure"] for training in report["trainings"]] == ["training diverged at iteration 2", None]
     assert [row["label"] for row in report["comparison"]["rows"]] == ["train.lr=1e-4, 4 steps"]
@@ -107,8 +107,8 @@ def test_what_cannot_be_trained_stops_it_before_anything_is(tmp_path, run, coder
         (("nano",), "nothing is varied; give --vary, such as: --vary spread=nearest,shuffle"),
         (("nano", "--vary", "spread=nearest,shuffle", "--budget", "10 minutes"), "budget '10 minutes' is neither"),
         (("nano", "--vary", "steps=1,4", "--budget", "9", "--equal", "time"), "for equal time give a time"),
-        (("nano", "--vary", "train.iterations=1,2"), "train.iterations is what the budget sets"),
-        (("nano", "--vary", "data.held-out=1,2"), "give --test, pictures that none trains on"),
+        (("nano", "--vary", "train.iterations=1,2"), "train.iterations is set by the budget"),
+        (("nano", "--vary", "data.held-out=1,2"), "give --test with pictures that no variant trains on"),
         (("nano", "--vary", "steps=1,4", "--protocol", "pixel"), "no protocol 'pixel'; expected one of pixels-64"),
         (("nano", "--vary", "steps=1,4", "--test", "nowhere"), "nowhere does not exist"),
     ],
@@ -202,8 +202,8 @@ def test_values_are_of_the_fields_type(choice: str, values: list[object]) -> Non
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("spread", "is no choice; write a field and its values"),
-        ("spread=nearest", "is no choice"),
+        ("spread", "is not a choice of values; write a field and its values"),
+        ("spread=nearest", "is not a choice"),
         ("spread=nearest,near", "spread cannot be 'near'; expected nearest or centre or shuffle"),
         ("spred=nearest,centre", r"the recipe has no field spred; did you mean spread\?"),
         ("objective.stepnoise=0,1", r"no field objective.stepnoise; did you mean objective.step_noise\?"),

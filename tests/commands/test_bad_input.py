@@ -155,7 +155,7 @@ def test_a_folder_without_pictures(tmp_path: Path, run, coder_dir: Path) -> None
 
 @pytest.mark.parametrize("arguments", [("",), ("photo.png", "--out", ""), ("photo.png", "--out=")])
 def test_an_unset_variable_of_the_shell_is_not_the_working_folder(run, arguments: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
-    one_line(run("encode", *arguments), "is a variable of the shell unset?")
+    one_line(run("encode", *arguments), "is a shell variable unset?")
 
 
 def test_the_home_folder_is_known_in_quotes_and_after_an_equals_sign(  # type: ignore[no-untyped-def]
@@ -307,8 +307,8 @@ def test_the_disk_refuses(  # type: ignore[no-untyped-def]
 
 
 def test_out_is_a_file(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]
-    one_line(run("encode", photo, "--model", coder_dir, "--out", photo), "a file stands where a folder is needed")
-    one_line(run("encode", photo, "--model", coder_dir, "--out", photo / "below"), "a file stands where")
+    one_line(run("encode", photo, "--model", coder_dir, "--out", photo), "there is a file where a folder is needed")
+    one_line(run("encode", photo, "--model", coder_dir, "--out", photo / "below"), "there is a file where")
 
 
 def test_unwritable_folder(tmp_path: Path, photo: Path, run, coder_dir: Path) -> None:  # type: ignore[no-untyped-def]

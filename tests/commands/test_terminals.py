@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,18 @@ def test_help_describes_its_options_at_80_columns(verb: str, run, monkeypatch) -
     if "--device" in told:
         assert "auto, cpu, cuda, cuda:1 or mps." in words
     assert "show this help message" in words
+
+
+@pytest.mark.parametrize("verb", ["", "train", "ablate", "encode", "cache", "export", "train tiny", "ablate tiny"])
+def test_help_fills_its_lines_and_keeps_to_the_width(verb: str, run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(*verb.split(), "--help").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for line, following in pairwise(line.rstrip("│ ") for line in lines):
+        text, more = line.lstrip("│ "), following.lstrip("│ ")
+        indent = len(line) - len(text)
+        if indent >= 6 and indent == len(following) - len(more):  # two lines of one text
+            assert len(line) + 1 + len(more.split()[0]) > 78, line
 
 
 # ------------------------------------------------------------------------------------------- names that are not Unicode

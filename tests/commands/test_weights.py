@@ -31,6 +31,6 @@ def test_it_converts_into_the_folder_of_weights(run, tmp_path, monkeypatch):
     ran = run("weights", "--convert", str(source))
     assert ran.code == 0
     assert (target / FILES["alex"].names[0]).is_file()
-    assert "another file of that name" in ran.err  # its name promises another hash
+    assert "a different file of the same name" in ran.err  # its name promises another hash
     assert run("weights", "--convert", str(tmp_path)).code == 1
     assert run("weights", "--convert", str(tmp_path / "nowhere")).code == 2

@@ -265,6 +265,8 @@ def test_a_cache_says_when_its_pictures_are_others(tmp_path: Path) -> None:
     asked = of_the_run(tmp_path)
     open_stream(asked, 3, cache=tmp_path / "crops")
     next((tmp_path / "photos").rglob("*.png")).unlink()
-    with pytest.raises(RacError, match=r"crops was prepared otherwise: pictures\.count 13, was 14; .*delete it"):
+    with pytest.raises(
+        RacError, match=r"crops was prepared with other settings: pictures\.count 13, was 14; .*delete it"
+    ):
         open_stream(asked, 3, cache=tmp_path / "crops")
     assert len(CachedStream(tmp_path / "crops")) == 40

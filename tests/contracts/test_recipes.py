@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ import rac
 from rac import hub
 from rac.coders.adapter import TinyCoder
 from rac.coders.klvae import KLVAEConfig
-from rac.coders.taesd import TAESD, TAESDConfig
 from rac.config import from_json, to_json
 from rac.data import Batch
 from rac.draws import Draws
@@ -37,7 +37,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     coders = {
         "stabilityai/sd-vae-ft-ema": KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(),
         "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
-        "taef2_decoder.pth": TAESD(TAESDConfig(latent_channels=32, pooled=True)),
         "klvae-128": KLVAEConfig(latent_channels=4).build(),
     }
     for number, coder in enumerate(coders.values()):
@@ -45,9 +44,23 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / str(number)) for number, name in enumerate(coders)}
 
 
-def small(name: str, stand_ins: dict[str, str]) -> Recipe:
-    """The preset called `name` at a small size, with coders that are at hand."""
-    recipe = RECIPES[name][1].tiny()
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory, images) -> Path:  # type: ignore[no-untyped-def]
+    """Pictures of two classes, for generators."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for number in range(8):
+        path = folder / ("fish", "n03028079")[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        rac.write_image(images(1, 40, 48, number), path)
+    return folder
+
+
+def small(name: str, stand_ins: dict[str, str], labelled: Path) -> Recipe:
+    """The preset called `name` at a small size, with coders and pictures that are at hand."""
+    recipe: Any = RECIPES[name][1].tiny()
+    if recipe.product == "generator":
+        data = replace(recipe.data, paths=(labelled,))
+        recipe = replace(recipe, data=data, field=replace(recipe.field, classes=2))
     given = {key: value for key, value in to_json(recipe).items() if isinstance(value, str) and value in stand_ins}
     recipe = replace(recipe, **{key: stand_ins[value] for key, value in given.items()})
     return replace(recipe, train=replace(recipe.train, device="cpu", tensorboard=False))
@@ -92,9 +105,9 @@ def test_it_says_what_it_depends_on(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_parts_learn_from_their_own_terms_and_frozen_networks_not_at_all(
-    name: str, stand_ins: dict[str, str], images
+    name: str, stand_ins: dict[str, str], labelled: Path, images
 ) -> None:  # type: ignore[no-untyped-def]
-    recipe = small(name, stand_ins)
+    recipe = small(name, stand_ins, labelled)
     skip_without_lpips(recipe)
     task, settings = recipe.task(), recipe.train
     owned = {part: {id(one) for one in it.module.parameters()} for part, it in task.parts.items()}
@@ -102,7 +115,7 @@ def test_its_parts_learn_from_their_own_terms_and_frozen_networks_not_at_all(
     assert not any(one & other for one, other in combinations(owned.values(), 2))
     state = TrainState.start(task, settings, torch.device("cpu"))
     state.iteration = 2  # late enough for a discriminator
-    batch = Batch(images(2, 32, 32))
+    batch = Batch(images(2, 32, 32), labels=torch.tensor([0, 1]))
     draws = Draws.whole(torch.Generator().manual_seed(0), 2)
     given = list(task.terms(task.prepare(batch), draws, state.iteration))
     assert {terms.part for terms in given} == task.parts.keys()
@@ -122,19 +135,25 @@ def test_its_parts_learn_from_their_own_terms_and_frozen_networks_not_at_all(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_trains_resumes_bit_for_bit_and_loads(
-    name: str, stand_ins: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, stand_ins: dict[str, str], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "draw_curves", lambda records: b"")
-    recipe = small(name, stand_ins)
+    recipe = small(name, stand_ins, labelled)
     skip_without_lpips(recipe)
     crops = tmp_path / "crops"
     fitted = recipe.run(tmp_path / "whole", crops=crops)
     assert fitted.iteration == recipe.train.iterations
-    assert fitted.metrics["psnr"] > 0
+    assert next(iter(fitted.metrics.values())) > 0
     hurried = replace(recipe, train=replace(recipe.train, minutes=1e-9))
     assert hurried.run(tmp_path / "broken", crops=crops).iteration == 1
     recipe.run(tmp_path / "broken", resume=True, crops=crops)
     assert contents(tmp_path / "broken", recipe.product) == contents(tmp_path / "whole", recipe.product)
+    if recipe.product == "generator":
+        generator = rac.load_generator(tmp_path / "whole")
+        assert generator.classes == ("fish", "church")
+        assert generator.kind.coder == recipe.latents_of
+        assert rac.load(recipe.latents_of).decode(generator.sample([0], [1]).latent).shape == (1, 3, 32, 32)
+        return
     coder, image = rac.load(tmp_path / "whole"), torch.rand(1, 3, 32, 32) * 2 - 1
     assert coder.reconstruct(image).shape == image.shape
     assert recipe.trains(coder)

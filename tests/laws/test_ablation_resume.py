@@ -150,10 +150,10 @@ def test_variants_whose_latents_come_from_other_coders_prepare_their_own_crops(
         rac.save(network.build(), tmp_path / name)
     sharp = KLVAERecipe(network=network, start="", train_encoder=False, data=recipe.data, train=recipe.train)
     starts = f"start={tmp_path / 'a'},{tmp_path / 'b'}"
-    assert ablate("klvae-sharp", sharp, Options(tmp_path / "out", (starts,), budget="2")) == 0
+    assert ablate("klvae-f8d4-sharp", sharp, Options(tmp_path / "out", (starts,), budget="2")) == 0
     assert len(list((tmp_path / "out" / "crops").iterdir())) == 2
     sharp = replace(sharp, start=str(tmp_path / "a"))
-    assert ablate("klvae-sharp", sharp, Options(tmp_path / "one", ("train.lr=1e-3,1e-4",), budget="2")) == 0
+    assert ablate("klvae-f8d4-sharp", sharp, Options(tmp_path / "one", ("train.lr=1e-3,1e-4",), budget="2")) == 0
     assert len(list((tmp_path / "one" / "crops").iterdir())) == 1
 
 
@@ -174,7 +174,7 @@ def test_another_ablation_is_refused(recipe: RACRecipe, whole: Path, change: dic
 def test_another_recipe_is_refused_and_a_directory_in_use(tmp_path: Path, recipe: RACRecipe, whole: Path) -> None:
     options = Options(whole, VARY, budget="3", resume=True)
     other = replace(recipe, train=replace(recipe.train, lr=0.1, checkpoint_minutes=1.0))
-    with pytest.raises(RacError, match=r"begun otherwise: recipe\.train\.lr 0\.1, was 0\.0003; resume"):
+    with pytest.raises(RacError, match=r"started with other settings: recipe\.train\.lr 0\.1, was 0\.0003; resume"):
         ablate("tiny", other, options)
     with pytest.raises(RacError, match="is not empty; --resume"):
         ablate("tiny", recipe, replace(options, resume=False))

@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused():
     local = LocalFieldConfig(widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), down=(), down_blocks=(), patch=1)
     with pytest.raises(RacError, match="carriers field"):
         copy_teacher(teacher, RAC(replace(coder.config, field=local)))
-    with pytest.raises(RacError, match="factor of 8"):
+    with pytest.raises(RacError, match="upsample by 8"):
         SMALL.build(4, 16)
     with pytest.raises(RacError, match="one length"):
         replace(SMALL, down_blocks=(1, 1)).build(4, 8)

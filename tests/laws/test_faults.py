@@ -142,7 +142,7 @@ def test_a_reading_thread_that_ends_ends_the_run_with_the_reason(tmp_path: Path,
             return super().batch(first, count)
 
     settings = replace(PLAIN, workers=workers, checkpoint_minutes=0)
-    with pytest.raises(RacError, match=r"thread that reads images was ended by SystemExit\(0\)"):
+    with pytest.raises(RacError, match=r"thread that reads images ended with SystemExit\(0\)"):
         fit(ToyTask(), Leaving(), settings, tmp_path / "run")
     fit(ToyTask(), ToyStream(), settings, tmp_path / "run", resume=True)
     fit(ToyTask(), ToyStream(), settings, tmp_path / "whole")
@@ -193,7 +193,7 @@ def test_sigterm_exits_with_code_0_and_a_word_on_how_to_go_on(tmp_path: Path) ->
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert f"of {SLOW.iterations}; --resume goes on from there" in said
+    assert f"of {SLOW.iterations}; --resume continues from there" in said
 
 
 def test_a_recipe_that_was_cut_while_written_does_not_occupy_the_folder(tmp_path: Path) -> None:

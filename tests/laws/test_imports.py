@@ -17,13 +17,13 @@ ROOT = Path(rac.__file__).parent
 
 # From the ground up.
 ROOMS = [
-    *("errors", "files", "notices", "rgb", "config", "runtime", "draws", "progress", "storage"),
+    *("errors", "files", "notices", "tensors", "rgb", "config", "runtime", "draws", "progress", "storage"),
     *("images", "latents", "states", "flow", "fields", "representations", "coders", "generators"),
     *("objectives", "report", "hub", "data", "train", "evaluate", "recipes", "experiments"),
     *("integrations", "serve", "commands", "cli", "__main__"),
 ]
 # What each room may import of the package, itself and its own modules apart.
-BASE = {"errors", "files", "notices"}
+BASE = {"errors", "files", "notices", "tensors"}
 STATIONS = ["images", "latents", "states", "flow", "fields"]
 PLUMBING = {"config", "storage", "runtime", "draws", "progress", "hub"}
 CODERS = {*BASE, *STATIONS, *PLUMBING, "representations"} - {"hub", "draws"}
@@ -31,7 +31,8 @@ TRAINING = {*BASE, *STATIONS, *PLUMBING, "representations", "report", "coders", 
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "notices": set(),
+    "notices": {"errors"},
+    "tensors": {"errors"},
     "rgb": {"errors"},
     "config": {"errors"},
     "runtime": {"errors"},

@@ -186,7 +186,7 @@ def test_only_what_was_asked_for_comes(opened: Opened, tmp_path: Path) -> None:
     assert alone.size == 3
     assert torch.equal(alone.need("labels"), both.need("labels"))
     assert opened(tmp_path).batch(3, 3).labels is None
-    with pytest.raises(RacError, match="the batch holds no images; open the stream with"):
+    with pytest.raises(RacError, match="the batch holds no images; include 'images' in the stream's wants"):
         alone.need("images")
 
 
@@ -251,17 +251,17 @@ def test_a_run_that_samples_prepares_moments(tmp_path: Path) -> None:
 
 def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
-    with pytest.raises(RacError, match=r"means of the posterior alone, which cannot be sampled; .* --moments"):
+    with pytest.raises(RacError, match=r"only the means of the posterior, which cannot be sampled; .* --moments"):
         sampling(folder)
     (tmp_path / "other").mkdir()
     moments = prepared(tmp_path / "other", moments=True)
-    with pytest.raises(RacError, match="holds moments, which their coder has to finish"):
+    with pytest.raises(RacError, match="holds raw moments, of which only their coder can make latents"):
         CachedStream(moments, 5)
     config = DataConfig(paths=(tmp_path / "photos",), size=8, cached_crops=5)
     assert open_stream(config, cache=tmp_path / "plain").batch(0, 2).latents is None
-    with pytest.raises(RacError, match=r"latents are asked for, but .*plain holds none; .*rac cache --teacher"):
+    with pytest.raises(RacError, match=r"latents are needed, but .*plain holds none; .*rac cache --teacher"):
         CachedStream(tmp_path / "plain", wants={"latents"})
-    with pytest.raises(RacError, match="latents are asked for, but none are prepared"):
+    with pytest.raises(RacError, match="latents are needed, but none are prepared"):
         open_stream(replace(config, cached_crops=0), wants={"latents"})
 
 
@@ -310,7 +310,7 @@ def test_pictures_without_a_class_are_refused_where_labels_are_asked_for(tmp_pat
         open_stream(DataConfig(paths=(root / "ant",), size=8), wants={"labels"})
     crops = replace(config, cached_crops=30)
     assert open_stream(crops, cache=tmp_path / "crops").batch(0, 4).labels is None
-    with pytest.raises(RacError, match=r"but top\.png and maybe others in .*crops belong to no class"):
+    with pytest.raises(RacError, match=r"but top\.png and perhaps others in .*crops belong to no class"):
         open_stream(crops, cache=tmp_path / "crops", wants={"labels"})
 
 

@@ -102,7 +102,7 @@ def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_ablation_is_for_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RacError, match="rac ablate works on one process"):
+    with pytest.raises(RacError, match="rac ablate runs in one process"):
         ablate(["tiny", "--vary", "steps=1,2", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

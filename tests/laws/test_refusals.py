@@ -20,11 +20,13 @@ import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.config import to_json
 from rac.data import DataConfig, cache
+from rac.data.stream import Batch
 from rac.errors import RacError, WeightsError
 from rac.files import locked
 from rac.objectives.klvae import KLVAEWeights
 from rac.objectives.rac import RACObjective, RACWeights
 from rac.recipes import RECIPES, KLVAERecipe, RACRecipe
+from rac.recipes.rac import check_latents
 from rac.train import TrainConfig, fit, log
 from rac.train.discriminator import DiscriminatorConfig
 
@@ -58,7 +60,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.json").write_text("{}")
     with pytest.raises(RacError, match="is not empty; --resume"):
         rac_recipe().run(tmp_path / "run")
-    with pytest.raises(RacError, match="was trained otherwise"):
+    with pytest.raises(RacError, match="was trained with other settings"):
         rac_recipe().run(tmp_path / "run", resume=True)
     with pytest.raises(RacError, match="holds no run to resume"):
         rac_recipe().run(tmp_path / "other", resume=True)
@@ -69,7 +71,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
 def test_what_the_recipe_cannot_be(tmp_path: Path) -> None:
     refused = {
         "size 20 must be a multiple of the teacher's factor 8": rac_recipe(data=DataConfig(size=20)),
-        "start klvae-f8d8 is no RAC": rac_recipe(start="klvae-f8d8"),
+        "start klvae-f8d4 is not a RAC": rac_recipe(start="klvae-f8d4"),
         "at least 24 pixels, not 16": rac_recipe(
             data=DataConfig(size=32, further_sizes=(16,)),
             objective=RACObjective(RACWeights(reconstruction=1.0, adversarial=0.1)),
@@ -193,6 +195,17 @@ def test_a_teacher_of_the_wrong_scale_is_warned_of_with_the_scale_that_fits(
         longer = replace(recipe, train=replace(recipe.train, minutes=60.0))
         longer.run(tmp_path / "run", resume=True)
         assert not [one for one in recwarn if "latents of teacher" in str(one.message)], "said once, at the start"
+
+
+def test_pictures_of_a_single_colour_do_not_cast_doubt_on_a_teacher(recwarn: pytest.WarningsRecorder) -> None:
+    colours = torch.tensor([[-1.0, 1.0, -1.0]] * 5).view(5, 3, 1, 1).expand(5, 3, 64, 64)
+    teacher = rac.load("klvae-f8d4")
+    check_latents(teacher, "klvae-f8d4", Batch(colours))
+    assert not recwarn.list
+    # They would be taken for badly scaled, as a noisy picture of them shows.
+    noisy = colours + 0.05 * torch.randn(colours.shape, generator=torch.Generator().manual_seed(0))
+    check_latents(teacher, "klvae-f8d4", Batch(noisy))
+    assert len(recwarn.list) == 1
 
 
 # The gallery

@@ -96,3 +96,13 @@ def test_reading_json(tmp_path):
             read_json(path)
     with pytest.raises(RacError):
         read_json(tmp_path)
+
+
+def test_what_does_not_fit_is_said_in_plain_words():
+    data = edited(colour="red", steps="many", spread="wide", spec={"factor": 8})
+    with pytest.raises(RacError) as caught:
+        from_json(RACConfig, data, "config.json")
+    assert str(caught.value) == (
+        "config.json does not fit: spec.channels is missing; spread: expected one of nearest, centre, shuffle, beside; "
+        "steps: expected a whole number, not 'many'; unknown keys, colour"
+    )

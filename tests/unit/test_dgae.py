@@ -241,9 +241,9 @@ def test_decoding_refuses(coder: DGAE, settings: dict[str, object], message: str
 
 
 def test_encoding_refuses_steps_and_latents_have_the_coder_s_channels(coder: DGAE) -> None:
-    with pytest.raises(RacError, match="encodes at once"):
+    with pytest.raises(RacError, match="encodes in one pass"):
         coder.encode(smooth_images(1, 16, 16), 4)
-    with pytest.raises(RacError, match="encodes at once"):
+    with pytest.raises(RacError, match="encodes in one pass"):
         coder.encode_trajectory(smooth_images(1, 16, 16), 4)
     with pytest.raises(RacError, match="5 channels"):
         coder.decode(torch.zeros(1, 5, 2, 2))

@@ -105,7 +105,9 @@ def test_prepared_crops_of_pictures_that_changed_are_refused(
     open_stream(config, cache=tmp_path / "crops")
     open_stream(config, cache=tmp_path / "crops")
     change(photos)
-    with pytest.raises(RacError, match=r"crops was prepared otherwise: pictures\..*; delete it to prepare it again"):
+    with pytest.raises(
+        RacError, match=r"crops was prepared with other settings: pictures\..*; delete it to prepare it again"
+    ):
         open_stream(config, cache=tmp_path / "crops")
 
 
@@ -126,7 +128,9 @@ def test_a_run_is_not_resumed_on_other_pictures(
     fit(ToyTask(), ImageStream(config), settings, run, stop_at=1)
     content = {file: file.read_bytes() for file in photos.iterdir()}
     change(photos)
-    with pytest.raises(RacError, match=f"the pictures changed since the run in .*run began: ({CHANGES[change]}); give"):
+    with pytest.raises(
+        RacError, match=f"the pictures have changed since the run in .*run began: ({CHANGES[change]}); give"
+    ):
         fit(ToyTask(), ImageStream(config), settings, run, resume=True)
     for file in photos.iterdir():
         file.unlink()
@@ -154,7 +158,7 @@ def test_a_run_goes_on_that_was_begun_before_classes_could_be_chosen(
     recipe = json.loads((run / "recipe.json").read_text())
     older = {name: value for name, value in recipe.items() if "classes" not in name}
     (run / "recipe.json").write_text(json.dumps(older))
-    with pytest.raises(RacError, match="trained otherwise: without_classes"):
+    with pytest.raises(RacError, match="trained with other settings: without_classes"):
         fit(
             ToyTask(), ImageStream(config), settings, run, recipe=replace(config, without_classes=("cat",)), resume=True
         )
@@ -395,7 +399,7 @@ def test_without_a_home_the_index_of_a_tar_is_done_without(tmp_path: Path) -> No
     clean = {k: v for k, v in os.environ.items() if k not in ("HOME", "RAC_CACHE_DIR", "XDG_CACHE_HOME")}
     environment = {**clean, "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "~/p.tar cannot be found: no home folder is known here; set HOME, or write it out" in ran.stdout
+    assert "the home folder in ~/p.tar is not known; set HOME, or write the whole path" in ran.stdout
 
 
 # ---------------------------------------------------------------------------------------------------- one's own results
@@ -415,7 +419,7 @@ def test_results_beside_ones_own_pictures_are_refused_where_they_would_be_found(
     (photos / "mine").mkdir()
     (photos / "mine" / "notes.txt").write_text("")
     for out in (photos, photos / "mine"):
-        with pytest.raises(RacError, match=r"holds other files and lies in .*photos, where pictures are looked for"):
+        with pytest.raises(RacError, match=r"holds other files and lies in .*photos, which is searched for pictures"):
             check_output(out, [tmp_path / "others", photos])
         assert not (make_output(out) / MARKER).exists(), "one's own pictures stay found"
         check_output(out, [tmp_path / "others", Path("hf:a/b")])

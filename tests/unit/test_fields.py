@@ -215,14 +215,14 @@ def test_projector_shrinks_by_its_factor_at_any_size():
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: TinyFieldConfig().build(4, 16), "not the teacher's 16"),
+        (lambda: TinyFieldConfig().build(4, 16), "but the teacher's factor is 16"),
         (lambda: TinyFieldConfig(widths=(8, 8), blocks=(1,)).build(4, 2), "one length"),
-        (lambda: TinyFieldConfig(widths=(8, 8), blocks=(1, 1), patch=2).build(4, 2), "undo a factor of 4"),
-        (lambda: LocalFieldConfig().build(4, 16), "not the teacher's 16"),
+        (lambda: TinyFieldConfig(widths=(8, 8), blocks=(1, 1), patch=2).build(4, 2), "upsample by 4"),
+        (lambda: LocalFieldConfig().build(4, 16), "but the teacher's factor is 16"),
         (lambda: LocalFieldConfig(blocks=(1,)).build(4, 8), "one length"),
         (lambda: LocalFieldConfig(down=(8,), down_blocks=(0,)).build(4, 8), "one width less"),
         (lambda: LocalFieldConfig().build(3, 8), "beyond 3, not 3"),
-        (lambda: LdmFieldConfig().build(4, 16), "undo a factor of 8, not 16"),
+        (lambda: LdmFieldConfig().build(4, 16), "upsample by 8, but the factor is 16"),
         (lambda: LdmFieldConfig(widths=(8, 12), groups=8).build(4, 2), "groups 8 must divide"),
         (lambda: LdmFieldConfig.scaled(0), r"ratio 0 must lie in \(0, 1\]"),
         (lambda: LdmFieldConfig.scaled(1.5), "ratio 1.5"),

@@ -104,7 +104,7 @@ def test_a_failed_save_leaves_the_old_coder_whole(saved, make_rac, monkeypatch):
 
 def test_saving_where_one_cannot(make_rac, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RacError, match="a file stands where a folder is needed"):
+    with pytest.raises(RacError, match="there is a file where a folder is needed"):
         rac.save(make_rac(), tmp_path / "file")
     with pytest.raises(RacError, match="not str"):
         rac.save("coder", tmp_path / "x")
@@ -177,7 +177,7 @@ def test_unknown_names_are_refused_with_the_near_ones(monkeypatch, tmp_path):
     assert rac.available() == ["klvae-64", "rac-64"]
     with pytest.raises(WeightsError, match="did you mean rac-64"):
         rac.load("rac-46")
-    with pytest.raises(WeightsError, match="shipped are klvae-64, rac-64"):
+    with pytest.raises(WeightsError, match="shipped coders are klvae-64, rac-64"):
         rac.load("zzzzzz")
 
 
@@ -264,8 +264,8 @@ def test_a_pipeline_that_was_saved_with_a_rac_is_its_coder(make_rac, images, tmp
 
 
 def test_the_first_version_and_the_second_give_the_same_bits(images, tmp_path):
-    """What ships has the first version's numbers in its config.json."""
-    for name in ("rac-64", "rac-taef2", "rac-f8d8"):
+    """Some of what ships has the first version's numbers in its config.json."""
+    for name in ("rac-64", "rac-taef2"):
         coder = rac.load(name)
         assert json.loads((rac.hub.SHIPPED / name / "config.json").read_text())["version"] == 1
         rac.save(coder, tmp_path / name)
@@ -288,10 +288,45 @@ def test_statistics_that_are_not_those_of_the_spec_are_refused(saved):
 
 
 def test_unknown_keys_of_a_config_are_named(saved):
-    """Those of diffusers' classes are named by diffusers' log."""
     edit(saved[1], colour="red")
     with pytest.raises(WeightsError, match="unknown keys, colour"):
         rac.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scaling_facto": 3.0}, "unknown keys, scaling_facto"),
+        ({"scaling_factor": "x"}, "scaling_factor: expected a number, not 'x'"),
+        ({"latents_mean": 3}, "latents_mean"),
+        ({"latents_std": [1.0]}, "statistics of 1 channels"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+@pytest.mark.parametrize("kind", ["rac", "klvae"])
+def test_a_diffusers_config_is_read_strictly(make_rac, tmp_path, kind, changes, words):
+    from rac.coders.native import DROP_IN_KEYS
+    from rac.integrations.diffusers import AutoencoderRAC
+
+    if kind == "rac":
+        AutoencoderRAC.from_rac(make_rac()).save_pretrained(tmp_path)
+        saved_keys = json.loads((tmp_path / "config.json").read_text())
+        assert {key for key in saved_keys if not key.startswith("_")} == {"rac", *DROP_IN_KEYS}
+    else:
+        rac.save(KLVAEConfig(widths=(8, 16), latent_channels=4).build(), tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(WeightsError, match=words) as caught:
+        rac.load(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_steps_of_a_drop_in_are_a_number(make_rac, tmp_path):
+    from rac.integrations.diffusers import AutoencoderRAC
+
+    AutoencoderRAC.from_rac(make_rac()).save_pretrained(tmp_path)
+    edit(tmp_path, num_inference_steps="four")
+    with pytest.raises(RacError, match="steps 'four' must be a whole number"):
+        AutoencoderRAC.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rac-64", "klvae-f8d4"])

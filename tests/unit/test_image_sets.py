@@ -201,8 +201,8 @@ def test_what_needs_more_than_moments_is_refused_before_work(tmp_path, weights, 
     narrow = FeatureMoments.read(moments_file(tmp_path / "n.npz", torch.randn(20, 5)))
     extractor = Colours(weights)
     for metric, reference, words in (
-        ("kernel", moments, "kernel compares the features of images and m.npz holds moments alone"),
-        ("precision-recall", moments, "moments alone"),
+        ("kernel", moments, "kernel compares the features of images, and m.npz holds only moments"),
+        ("precision-recall", moments, "only moments"),
         ("frechet", narrow, "moments of 5 features, the extractor has 6"),
     ):
         protocol = Protocol("p", Preprocessing(), metrics=("psnr", metric), extractor="inception-768")

@@ -423,6 +423,6 @@ def test_sizes_have_an_upper_bound(tmp_path: Path) -> None:
     path = saved(tmp_path / "photo.png", Image.fromarray(PHOTO))
     assert check_size(8192) == (8192, 8192)
     for size in (8193, (1, 2**26 + 1)):
-        with pytest.raises(ImageError, match=r"more than the limit of 67,108,864; take a square of at most 8,192"):
+        with pytest.raises(ImageError, match=r"more than the limit of 67,108,864; choose a square of at most 8,192"):
             read_image(path, size)
     assert read_image(path, (5, 6), max_pixels=600).shape == (1, 3, 5, 6)

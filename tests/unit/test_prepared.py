@@ -192,7 +192,7 @@ def test_only_missing_shards_are_made(config: DataConfig, tmp_path: Path) -> Non
     make(tmp_path / "crops", config)
     before = contents(tmp_path / "crops")
     (tmp_path / "crops" / "00001.safetensors").unlink()
-    with pytest.raises(RacError, match=r"00001\.safetensors is not there yet: .* give the same rac cache again"):
+    with pytest.raises(RacError, match=r"00001\.safetensors is missing: .* run the same rac cache command again"):
         CachedStream(tmp_path / "crops")
     teacher = Halving()
     make(tmp_path / "crops", config, teacher=teacher)
@@ -240,7 +240,7 @@ def test_latents_are_kept_as_asked_and_come_back_as_float32(config: DataConfig, 
 
 
 def test_latents_beyond_a_type_are_refused(config: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(RacError, match="no numbers in float16; take float32 or bfloat16"):
+    with pytest.raises(RacError, match="too large for float16; choose float32 or bfloat16"):
         make(tmp_path / "crops", config, teacher=Halving(1e6), dtype="float16")
     assert sorted(contents(tmp_path / "crops")) == [PLAN, "held-out.safetensors"]
 
@@ -255,7 +255,7 @@ def test_without_pixels_crops_are_cut_again(config: DataConfig, tmp_path: Path) 
     sizes = [sum(map(len, contents(tmp_path / name).values())) for name in ("full", "latents")]
     assert sizes[1] < sizes[0] - 80 * 8 * 8 * 3
     (tmp_path / "pictures" / "3.png").unlink()
-    with pytest.raises(RacError, match="holds latents alone, not of the pictures that are in"):
+    with pytest.raises(RacError, match="holds latents without pixels, and the pictures in"):
         CachedStream(tmp_path / "latents")
     assert torch.equal(CachedStream(tmp_path / "latents", 7, wants={"latents"}).batch(5, 90).latents, two.latents)
 
@@ -326,7 +326,7 @@ def test_settings_that_prepared_crops_do_not_have_are_refused(
 
 def test_prepared_crops_go_alone(config: DataConfig, tmp_path: Path) -> None:
     make(tmp_path / "crops", config)
-    with pytest.raises(RacError, match="holds prepared crops, which go alone"):
+    with pytest.raises(RacError, match="holds prepared crops, which cannot be combined"):
         open_stream(DataConfig(paths=(tmp_path / "crops", tmp_path / "pictures"), size=8))
 
 

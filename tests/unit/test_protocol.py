@@ -146,10 +146,10 @@ def test_bad_sets_are_refused(folder: Path, tmp_path: Path) -> None:
     for paths, framing, count, words in (
         ([tmp_path / "nowhere"], Preprocessing(), None, "nowhere does not exist"),
         ([empty], Preprocessing(), None, "empty holds no pictures"),
-        ([single], Preprocessing(), None, "single gives 1 image.*at least 2"),
+        ([single], Preprocessing(), None, "single has 1 image.*at least 2"),
         ([folder], Preprocessing(24, "none"), None, "24 x 24 and does not crop"),
         ([folder], Preprocessing(28, "centre"), None, "too small for images of 28 x 28"),
-        ([folder], Preprocessing(24, "centre"), 13, "gives 12 images, the protocol asks for 13"),
+        ([folder], Preprocessing(24, "centre"), 13, "has 12 images, but the protocol asks for 13"),
     ):
         with pytest.raises(RacError, match=words):
             ImageSet.read(paths, framing, count)
@@ -199,7 +199,7 @@ def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
     evaluate(one_layer_coder, references, replace(PIXELS, count=5, reference=references.hash), name="it")
     for words, changes in {
         "some has hash": {"reference": "0" * 64},
-        "about 6 images, some gives 5": {"count": 6},
+        "is for 6 images, but some has 5": {"count": 6},
         "needs the teacher's latents": {"latents": "teacher"},
         "teacher's latents": {"metrics": ("explained-variance",)},
         "RAC has no posterior": {"posterior": "sample"},
@@ -207,7 +207,7 @@ def test_protocols_that_cannot_be_kept(one_layer_coder, images) -> None:
         with pytest.raises(RacError, match=words):
             evaluate(one_layer_coder, references, replace(PIXELS, **changes), name="it")
     vae = KLVAEConfig(widths=(4, 4), latent_channels=2).build().eval()
-    with pytest.raises(RacError, match="no states"):
+    with pytest.raises(RacError, match="no flow whose states"):
         evaluate(vae, references, replace(PIXELS, metrics=("state-round-trip",)), name="it")
 
 
@@ -340,7 +340,7 @@ def test_progress_and_reference_features_are_kept(one_layer_coder, images) -> No
         evaluate(one_layer_coder, references, protocol, name="it", **options)
     assert told[:3] == [(3, 8), (6, 8), (8, 8)]
     assert suite.extractor.seen == 3 * 8
-    with pytest.raises(RacError, match="suite is for"):
+    with pytest.raises(RacError, match="suite has the metrics"):
         evaluate(one_layer_coder, references, PIXELS, name="it", suite=suite)
 
 

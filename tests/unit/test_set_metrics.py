@@ -155,9 +155,9 @@ def test_bad_features_are_told() -> None:
     damaged[3, 1] = math.nan
     with pytest.raises(RacError, match="NaN"):
         kernel_distance(good, damaged)
-    with pytest.raises(RacError, match="equal features, not 4 and 5"):
+    with pytest.raises(RacError, match="features of one kind, not 4 and 5"):
         kernel_distance(good, features(10, 5))
     with pytest.raises(RacError, match="at least 2"):
         kernel_distance(good[:1], good)
-    with pytest.raises(RacError, match="equal features"):
+    with pytest.raises(RacError, match="features of one kind"):
         frechet(Gaussian.of(good), Gaussian.of(features(10, 5)))

@@ -225,7 +225,7 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
         (edit_config(latent_channels=4), r"shape \(8, 3, 3, 3\), the configuration asks for \(8, 4, 3, 3\)"),
         (edit_config(layers_per_block=2), "lacks tensor"),
         (edit_config(block_out_channels="wide"), "cannot build AutoencoderKL"),
-        (edit_config(scaling_factor="large"), "cannot build AutoencoderKL"),
+        (edit_config(scaling_factor="large"), "scaling_factor: expected a number"),
         (edit_config(scaling_factor=float("nan")), "must be finite, not nan"),
         (lambda coder: shutil.rmtree(coder) or coder.mkdir(), "holds no coder; expected config.json"),
     ],
@@ -253,11 +253,11 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
     encoder.write_bytes(b"text")
     refused(tmp_path, "cut short")
     torch.save({"0.weight": torch.zeros(1)}, encoder)
-    refused(tmp_path, "no TAESD encoder: it lacks tensor '14.weight'")
+    refused(tmp_path, "is not a TAESD encoder: it lacks tensor '14.weight'")
     torch.save([1, 2], encoder)
     refused(tmp_path, "no state dict")
     torch.save({"model": print}, encoder)
-    refused(tmp_path, "no state dict of plain tensors")
+    refused(tmp_path, "not a state dict of plain tensors")
     encoder.write_bytes(whole)
     write_pair(TAESD(TAESDConfig(latent_channels=5, pooled=True, width=8)), tmp_path, "other")
     (tmp_path / "other_decoder.pth").rename(decoder)
@@ -265,13 +265,13 @@ def test_broken_pth_files_are_refused_in_one_line(tmp_path: Path) -> None:
     decoder.unlink()
     refused(encoder, "tae_decoder.pth does not exist")
     encoder.rename(tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "is no coder")
+    refused(tmp_path / "weights.pt", "is not a coder")
 
 
 @pytest.mark.parametrize("name", ["nowhere/to-be-found", "a/b/c", "no such name"])
 def test_offline_and_unknown_names_are_refused_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=f"{name}.*(check the name|nor shipped)") as error:
+    with pytest.raises(WeightsError, match=f"{name}.*(check the name|or a shipped coder)") as error:
         rac.load(name)
     assert "\n" not in str(error.value)
 
@@ -285,7 +285,7 @@ def test_wrong_tensors_are_refused() -> None:
     coder = kl()
     with pytest.raises(RacError, match="3 H W"):
         coder.encode(torch.zeros(1, 1, 16, 16))
-    with pytest.raises(RacError, match="has 4 channels, this coder's have 3"):
+    with pytest.raises(RacError, match="has 4 channels, but this coder's latents have 3"):
         coder.decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(RacError, match="too small"):
         coder.encode(torch.zeros(1, 3, 1, 1))

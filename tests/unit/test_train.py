@@ -172,6 +172,8 @@ def test_every_iteration_has_draws_of_its_own(tmp_path: Path) -> None:
         ({"batch": 2, "accumulate": 3}, "cannot be split into 3 parts"),
         ({"ema": 1.0}, "ema 1.0"),
         ({"betas": (0.9, 1.5)}, "betas 1.5"),
+        ({"optimizer": "adam"}, "optimizer 'adam' is unknown; expected adamw, muon"),
+        ({"optimizer": "muon", "shard": "fsdp"}, "optimizer muon needs whole matrices"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, object], message: str) -> None:

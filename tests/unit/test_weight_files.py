@@ -72,7 +72,7 @@ def test_a_damaged_file_and_one_of_other_tensors_are_refused(tmp_path):
     publish_lpips(tmp_path, "alex")
     whole = (tmp_path / "alex.pth").read_bytes()
     (tmp_path / "alex.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(WeightsError, match=r"alex\.pth is no state dict"):
+    with pytest.raises(WeightsError, match=r"alex\.pth is not a state dict"):
         convert(FILES["alex"], tmp_path, tmp_path)
     torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, tmp_path / "alex.pth")
     with pytest.raises(WeightsError, match=r"alex\.pth lack.*lin1"):
@@ -88,7 +88,7 @@ def test_code_in_a_published_file_is_not_run(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"lin0.model.1.weight": Runs()}, tmp_path / "alex.pth")
-    with pytest.raises(WeightsError, match="no state dict"):
+    with pytest.raises(WeightsError, match="not a state dict"):
         convert(FILES["alex"], tmp_path, tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -28,7 +28,10 @@ PACK = Path(__file__).resolve().parent
 LPIPS_FILE = "lpips_vgg16_v0.1_fp16.safetensors"
 HIDDEN = ("accelerate", "peft", "torchao", "torchvision", "transformers")
 """What diffusers would import if it were there: its version need not go with the packed ones."""
-IMPORTED = "PIL attrs cattrs diffusers huggingface_hub matplotlib numpy rich safetensors torch torchmetrics tyro"
+IMPORTED = (
+    "PIL attrs cattrs diffusers docstring_parser huggingface_hub matplotlib numpy rich safetensors torch torchmetrics "
+    "tyro"
+)
 FEWEST = 4
 """Iterations that a plan is made by."""
 LARGEST = 16 * 2**20

@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..config import from_json
 from ..errors import RacError, WeightsError
 from ..flow import Walk
 from ..latents import LatentSpec, Statistics
-from ..storage import CONFIG, DIFFUSERS, fit_tensors, read_settings, read_weights, write_directory
+from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
 from .protocol import Coder, Decoded, Keep, Network
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ WEIGHTS = f"{DIFFUSERS}.safetensors"
 
 
 class Adapter(Coder):
-    """A coder around a foreign network with an `encoder` and a `decoder`, both ways taken at once."""
+    """A coder around a foreign network with an `encoder` and a `decoder`, which each take one pass."""
 
     network: Any
     pixel_range: tuple[float, float] = (-1.0, 1.0)
@@ -52,10 +55,8 @@ class Adapter(Coder):
         directory = Path(directory)
         config = read_settings(directory)
         tensors, source = read_weights(directory, DIFFUSERS)
-        try:
+        with as_weights_error(str(directory / CONFIG)):
             coder = cls.from_config(config)
-        except RacError as error:
-            raise WeightsError(f"cannot tell the coder from {directory / CONFIG}: {error}") from error
         fit_tensors(coder.network, _modern_names(tensors), source)
         return coder.eval().requires_grad_(False)
 
@@ -116,11 +117,20 @@ class DiffusersCoder(Adapter):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Builds the network from a diffusers config. Raises `WeightsError` if it does not fit the class."""
+        """Builds the network from a diffusers config.
+
+        Raises `WeightsError` if it does not fit the class, or has a key that the class does not know.
+        """
         import diffusers
 
+        network_class = getattr(diffusers, cls.network_class)
+        arguments = signature(network_class.__init__).parameters
         try:
-            return cls(getattr(diffusers, cls.network_class).from_config(dict(config)))
+            network = network_class.from_config({key: config[key] for key in config if key in arguments})
+            check_keys(config, network.config)  # which has keys of its own beside the arguments
+            return cls(network)
+        except RacError as error:  # of keys or statistics
+            raise WeightsError(str(error)) from error
         except Exception as error:  # the network's constructor does not say how it fails
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise WeightsError(f"diffusers cannot build {cls.network_class} from this config ({reason})") from error
@@ -134,18 +144,37 @@ class DiffusersCoder(Adapter):
         return self.network.decode(raw_latent).sample
 
 
+def check_keys(config: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises `WeightsError` for keys of a diffusers config that are not `known`, which diffusers itself would ignore.
+
+    Keys that begin with an underscore are diffusers' own, such as its version.
+    """
+    if unknown := {key for key in config if not key.startswith("_")}.difference(known):
+        raise WeightsError(f"unknown keys, {', '.join(sorted(unknown))}; correct or remove them")
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """The keys of a diffusers config that hold statistics."""
+
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+
 def statistics_of(config: Mapping[str, Any]) -> Statistics:
     """Returns the statistics in a diffusers autoencoder's config.
 
     Pipelines normalise by (raw - shift) * scale or, where per-channel statistics are given, by
     (raw - mean) * scale / std. Raises `RacError` for values that cannot be statistics.
     """
+    given = {field.name: config[field.name] for field in fields(_Scaling) if config.get(field.name) is not None}
+    found = from_json(_Scaling, given, "the configuration")
     # A missing factor is 1; one of 0 is a fault, which `Statistics` names.
-    scale = 1.0 if config.get("scaling_factor") is None else float(config["scaling_factor"])
-    shift = float(config.get("shift_factor") or 0.0)
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None:
-        shift = 0.0
+    scale = 1.0 if found.scaling_factor is None else found.scaling_factor
+    mean, std = found.latents_mean, found.latents_std
+    shift = 0.0 if found.shift_factor is None or mean is not None else found.shift_factor
     return Statistics.scaled(scale, shift, None if mean is None else [value * scale for value in mean], std)
 
 

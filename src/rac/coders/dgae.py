@@ -1,4 +1,4 @@
-"""DGAE: an encoder that is taken at once, and a decoder that is a flow from noise to the image, given the latent.
+"""DGAE: an encoder that takes one pass, and a decoder that is a flow from noise to the image, given the latent.
 
 DGAE: Diffusion-Guided Autoencoder for Efficient Latent Representation Learning (arXiv 2506.09644), section 3. The
 encoder is a KL-VAE's, layer for layer; the decoder is ADM's U-Net.
@@ -67,7 +67,7 @@ class DGAEConfig:
 
 
 class DGAE(Coder):
-    """DGAE, a coder that encodes at once and decodes by a flow from noise.
+    """DGAE, a coder that encodes in one pass and decodes by a flow from noise.
 
     Its latent is the posterior's mean. Decoding starts from standard normal noise of the image's shape, t = 0, and
     integrates v(x, t, z) to the image, t = 1; the field is given the raw latent z, enlarged by nearest neighbour to
@@ -91,7 +91,7 @@ class DGAE(Coder):
         return coder
 
     def default_steps(self, way: Way) -> int | None:
-        """Returns the default number of steps of decoding; None for encoding, which is taken at once."""
+        """Returns the default number of steps of decoding; None for encoding, which takes one pass."""
         return self.config.steps if way == "decode" else None
 
     # ------------------------------------------------------------------------------------- image -> latent
@@ -196,7 +196,7 @@ class DGAE(Coder):
 
     @classmethod
     def _built(cls, files: NativeFiles) -> DGAE:
-        with as_weights_error():
+        with as_weights_error(files.said_by):
             coder = cls(from_json(DGAEConfig, files.config, files.said_by), files.statistics)
         fit_tensors(coder, files.tensors, files.source)
         return coder.eval().requires_grad_(False)

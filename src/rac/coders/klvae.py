@@ -29,11 +29,13 @@ class KLVAEConfig:
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels at strides 1, 2, 4, ...; the last stride is the factor."""
     layers_per_block: int = 1
+    """Number of residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int = 8
+    """Number of latent channels."""
     norm_groups: int = 4
     """Groups of the group normalisation; must divide every width."""
     middle_attention: bool = False
-    """Self-attention at latent resolution, as in the SD-VAE; without it the coder is local, and works at any size."""
+    """Self-attention at latent resolution, as in the SD-VAE; its cost grows with the square of the image's area."""
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:

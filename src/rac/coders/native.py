@@ -15,11 +15,17 @@ from ..config import to_json
 from ..errors import WeightsError
 from ..latents import Statistics
 from ..storage import CONFIG, DIFFUSERS, as_weights_error, read_settings, read_weights, write_directory
-from .adapter import statistics_of
+from .adapter import check_keys, statistics_of
 from .protocol import Coder
 
 STATISTICS = "statistics."
 """Prefix of the statistics' names in model.safetensors."""
+
+DROP_IN_KEYS = (
+    *("num_inference_steps", "in_channels", "out_channels", "latent_channels", "block_out_channels"),
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"),
+)
+"""Keys of a diffusers model's config.json beside the family's own, apart from those that begin with an underscore."""
 
 
 class NativeFiles(NamedTuple):
@@ -56,7 +62,7 @@ def read_native(directory: Path, format: str, versions: tuple[int, ...]) -> Nati
     """
     data, said_by = read_settings(directory), str(directory / CONFIG)
     if unknown := data.keys() - {"format", "version", "config"}:
-        raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; leave them out")
+        raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; correct or remove them")
     known: dict[str, tuple[Any, ...]] = {"format": (format,), "version": versions}
     for name, values in known.items():
         if data.get(name) not in values:
@@ -75,10 +81,11 @@ def read_native(directory: Path, format: str, versions: tuple[int, ...]) -> Nati
 def read_drop_in(directory: Path, key: str) -> NativeFiles:
     """Reads what a diffusers model of `rac.integrations.diffusers` saved, with the configuration under `key`.
 
-    Raises `WeightsError` for files missing or cut, and for statistics that are none.
+    Raises `WeightsError` for files missing or cut, for unknown keys, and for values that cannot be statistics.
     """
     data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
     tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
-    with as_weights_error():
+    with as_weights_error(str(directory / CONFIG)):
+        check_keys(data, (key, *DROP_IN_KEYS))
         statistics = statistics_of(data)
     return NativeFiles(data.get(key), tensors, statistics, str(directory / CONFIG), source, data)

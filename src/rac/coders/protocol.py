@@ -1,4 +1,4 @@
-"""The base class of all coders: image <-> latent, each way at once or by a flow.
+"""The base class of all coders: image <-> latent, in each direction in one pass or by a flow.
 
 A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, `default_steps` where
 it walks a flow, and `noise_shape` where it decodes from noise. Checks, padding and dtypes live here, once.
@@ -19,8 +19,9 @@ from ..errors import RacError
 from ..flow import Euler, Solver, TimeGrid, Trajectory, Walk
 from ..flow.grid import check_steps
 from ..images import crop, pad_to_multiple
-from ..latents import LatentSpec, Statistics, may_read
+from ..latents import LatentSpec, Statistics
 from ..runtime import generator
+from ..tensors import check_dense, check_device, may_read
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,9 +41,9 @@ class Coded(NamedTuple):
     latent: Tensor
     """The latent, B c h w."""
     evaluations: int
-    """Network evaluations that encoding took; 1 for a way taken at once."""
+    """Network evaluations that encoding took; 1 for a coder that does so in one pass."""
     flow: Trajectory | None = None
-    """The flow from the image state to the seed state; None for a way taken at once."""
+    """The flow from the image state to the seed state; None for a coder that does so in one pass."""
 
 
 class Decoded(NamedTuple):
@@ -51,9 +52,9 @@ class Decoded(NamedTuple):
     image: Tensor
     """The image, B 3 h*f w*f, about [-1, 1], not clamped."""
     evaluations: int
-    """Network evaluations that decoding took; 1 for a way taken at once."""
+    """Network evaluations that decoding took; 1 for a coder that does so in one pass."""
     flow: Trajectory | None = None
-    """The flow from the seed state to the image state; None for a way taken at once."""
+    """The flow from the seed state to the image state; None for a coder that does so in one pass."""
 
 
 class Network(NamedTuple):
@@ -100,10 +101,12 @@ class Coder(nn.Module, ABC):
         shape, found = tuple(statistics.shift.shape), statistics.hash()
         if shape and shape[0] != spec.channels:
             raise RacError(
-                f"statistics of {shape[0]} channels do not fit {spec.channels} latent channels; give as many"
+                f"statistics of {shape[0]} channels do not fit {spec.channels} latent channels; give {spec.channels}"
             )
         if spec.statistics not in (None, found):
-            raise RacError(f"the statistics have hash {found}, the spec names {spec.statistics}; give its own")
+            raise RacError(
+                f"the statistics have hash {found}, the spec names {spec.statistics}; give both of the same coder"
+            )
         self.statistics = statistics.copy()
         self.spec = LatentSpec(spec.factor, spec.channels, spec.side, found)
 
@@ -122,13 +125,13 @@ class Coder(nn.Module, ABC):
     # ------------------------------------------------------------------------------------- how a way is walked
 
     def default_steps(self, way: Way) -> int | None:
-        """Returns the default number of steps of a way, or None for a way that is taken at once."""
+        """Returns the default number of steps of a way, or None for a way that takes one pass."""
         return None
 
     def walk(
         self, way: Way, steps: int | TimeGrid | None = None, solver: Solver | None = None, shift: float = 1.0
     ) -> Walk | None:
-        """Returns the time grid and solver of a way, or None where it is taken at once.
+        """Returns the time grid and solver of a way, or None where it takes one pass.
 
         - `way`: "encode" or "decode".
         - `steps`: a number of steps, or a rising grid (encoding walks it backwards); None: the coder's own number.
@@ -157,11 +160,11 @@ class Coder(nn.Module, ABC):
         own = self.walk(way, steps, solver)
         if own is None and (walk is not None or steps is not None or solver is not None):
             raise RacError(
-                f"a {type(self).__name__} {way}s at once and has no steps; leave out steps, solver and walk, or load a "
-                "coder with a flow, such as a RAC"
+                f"a {type(self).__name__} {way}s in one pass and has no steps; leave out steps, solver and walk, or "
+                "load a coder with a flow, such as a RAC"
             )
         if walk is not None and walk.backwards != (way == "encode"):
-            raise RacError(f"the walk goes the other way; `coder.walk({way!r})` gives one to {way}")
+            raise RacError(f"the walk goes in the other direction; `coder.walk({way!r})` gives one to {way}")
         return walk or own
 
     # ------------------------------------------------------------------------------------- image -> latent
@@ -185,7 +188,7 @@ class Coder(nn.Module, ABC):
 
         Raises `RacError` for a tensor that is not an image (8-bit pixels, another shape, values far outside [-1, 1],
         NaN), an image too small to pad or of another size than the coder's only one, steps below 1, and steps where the
-        coder encodes at once.
+        coder encodes in one pass.
         """
         return self.coded(image, self._chosen("encode", steps, solver, walk)).latent
 
@@ -202,11 +205,11 @@ class Coder(nn.Module, ABC):
         - `image`: the images, B 3 H W in [-1, 1].
         - `steps`, `solver`, `walk`: as for `encode`.
 
-        Raises `RacError` as `encode`, and for a coder that encodes at once.
+        Raises `RacError` as `encode`, and for a coder that encodes in one pass.
         """
         flow = self.coded(image, self._chosen("encode", steps, solver, walk), keep="nodes").flow
         if flow is None:
-            raise RacError(f"a {type(self).__name__} encodes at once and has no trajectory; load a RAC for one")
+            raise RacError(f"a {type(self).__name__} encodes in one pass and has no trajectory; load a RAC for one")
         return flow
 
     def coded(self, image: Tensor, walk: Walk | None = None, keep: Keep = "end") -> Coded:
@@ -241,11 +244,12 @@ class Coder(nn.Module, ABC):
         and for noise where there is no posterior.
         """
         channels = self.spec.channels
+        check_dense(moments, "moments")
         if moments.ndim != 4 or moments.shape[1] != (2 if self.has_posterior else 1) * channels:
-            raise RacError(f"moments of shape {tuple(moments.shape)} are not this coder's, of {channels} channels")
+            raise RacError(f"moments of shape {tuple(moments.shape)} do not fit this coder of {channels} channels")
         if not self.has_posterior:
             if noise is not None:
-                raise RacError(f"a {type(self).__name__} has no posterior to draw from; leave out the noise")
+                raise RacError(f"a {type(self).__name__} has no posterior to sample from; leave out the noise")
             return self.statistics.normalise(moments)
         mean, log_variance = moments.chunk(2, dim=1)
         if noise is None:
@@ -256,6 +260,7 @@ class Coder(nn.Module, ABC):
     def _padded(self, image: Tensor) -> Tensor:
         """Returns the image in the coder's dtype, its sides padded to multiples of the factor. Raises `RacError`."""
         check_image(image)
+        check_device(image, self, "the image", "the coder")
         padded, _ = pad_to_multiple(image.to(self.dtype), self.spec.factor)
         side = None if self.spec.side is None else self.spec.side * self.spec.factor
         if side is not None and tuple(padded.shape[-2:]) != (side, side):
@@ -283,7 +288,7 @@ class Coder(nn.Module, ABC):
           place of B, such as `noise_of` draws; None: always the same, for all images alike.
 
         Raises `RacError` for a latent that is not a finite floating-point tensor of this coder's shape, for steps below
-        1, for steps where the coder decodes at once, and for noise of another shape or where the coder takes none.
+        1, for steps where the coder decodes in one pass, and for noise of another shape or where the coder takes none.
         """
         return self.decoded(latent, self._chosen("decode", steps, solver, walk), noise).image
 
@@ -301,11 +306,11 @@ class Coder(nn.Module, ABC):
         - `latent`: the latents, B c h w.
         - `steps`, `solver`, `walk`, `noise`: as for `decode`.
 
-        Raises `RacError` as `decode`, and for a coder that decodes at once.
+        Raises `RacError` as `decode`, and for a coder that decodes in one pass.
         """
         flow = self.decoded(latent, self._chosen("decode", steps, solver, walk), noise, keep="nodes").flow
         if flow is None:
-            raise RacError(f"a {type(self).__name__} decodes at once and has no trajectory; load a RAC for one")
+            raise RacError(f"a {type(self).__name__} decodes in one pass and has no trajectory; load a RAC for one")
         return flow
 
     def decoded(
@@ -321,6 +326,7 @@ class Coder(nn.Module, ABC):
         Raises `RacError` as `decode`.
         """
         self.spec.check(latent)
+        check_device(latent, self, "the latent", "the coder")
         latent = latent.to(self.dtype)
         walk = self._chosen("decode", None, None, walk)
         if len(latent):
@@ -356,7 +362,7 @@ class Coder(nn.Module, ABC):
         if noise is None:  # one for all: without names, only so an image does not depend on its batch
             noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0), device="cpu")
         if noise.shape[0] not in (1, shape[0]) or noise.shape[1:] != shape[1:]:
-            raise RacError(f"the noise has shape {tuple(noise.shape)}, this latent is decoded from {shape}")
+            raise RacError(f"the noise has shape {tuple(noise.shape)}, this latent needs noise of shape {shape}")
         return noise.to(latent).expand(shape)
 
     # ------------------------------------------------------------------------------------- both
@@ -365,8 +371,8 @@ class Coder(nn.Module, ABC):
         """Encodes and decodes an image, and crops the result to the image's own size: B 3 H W, not clamped.
 
         `steps` and `solver` apply to each way that is walked. With `FixedPoint(solver)` the image is encoded by that
-        and decoded by the solver that it undoes. Raises `RacError` as `encode`, and for steps where both ways are taken
-        at once.
+        and decoded by the solver that it undoes. Raises `RacError` as `encode`, and for steps where both ways
+        take one pass.
         """
         back = self.walk("encode", steps, solver)
         there = self.walk("decode", steps, solver) if back is None else back.inverse()
@@ -381,7 +387,7 @@ class Coder(nn.Module, ABC):
         `flow_back` is the flow that `coded` gave, along `walk_back`; retracing it costs as many evaluations again. The
         image has the padded size. Raises `RacError` unless both ways are walked.
         """
-        raise RacError(f"a {type(self).__name__} has no states to go back and forth between; give a RAC")
+        raise RacError(f"a {type(self).__name__} has no flow whose states could make a round trip; give a RAC")
 
     # ------------------------------------------------------------------------------------- the core of a family
 
@@ -438,6 +444,7 @@ def check_image(image: Tensor) -> None:
     """
     if not isinstance(image, Tensor):
         raise RacError(f"an image is a tensor B 3 H W, not {type(image).__name__}; rac.read_image gives one")
+    check_dense(image, "an image")
     if image.ndim != 4 or image.shape[1] != 3:
         raise RacError(f"an image has shape B 3 H W, not {tuple(image.shape)}; rac.read_image gives one")
     if 0 in image.shape[-2:]:

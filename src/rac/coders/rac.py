@@ -107,7 +107,7 @@ class RAC(Coder):
     def of(cls, coder: Coder) -> RAC:
         """Returns `coder` itself, typed as a RAC. Raises `RacError` for a coder of another family."""
         if not isinstance(coder, RAC):
-            raise RacError(f"expected a RAC, such as rac-64, not a {type(coder).__name__}")
+            raise RacError(f"expected a RAC, such as rac-256, not a {type(coder).__name__}")
         return coder
 
     def walk(
@@ -202,7 +202,7 @@ class RAC(Coder):
     @classmethod
     def _built(cls, files: NativeFiles) -> RAC:
         """Returns a frozen RAC from the JSON of its configuration and its weights; errors name the files of both."""
-        with as_weights_error():
+        with as_weights_error(files.said_by):
             settings, numbers = read_rac_config(files.config, files.said_by)
             coder = cls(settings, numbers or files.statistics)
         fit_tensors(coder, files.tensors, files.source)

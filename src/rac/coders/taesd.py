@@ -93,7 +93,7 @@ class TAESD(Adapter):
         name = re.fullmatch(r"(.*)_(?:encoder|decoder)\.pth", path.name)
         if name is None:
             raise WeightsError(
-                f"{path} is no coder; expected a directory, or a file NAME_encoder.pth or NAME_decoder.pth"
+                f"{path} is not a coder; expected a directory, or a file NAME_encoder.pth or NAME_decoder.pth"
             )
         coder = cls.from_files(path.with_name(f"{name[1]}_encoder.pth"), path.with_name(f"{name[1]}_decoder.pth"))
         return coder.eval().requires_grad_(False)
@@ -168,7 +168,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist; a TAESD pair has both its files side by side") from None
     except Exception as error:  # the unpickler fails in many ways on what is no pickle
-        raise WeightsError(f"{path} is cut short or no state dict of plain tensors; download it again") from error
+        raise WeightsError(
+            f"{path} is cut short, or is not a state dict of plain tensors; download it again"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; expected a TAESD encoder or decoder")
     return tensors
@@ -178,5 +180,5 @@ def _infer_config(encoder: Mapping[str, Tensor], source: Path) -> TAESDConfig:
     try:
         width, latent_channels = encoder["0.weight"].shape[0], encoder["14.weight"].shape[0]
     except KeyError as error:
-        raise WeightsError(f"{source} is no TAESD encoder: it lacks tensor {error}") from None
+        raise WeightsError(f"{source} is not a TAESD encoder: it lacks tensor {error}") from None
     return TAESDConfig(latent_channels, pooled="11.pool.0.weight" in encoder, width=width)

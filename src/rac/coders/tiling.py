@@ -36,10 +36,8 @@ def tiled(coder: C, tile: int = TILE, overlap: int | None = None) -> C:
 
     Raises `RacError` unless both are multiples of the factor, and the overlap at most half of the tile.
     """
+    check_tile(coder, tile, overlap)
     factor = coder.spec.factor
-    for name, pixels in (("tile", tile), ("overlap", overlap or 0)):
-        if pixels < 0 or pixels % factor or (name == "tile" and not pixels):
-            raise RacError(f"{name} {pixels} must be a positive multiple of the coder's factor {factor}")
     blocks = tile // factor
     margin = blocks // 8 if overlap is None else overlap // (2 * factor)
 
@@ -51,6 +49,16 @@ def tiled(coder: C, tile: int = TILE, overlap: int | None = None) -> C:
         return Pieces(network.module, way, exact=tiling.exact)
 
     return coder.with_networks(in_pieces)
+
+
+def check_tile(coder: Coder, tile: int, overlap: int | None = None) -> None:
+    """Raises `RacError` unless tiles of these sizes in pixels, as for `tiled`, suit the factor of `coder`."""
+    factor = coder.spec.factor
+    for name, pixels in (("tile", tile), ("overlap", overlap or 0)):
+        if pixels < 0 or pixels % factor or (name == "tile" and not pixels):
+            raise RacError(
+                f"{name} {pixels} must be a positive multiple of the coder's factor {factor}, such as {32 * factor}"
+            )
 
 
 def sliced(coder: C) -> C:

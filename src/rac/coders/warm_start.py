@@ -88,7 +88,7 @@ def copy_teacher(teacher: Coder, coder: RAC) -> None:
     wanted = carriers_of(teacher)
     found = (config.latent_channels, config.width, config.blocks, config.down_blocks, config.pooled)
     if found != (wanted.latent_channels, wanted.width, wanted.blocks, wanted.down_blocks, wanted.pooled):
-        raise RacError(f"the field {config} has not the teacher's sizes; start from {wanted}")
+        raise RacError(f"the field {config} does not have the teacher's sizes; start from {wanted}")
     entry, *downs, latent_head = (layer for layer in network.encoder if isinstance(layer, nn.Conv2d))
     stem, *ups, head = (layer for layer in network.decoder if isinstance(layer, nn.Conv2d))
     for theirs, ours in zip(

@@ -41,19 +41,19 @@ from ..experiments.ablation_report import (
 )
 from ..files import make_folder, write_bytes
 from ..flow.grid import check_steps
-from ..images import write_picture
 from ..progress import counting
 from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report, utf8
 from ..runtime import pick_device, processes
 from ..storage import weights_hash
-from .shared import note, show
+from .options import read_options
+from .shared import note, say, show
 from .train import find_recipe
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the ablation itself needs, beside the recipe's own options."""
+    """Options of the ablation itself, beside those of the recipe."""
 
     out: Path
     """Folder of the ablation: the runs of all variants, the report, and report.json."""
@@ -61,49 +61,54 @@ class Options:
     """A field of the recipe and its values, such as spread=nearest,shuffle or objective.step-noise=0,0.05; colons join
     the parts of a tuple: objective.steps=1:1,4:4. Given several times, every combination is a variant."""
     beside: tuple[str, ...] = ()
-    """Further recipes to train and judge alike, of any family. They take data and training settings (data, train) of
-    this one, and are not varied."""
+    """Further recipes, of any family, to train and evaluate in the same way. They take the data and training settings
+    (data, train) of this one, and are not varied."""
     budget: str = "500"
-    """Training of each variant: so many iterations of the unchanged recipe, or a time such as 90s, 10m or 1.5h. A time
-    is turned into a number of images once, by measured speeds, and stays so on --resume."""
+    """Length of each variant's training: a number of iterations of the unchanged recipe, or a time such as 90s, 10m or
+    1.5h. A time is converted once to a number of images, by measured speeds; --resume keeps that number."""
     equal: Equal = "images"
-    """What each variant gets the same of. images: a time is then what variants take on average; the report names
-    what each took. time: the faster variants see more images."""
+    """Quantity that is the same for all variants. images: each variant sees the same number of images; a --budget in
+    time is then their average time, and the report tells the time of each. time: each variant trains for the same time,
+    so faster ones see more images."""
     protocol: str = "pixels-64"
-    """Protocol under which all are judged, see `rac evaluate`."""
+    """Protocol by which all variants are evaluated; rac evaluate --help lists the protocols."""
     test: tuple[Path, ...] = ()
-    """Pictures to judge by, framed as the protocol says. None: the recipe's held-out images, as they are."""
+    """Pictures to evaluate on, cropped and scaled as the protocol says. None: the recipe's held-out images,
+    unchanged."""
     latents: tuple[LatentSource, ...] = ("own",)
-    """What a coder with a teacher decodes: the latents it encoded itself, its teacher's, or both in turn."""
+    """Latents that a coder with a teacher decodes: its own, its teacher's, or both, one after the other."""
     judged_steps: tuple[int, ...] = ()
-    """Numbers of steps at which all coders with a flow are judged. None: those that each recipe says."""
+    """Numbers of steps at which all coders with a flow are evaluated. None: those of each recipe."""
     resume: bool = False
-    """Go on with the ablation in --out."""
+    """Continue the ablation in --out."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """`rac ablate` with these arguments; the exit code. Raises `RacError`."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER [--budget 10m] [--resume] [--options]")
-        print("       rac ablate RECIPE --beside RECIPE RECIPE --out FOLDER [--budget 10m] [--resume] [--options]\n")
-        print("rac train lists the recipes, rac ablate RECIPE --help all options.")
+        print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER")
+        print("                  [--budget 10m] [--resume] [options]")
+        print("       rac ablate RECIPE --beside RECIPE RECIPE --out FOLDER")
+        print("                  [--budget 10m] [--resume] [options]\n")
+        print("rac train lists the recipes; rac ablate RECIPE --help lists all options.")
         return 0
     name, *options = arguments
     description, recipe = find_recipe(name)
-    chosen = tyro.cli(
-        _both(recipe),
-        prog=f"rac ablate {name}",
-        description=f"Train variants of a recipe alike, and judge them alike. The recipe: {description}",
-        args=options,
-        config=(tyro.conf.AvoidSubcommands,),
+    purpose = (
+        f"Train variants of a recipe in the same way, and evaluate them in the same way. The recipe: {description}"
     )
+    chosen = read_options(_both(recipe), f"rac ablate {name}", options, purpose)
     return ablate(name, chosen.recipe, chosen.options)
 
 
 def ablate(name: str, recipe: Recipe, options: Options) -> int:
     """Train, judge, report; the exit code: 1 if some of the variants could not be trained. Raises `RacError`."""
     if processes() > 1:
-        raise RacError("rac ablate works on one process; start it without torchrun or accelerate launch")
+        raise RacError("rac ablate runs in one process; start it without torchrun or accelerate launch")
+    if recipe.product != hub.PRODUCTS[0]:
+        raise RacError(
+            f"rac ablate judges reconstructions, and {name} trains a {recipe.product}; give a coder's recipe"
+        )
     vary = tuple(_dotted(choice) for choice in options.vary)
     for number in options.judged_steps:
         check_steps(number)
@@ -156,7 +161,7 @@ def _train(ablation: Ablation, trainings: Sequence[Training]) -> dict[str, str]:
             if len(failures) == len(trainings) - 1:
                 raise
             failures[training.label] = str(error)
-            note(f"going on without {training.label}: {error}")
+            note(f"continuing without {training.label}: {error}")
     return failures
 
 
@@ -173,7 +178,7 @@ class _Evaluation:
     """Loaded once, by name."""
 
     def candidates(self, training: Training, steps: Sequence[int]) -> list[Candidate]:
-        """The coder of a training at every number of steps."""
+        """Returns the candidates of a training: its coder at every number of steps."""
         name, coder = str(training.coder), self._load(str(training.coder))
         if coder.teacher is not None and coder.teacher not in self._teachers:
             self._teachers[coder.teacher] = self._load(coder.teacher)
@@ -216,7 +221,10 @@ def _evaluation(ablation: Ablation, options: Options) -> _Evaluation:
                 options.test, protocol.preprocessing, protocol.count, progress=lambda done: progress(done, None)
             )
     elif ablation.varies("data.paths", "data.held_out"):
-        raise RacError("variants of other data hold out other pictures; give --test, pictures that none trains on")
+        raise RacError(
+            "variants that differ in their data hold out different pictures; give --test with pictures that no "
+            "variant trains on"
+        )
     else:
         held_out = held_out_images(recipe.data)
         images = ImageSet.of(held_out, "the held-out set")
@@ -235,7 +243,7 @@ def _report(showing: Showing, out: Path) -> None:
     for section in contents:
         for content in section.contents:
             if isinstance(content, Figure):
-                write_picture(content.picture, out / f"{content.name}.png")
+                write_bytes(out / f"{content.name}.png", content.png)
     title = " beside ".join([showing.name, *showing.ablation.beside])
     title = ": ".join(part for part in (title, ", ".join(showing.ablation.choices)) if part)
     write_bytes(out / "report.json", utf8(_as_json(showing)))
@@ -243,7 +251,8 @@ def _report(showing: Showing, out: Path) -> None:
     write_bytes(out / "report.html", utf8(html_report(title, introduction(showing), contents)))
     show(summary(showing), title)
     show(training_table(showing))
-    print(f"\nThe report, with pictures: {out / 'report.html'}")
+    say("")
+    say(f"The report, with pictures: {out / 'report.html'}")
 
 
 def _as_json(showing: Showing) -> str:

@@ -42,36 +42,37 @@ class Measured:
     precision: Precision
     speed: Speed
     share: float
-    """Of the best convolution's rate in this precision."""
+    """Rate as a share of the best convolution's in this precision."""
 
 
 @dataclass(frozen=True)
 class Command:
     """Measure images per second to encode, decode and train, and show where the time of a training step goes.
 
-    GFLOP/s count two operations for each multiply-accumulate, and their share is of the best rate that plain
-    convolutions reach in the same run. bf16 is autocast with the channels-last layout. Times are medians; on a machine
-    that does other things as well, look at ratios of one run only.
+    GFLOP/s count two operations for each multiply-accumulate; their share is of the best rate that plain convolutions
+    reach in the same run. bf16 is autocast with the channels-last layout. Times are medians. On a machine that does
+    other work too, compare only the figures of one run.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Shipped coders (see `rac models`), directories, names on the hub. None: all that ship."""
+    """Coders: shipped names (see `rac models`), directories, or names on the hub. None: all shipped coders."""
     jobs: tuple[Job, ...] = ("encode", "decode", "train")
     """What to measure. Training is measured only for coders that this package can train."""
     size: int = 64
     """Side of the square images."""
     batch: int = 16
-    """Images at a time."""
+    """Number of images processed together."""
     steps: int | None = None
-    """Steps to encode and decode. None: the coder's own number."""
-    recipe: str = "rac"
-    """The recipe by whose objective coders are trained; those it does not fit, by the first one that does."""
+    """Number of steps to encode and decode. None: the coder's own number."""
+    recipe: str = "rac-64"
+    """The recipe whose objective is trained. A coder that it does not suit is trained by the first recipe that
+    suits."""
     data: tuple[Path, ...] = ()
     """Training images: folders, tar files, single images. None: scikit-image's photographs."""
     precision: tuple[Precision, ...] = ("fp32", "bf16")
     """Precision of the computation."""
     threads: int = 0
-    """Threads torch computes with. 0: those that decode fastest, measured first."""
+    """Number of threads that torch uses. 0: the number that decodes fastest, which is measured first."""
     seconds: float = 2.0
     """Minimum time of each measurement, in seconds."""
     device: str = "auto"
@@ -147,7 +148,7 @@ class Command:
     def _training(self, name: str, coder: Coder, setting: Setting) -> Speed | None:
         recipe = self._recipe(coder, setting.device)
         if recipe is None:
-            note(f"{name} is a {type(coder).__name__}, which is not trained here")
+            note(f"no recipe trains {name}, a {type(coder).__name__}")
             return None
         try:
             task = recipe.task(coder)

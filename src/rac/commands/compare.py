@@ -17,12 +17,13 @@ from .evaluation import EvaluationOptions
 class Command(EvaluationOptions):
     """Compare several coders on the same images: one table of quality, parameters, MACs and speed, and pictures.
 
-    A RAC enters once for each number of steps. Writes table.md, comparison.json, report.html with its pictures, and
-    each coder's own result as `rac evaluate` does.
+    A coder with a flow has one row for each number of steps. Writes table.md, comparison.json, report.html with its
+    pictures, and the result of each coder as `rac evaluate` does.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """RACs, teachers, any diffusers VAE: shipped names (see `rac models`), directories, names on the hub."""
+    """The coders to compare, RACs or any diffusers VAEs: shipped names (see `rac models`), directories, or names on the
+    hub."""
     out: Path = Path("compared")
     """Folder for the results; created if it does not exist."""
 

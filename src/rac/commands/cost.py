@@ -28,14 +28,14 @@ SCALES = (0.1, 0.2, 0.3, 1.0)
 class Command:
     """Count parameters and MACs of every recipe's networks, of the shipped coders, and of well-known autoencoders.
 
-    MACs (multiply-accumulates, which papers print as GFLOPs) are of one evaluation, batch 1; a flow takes as many
-    evaluations as steps, each way. Nothing is computed or downloaded, so large networks cost no time.
+    MACs (multiply-accumulates, which papers call GFLOPs) are for one evaluation of one image; a flow needs one
+    evaluation for each step, in each direction. Networks are neither run nor downloaded, so large ones take no time.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Coders to count alone: shipped names, directories, names on the hub. None: everything."""
+    """Coders to count: shipped names, directories, or names on the hub. None: everything."""
     side: int = 256
-    """Images are squares of this side; a multiple of 32."""
+    """Side of the square images; a multiple of 32."""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """Format of the output."""
 

@@ -18,7 +18,7 @@ from ..flow.solvers import SOLVERS, SolverName
 from ..images import crop, write_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
-from .shared import for_each, in_tiles, load_coder, need_trained, note
+from .shared import check_tile, for_each, in_tiles, load_coder, need_trained, note, note_passed_over, say
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,15 @@ class Command:
     model: str | None = None
     """The coder to decode with. None: the one named in the file."""
     steps: int | None = None
-    """Steps of the flow. None: as many as it was encoded with."""
+    """Number of steps of the flow. None: as many as the image was encoded with."""
     solver: SolverName | None = None
     """Solver of the flow. None: the one used for encoding."""
     rng_seed: int = 0
     """Seed of the noise that some coders decode from; an image's noise depends on it and on the name of its file."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
-    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
+    """Side of the tiles to work in, in pixels, to save memory. The result is the same for coders of plain convolutions,
+    such as rac-64; for others the tiles are blended, which changes it a little. 0: no tiles. None: tiles of 1024 pixels
+    for images of more than 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -48,21 +49,31 @@ class Command:
         if self.steps is not None:
             check_steps(self.steps)
         files = _latent_files(self.path)
-        make_output(self.out)
         coders: dict[str, Coder] = {}
+
+        def coder_called(name: str) -> Coder:
+            if name not in coders:
+                coder = load_coder(name, self.device)
+                need_trained(coder, name, "decode")
+                check_tile(coder, self.tile)
+                coders[name] = coder
+                if self.steps is not None and coder.walk("decode") is None:
+                    note(f"{name} decodes in one pass, so --steps changes nothing")
+            return coders[name]
+
+        if self.model is not None:  # refused before any file is read
+            coder_called(self.model)
+        if self.path.is_dir():
+            note_passed_over(self.path, files)
+        make_output(self.out)
 
         def work(file: Path) -> None:
             held = LatentFile.read(file)
             name = self.model or held.coder
-            if name not in coders:
-                coders[name] = load_coder(name, self.device)
-                need_trained(coders[name], name, "decode")
-                if self.steps is not None and coders[name].walk("decode") is None:
-                    note(f"{name} decodes at once, so --steps changes nothing")
-            image = self._decode(in_tiles(coders[name], self.tile, held.size), held, name, file.stem)
+            image = self._decode(in_tiles(coder_called(name), self.tile, held.size), held, name, file.stem)
             out = self.out / f"{file.stem}.png"
             write_image(crop(image, held.size), out)
-            print(f"{out}: {held.size[1]} x {held.size[0]} pixels")
+            say(f"{out}: {held.size[1]} x {held.size[0]} pixels")
 
         return for_each(files, work, batch=self.path.is_dir())
 

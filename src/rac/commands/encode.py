@@ -21,7 +21,18 @@ from ..images import check_size, image_files, read_image
 from ..runtime import pick_device
 from .latent_files import LatentFile
 from .outputs import result_names
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, need_flow, need_trained, note
+from .shared import (
+    DEFAULT_CODER,
+    check_tile,
+    for_each,
+    in_tiles,
+    load_coder,
+    need_flow,
+    need_trained,
+    note,
+    note_passed_over,
+    say,
+)
 
 
 @dataclass(frozen=True)
@@ -38,20 +49,22 @@ class Command:
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
     steps: int | None = None
-    """Steps of the flow. None: the coder's own number."""
+    """Number of steps of the flow. None: the coder's own number."""
     solver: SolverName = "euler"
-    """Solver of the flow. Decode with the same one."""
+    """Solver of the flow; decode with the same one."""
     exact: bool = False
-    """Undo the decoder's steps exactly, by fixed-point iteration, and print the residual: slower. An image whose
-    iteration does not converge is encoded as without this option. The state's channels beside the image are unknown to
-    an encoder, so a small residual does not say that the latent is the one decoded."""
+    """Invert the steps of the decoder exactly by fixed-point iteration, which is slower, and print the remaining error.
+    An image for which the iteration does not converge is encoded as without this option. An encoder does not know the
+    channels of the state beside the image, so a small error does not mean that the latent is the one that was
+    decoded."""
     size: int | None = None
-    """Scale and crop images to squares of this side. None: keep their size."""
+    """Scale and crop images to squares of this side, in pixels. None: keep their size."""
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
-    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
+    """Side of the tiles to work in, in pixels, to save memory. The result is the same for coders of plain convolutions,
+    such as rac-64; for others the tiles are blended, which changes it a little. 0: no tiles. None: tiles of 1024 pixels
+    for images of more than 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -68,10 +81,14 @@ class Command:
             need_flow(coder, self.model, "encode")
             if SOLVERS[self.solver].reversible:
                 raise RacError(
-                    f"--exact is for explicit solvers; {self.solver} is undone by its carry, which no file keeps"
+                    f"--exact does not work with {self.solver}, a reversible solver: its steps are retraced from its "
+                    "last state, which no file stores; choose another --solver"
                 )
         elif self.steps is not None and coder.walk("encode") is None:
-            note(f"{self.model} encodes at once, so --steps changes nothing")
+            note(f"{self.model} encodes in one pass, so --steps changes nothing")
+        check_tile(coder, self.tile)
+        if self.path.is_dir():
+            note_passed_over(self.path, files)
         names = result_names(files)
         make_folder(self.out)
         inexact: list[str] = []
@@ -82,14 +99,14 @@ class Command:
             encoded, out = self._encode(fitting, image, file, inexact), self.out / f"{names[file]}.safetensors"
             encoded.write(out)
             channels, height, width = encoded.latent.shape[1:]
-            print(f"{out}: {channels} channels of {width} x {height}")
+            say(f"{out}: {channels} channels of {width} x {height}")
 
         code = for_each(files, work, batch=self.path.is_dir())
         if inexact:
             more = f" and {len(inexact) - 1} more" if len(inexact) > 1 else ""
             note(
-                f"{inexact[0]}{more}: the decoder's steps cannot be undone exactly, so encoded without --exact; with a "
-                "larger --steps they may be"
+                f"{inexact[0]}{more}: the fixed-point iteration does not converge, so encoded without --exact; a "
+                "larger --steps may help"
             )
         return code
 
@@ -114,5 +131,5 @@ class Command:
         if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
             inexact.append(file.name)
             return None
-        print(f"{file.name}: largest residual {residual:.2g} in {coded.evaluations} evaluations")
+        say(f"{file.name}: largest residual {residual:.2g} in {coded.evaluations} evaluations")
         return coded.latent

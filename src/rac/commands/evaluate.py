@@ -15,7 +15,8 @@ class Command(EvaluationOptions):
     """Measure a coder on images under a protocol, which states everything that the metrics depend on.
 
     Writes for each number of steps a JSON file with the metrics, the protocol, the hash of the images, versions and
-    command; a table; and a report with pictures. Metrics of sets are named after their features: only FID is the FID.
+    command; a table; and a report with pictures. Metrics of sets are named after the features that they compare: only
+    the one called FID uses those of the published FID.
     """
 
     model: str = DEFAULT_CODER

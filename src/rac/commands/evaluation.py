@@ -18,11 +18,10 @@ from ..evaluate.protocol import Protocol, protocol_named
 from ..evaluate.suite import MetricSuite
 from ..files import check_output, make_folder, make_output, write_bytes
 from ..flow.grid import check_steps
-from ..images import write_picture
 from ..progress import ProgressFn, counting
 from ..report.document import Figure, html_report, utf8
 from ..runtime import pick_device
-from .shared import show
+from .shared import say, show
 
 
 @dataclass(frozen=True)
@@ -30,25 +29,25 @@ class EvaluationOptions:
     """The options of both verbs."""
 
     data: tuple[Path, ...] = ()
-    """Folders of pictures, tar files, or pictures. None: scikit-image's photographs."""
+    """Folders of pictures, tar files, or single pictures. None: scikit-image's photographs."""
     protocol: str = "pixels-64"
-    """pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file: a protocol, or a
-    result to repeat on the same images."""
+    """Protocol: pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file with a
+    protocol, or with a result, which is repeated on the same images."""
     reference: Path | None = None
-    """What FID and other metrics of sets compare with: pictures, or an .npz file of moments (mu, sigma), such as ADM's
-    of ImageNet. None: the images themselves."""
+    """Images that FID and other metrics of sets compare with: pictures, or an .npz file of moments (mu, sigma), such as
+    ADM's of ImageNet. None: the images themselves."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of steps at which a coder with a flow is evaluated, each way."""
+    """Numbers of steps at which a coder with a flow is evaluated; it encodes and decodes in the same number."""
     latents: tuple[LatentSource, ...] = ("own",)
-    """What a coder with a teacher decodes: the latents it encoded itself, its teacher's, or both in turn."""
+    """Latents that a coder with a teacher decodes: its own, its teacher's, or both, one after the other."""
     count: int | None = None
-    """Take only so many images, for a quick look. None: as many as the protocol says."""
+    """Number of images to use, for a quick look. None: as many as the protocol says."""
     pictures: bool = True
-    """Draw the report's pictures, too; otherwise its tables and plots alone."""
+    """Include pictures in the report. Without them it has tables and plots only."""
     robustness: Annotated[int, tyro.conf.arg(aliases=("--correction",))] = 64
-    """Images whose latents are decoded with noise of growing size; 0 leaves it out."""
+    """Number of images whose latents are decoded with increasing noise; 0 skips this test."""
     batch: int = 16
-    """Images at a time; changes no number."""
+    """Number of images processed together; it does not change the results."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -107,9 +106,10 @@ class EvaluationOptions:
         for section in contents:
             for content in section.contents:
                 if isinstance(content, Figure):
-                    write_picture(content.picture, out / f"{content.name}.png")
+                    write_bytes(out / f"{content.name}.png", content.png)
         write_bytes(out / "report.html", utf8(html_report(title, introduction(material), contents)))
-        print(f"\nThe report, with pictures: {out / 'report.html'}")
+        say("")
+        say(f"The report, with pictures: {out / 'report.html'}")
 
 
 class _Bars:

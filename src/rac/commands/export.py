@@ -31,35 +31,37 @@ from ..integrations.export import (
     part_of,
 )
 from ..report.document import Table
-from .shared import DEFAULT_CODER, load_coder, note, show
+from .shared import DEFAULT_CODER, load_coder, note, say, show
 
 TOLERANCE = 1e-4
 """How far a file may be from PyTorch on the pictures it is checked on, for values up to 1; further for larger ones."""
 
 SHAPES = ((1, 1.0, 1.0), (2, 0.5, 1.0), (1, 0.75, 0.5))
-"""Of the pictures that a file is checked on: batch, height and width, in parts of `size`."""
+"""Batch, height and width of the pictures that a file is checked on; height and width as parts of `size`."""
 
 
 @dataclass(frozen=True)
 class Command:
     """Write a coder as an ONNX file or as an exported PyTorch program, and check the file against PyTorch.
 
-    Steps are fixed in the file; batch and sides stay free, the sides of images as multiples of the coder's factor (a
-    program takes up to 63 images, with sides of at least twice the factor or, for a DGAE, three times). The file
-    describes itself: a JSON, under `rac` in the metadata of an ONNX file or as the extra file rac.json of a program,
-    says part, steps, factor, channels, whether latents are raw, their statistics, the channels of the noise that a
-    decoder takes as a second input, and the range of images.
+    The number of steps is fixed in the file. Batch size, height and width are free; the sides of images must be
+    multiples of the coder's factor (and a program takes up to 63 images, with sides of at least twice the factor or,
+    for a DGAE, three times). The file contains its description in JSON: part, steps, factor, channels, whether latents
+    are raw, their statistics, the channels of the noise that a decoder takes as a second input, and the range of
+    images. It is under `rac` in the metadata of an ONNX file, and the extra file rac.json of a program.
     """
 
     model: Annotated[str, tyro.conf.Positional] = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub: a RAC or a diffusers autoencoder."""
     out: Path | None = None
-    """The file. None: the coder's name and the format's suffix. With two parts, -encode and -decode are put before the
-    suffix."""
+    """File to write. None: the coder's name and the format's suffix. For both parts, -encode and -decode are added
+    before the suffix."""
     format: Format = "onnx"
+    """Format of the file."""
     part: Literal["encode", "decode", "both"] = "both"
+    """Part of the coder to export; both parts make two files."""
     steps: int | None = None
-    """Evaluations of the field. None: the coder's own number."""
+    """Number of steps of the flow. None: the coder's own number."""
     latents: Latents = "normalised"
     """raw: on the scale of the teacher's own network, so that the file can replace its VAE. normalised: on the scale
     that `rac` uses."""
@@ -84,7 +86,7 @@ class Command:
             make_folder(path.parent)
             description = export(module, path, self.format, self.model)
             *into, out = names(description)
-            print(f"{path}: {', '.join(into)} -> {out}, {path.stat().st_size:,} bytes")
+            say(f"{path}: {', '.join(into)} -> {out}, {path.stat().st_size:,} bytes")
             if self.format == "onnx" and find_spec("onnxruntime") is None:
                 note(f"not checked: onnxruntime is not installed; {install_extra('export')}")
                 continue
@@ -92,10 +94,10 @@ class Command:
         return 0
 
     def _steps(self, coder: Coder, part: Part) -> int | None:
-        """The steps asked for; none for a way that is taken at once beside one that is walked."""
+        """The steps asked for; None for a way that takes one pass where the other way takes steps."""
         other: Part = "decode" if part == "encode" else "encode"
-        at_once = coder.walk(part) is None and coder.walk(other) is not None
-        return None if at_once and (self.part == "both" or part != self.part) else self.steps
+        one_pass = coder.walk(part) is None and coder.walk(other) is not None
+        return None if one_pass and (self.part == "both" or part != self.part) else self.steps
 
     def _path(self, part: Part) -> Path:
         out = self.out or Path(Path(self.model).name + SUFFIX[self.format])

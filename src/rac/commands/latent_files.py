@@ -88,7 +88,7 @@ def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
             return file.get_tensor("latent"), metadata
     except (SafetensorError, OSError) as error:
         raise RacError(
-            f"{path} is cut short, or nothing that `rac encode` wrote ({error}); encode the image again"
+            f"{path} is cut short, or was not written by `rac encode` ({error}); encode the image again"
         ) from None
 
 

@@ -15,7 +15,7 @@ from .shared import show
 class Command:
     """List the shipped coders, and count parameters and MACs of well-known coders beside RAC's fields.
 
-    MACs (multiply-accumulates, which papers print as GFLOPs) are for one evaluation at 256 x 256.
+    MACs (multiply-accumulates, which papers call GFLOPs) are for one evaluation at 256 x 256.
     """
 
     def run(self) -> int:

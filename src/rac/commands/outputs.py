@@ -13,7 +13,7 @@ def result_names(files: Sequence[Path]) -> dict[Path, str]:
     The name is the file's stem where no other file has that stem or is called so itself, else the file's whole name:
     a.png, a.jpg and a.png.png give a.png, a.jpg and a.png.png. Files of one name from several folders are numbered.
     Names that differ in upper and lower case alone count as equal, since some file systems take them so. Bytes of a
-    name that are no UTF-8 become U+FFFD, since readers of safetensors files take no others.
+    name that are not UTF-8 become U+FFFD, since readers of safetensors files accept only UTF-8.
     """
     stems = Counter(file.stem.casefold() for file in files)
     whole = Counter(file.name.casefold() for file in files)

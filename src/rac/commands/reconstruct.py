@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..errors import RacError
+from ..errors import RacError, printable
 from ..evaluate.comparison import short_name
 from ..evaluate.one_image import Reconstruction, Seeded, comparison, means, per_image, reconstructions
 from ..files import make_output, write_bytes
@@ -19,15 +19,27 @@ from ..report.document import utf8
 from ..report.pictures import trajectory_strip
 from ..runtime import pick_device
 from .outputs import result_names
-from .shared import DEFAULT_CODER, for_each, in_tiles, load_coder, load_teacher, need_trained, note, show
+from .shared import (
+    DEFAULT_CODER,
+    check_tile,
+    for_each,
+    in_tiles,
+    load_coder,
+    load_teacher,
+    need_trained,
+    note,
+    note_passed_over,
+    say,
+    show,
+)
 
 
 @dataclass(frozen=True)
 class Command:
-    """Reconstruct an image, or each of a folder: encode, decode, compare.
+    """Encode and decode an image, or every image of a folder, and compare the result with the original.
 
     Writes for each image its reconstruction (at the largest number of steps), a strip (original, teacher, the coder at
-    each number of steps) and the states on the way from the seed state to the image; and results.csv for all of them.
+    each number of steps) and the states between seed state and image; and results.csv for all images.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -36,26 +48,27 @@ class Command:
     """Folder for the results; created if it does not exist."""
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of steps to compare; encoding takes as many as decoding."""
+    steps: tuple[int, ...] = (1, 2, 4)
+    """Numbers of steps to compare; each encodes and decodes in the same number."""
     solver: SolverName = "euler"
     """Solver of the flow."""
     rng_seed: int = 0
     """Seed of the noise that some coders decode from; an image's noise depends on it and on the result's name."""
     size: int | None = None
-    """Scale and crop images to squares of this side. None: keep their size."""
+    """Scale and crop images to squares of this side, in pixels. None: keep their size."""
     convert: bool = False
     """Convert grey, palette, CMYK, 16-bit and transparent pictures to 8-bit RGB without a message on stderr."""
     tile: int | None = None
-    """Work in tiles of this side, in less memory: exact for coders of plain convolutions, such as the shipped RAC,
-    blended for others. 0: whole. None: tiles of 1024 for images above 2048 x 2048."""
+    """Side of the tiles to work in, in pixels, to save memory. The result is the same for coders of plain convolutions,
+    such as rac-64; for others the tiles are blended, which changes it a little. 0: no tiles. None: tiles of 1024 pixels
+    for images of more than 2048 x 2048."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
     def run(self) -> int:
         """Reconstruct; the exit code. Raises `RacError` if nothing could be done."""
         if not self.steps:
-            raise RacError("--steps needs at least one number of steps, such as 1 2 4 8")
+            raise RacError("--steps needs at least one number of steps, such as 1 2 4")
         for number in self.steps:
             check_steps(number)
         if self.size is not None:
@@ -67,7 +80,11 @@ class Command:
         if not encodes:
             if teacher is None:
                 need_trained(coder, self.model, "encode")
-            note(f"{self.model} was trained to decode only, so latents are those of its teacher {coder.teacher}")
+            note(f"{self.model} was trained to decode only, so its teacher {coder.teacher} encodes the images")
+        for one in filter(None, (coder, teacher)):
+            check_tile(one, self.tile)
+        if self.path.is_dir():
+            note_passed_over(self.path, files)
         names = result_names(files)
         make_output(self.out)
         results: dict[str, list[Reconstruction]] = {}
@@ -85,7 +102,7 @@ class Command:
                 short_name(self.model),
                 Seeded(self.rng_seed, names[file]),
             )
-            title = f"{file.name} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
+            title = f"{printable(file.name)} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
             write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")
             own = [one for one in made if one.from_teacher != encodes]
             best = next((one for one in own if one.decoding is not None), own[-1])
@@ -99,7 +116,7 @@ class Command:
         if results:
             write_bytes(self.out / "results.csv", utf8(per_image(results).to_csv()))
             show(means(results), f"{self.model}, {_images(len(results))}")
-            print(f"Pictures and results.csv are in {self.out}")
+            say(f"Pictures and results.csv are in {self.out}")
         return code
 
 

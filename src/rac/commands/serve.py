@@ -40,13 +40,13 @@ class Command:
     device: str = "auto"
     """Where the coders run: auto, cpu, cuda, cuda:1 or mps."""
     max_side: int = Limits.side
-    """Longest side in pixels; larger pictures are scaled down to it."""
+    """Longest side of a picture, in pixels; larger pictures are scaled down to it."""
     max_megapixels: float = Limits.pixels / 1e6
-    """Most megapixels of an upload; larger ones are refused before they are decoded."""
+    """Largest upload, in megapixels; larger ones are refused before they are decoded."""
     max_megabytes: float = Limits.upload_bytes / 2**20
-    """Most megabytes of an upload; larger ones are refused."""
+    """Largest upload, in megabytes; larger ones are refused."""
     max_waiting: int = Limits.waiting
-    """Most requests that wait while one is worked on; further ones are refused with a message."""
+    """Largest number of requests that wait while one is processed; further ones are refused with a message."""
 
     def run(self) -> int:
         """Serve until Ctrl-C, which raises `KeyboardInterrupt` once the server is closed. Raises `RacError`."""

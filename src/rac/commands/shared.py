@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 from .. import hub
+from ..coders import tiling
 from ..coders.protocol import Coder, Way
 from ..coders.tiling import TILE, exact, tiled
-from ..errors import RacError, out_of_memory
+from ..errors import RacError, out_of_memory, printable
+from ..files import disk_full
 from ..progress import watched
 from ..report.document import Table
 from ..report.terminal import LEAST_WIDTH, table_text
 from ..runtime import pick_device
 
-DEFAULT_CODER = "rac-64"
+DEFAULT_CODER = "rac-256"
 """The shipped coder that a verb takes if none is named."""
 
 LARGE = 2048 * 2048
 """Pixels of an image above which coders work in tiles where nothing else is asked."""
 
 WIDTH = 240
-"""Width of tables where the output is no terminal: wide enough for all of ours."""
+"""Width of tables where the output is not a terminal: wide enough for all of ours."""
 
 C = TypeVar("C", bound=Coder)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Returns (k, n) of a share written as "k/n", of work that n processes divide. Raises `RacError`."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise RacError(f"part {text!r} must be k/n with k from 0 to n - 1, such as 0/4")
+    return int(found[1]), int(found[2])
 
 
 def load_coder(name: str, device: str) -> Coder:
@@ -51,13 +63,19 @@ def in_tiles(coder: C, tile: int | None, size: tuple[int, int]) -> C:
     return _in_tiles(coder, tile or -(-TILE // factor) * factor)
 
 
+def check_tile(coder: Coder, tile: int | None) -> None:
+    """Raises `RacError` unless `coder` can work in tiles of this side; 0 and None always suit."""
+    if tile:
+        tiling.check_tile(coder, tile)
+
+
 @lru_cache(maxsize=8)
 def _in_tiles(coder: C, tile: int) -> C:
     pieces = tiled(coder, tile)
     if not exact(pieces):
         note(
-            f"a {type(coder).__name__} looks at the whole image, so its tiles of {tile} pixels are blended and differ "
-            "a little from it; --tile 0 works on the whole, --tile with a larger number differs less"
+            f"a {type(coder).__name__} looks at the whole image, so tiles of {tile} pixels, which are blended, change "
+            "the result a little; a larger --tile changes it less, --tile 0 not at all"
         )
     return pieces
 
@@ -67,8 +85,8 @@ def need_flow(coder: Coder, name: str, *ways: Way) -> None:
     for way in ways:
         if coder.walk(way) is None:
             raise RacError(
-                f"{name} is a {type(coder).__name__}, which {way}s at once and has no flow; give a coder that has one, "
-                f"such as {DEFAULT_CODER}"
+                f"{name} is a {type(coder).__name__}, which {way}s in one pass, without a flow; give a coder with a "
+                f"flow, such as {DEFAULT_CODER}"
             )
 
 
@@ -76,8 +94,8 @@ def need_trained(coder: Coder, name: str, way: Way) -> None:
     """Raises `RacError` unless the coder called `name` was trained for this way."""
     if way not in coder.trained_ways:
         other = " and ".join(sorted(coder.trained_ways))
-        mend = f"; {way} with its teacher {coder.teacher}" if coder.teacher else ""
-        raise RacError(f"{name} was trained to {other} only, and does not {way} to anything of use{mend}")
+        mend = f"{way} with its teacher {coder.teacher}" if coder.teacher else f"choose another coder to {way}"
+        raise RacError(f"{name} was trained to {other} only; {mend}")
 
 
 def load_teacher(coder: Coder, device: str) -> Coder | None:
@@ -87,8 +105,18 @@ def load_teacher(coder: Coder, device: str) -> Coder | None:
     try:
         return load_coder(coder.teacher, device)
     except RacError as error:
-        note(f"going on without the teacher: {error}")
+        note(f"continuing without the teacher: {error}")
         return None
+
+
+def note_passed_over(folder: Path, taken: Sequence[Path]) -> None:
+    """Prints a note of what is in `folder` beside the files `taken`, hidden files apart, counted by kind."""
+    files = set(taken)
+    others = [entry for entry in folder.iterdir() if entry not in files and not entry.name.startswith(".")]
+    kinds = Counter("folder" if entry.is_dir() else f"{entry.suffix.lower()} file".strip() for entry in others)
+    if kinds:
+        counted = (f"{count:,} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(kinds.items()))
+        note(f"{folder}: passed over {', '.join(counted)}")
 
 
 def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool) -> int:
@@ -98,7 +126,7 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
     name that cannot be written: all failures are listed at the end, and the code is 1, or 2 where nothing was done. A
     single file's error is raised.
     """
-    failures: list[str] = []
+    failures: dict[Path, str] = {}
     with closing(watched(files, lambda file: file.name)) as shown:
         for file in shown:
             try:
@@ -106,16 +134,28 @@ def for_each(files: Sequence[Path], work: Callable[[Path], object], batch: bool)
             except BrokenPipeError:  # the reader of this output has gone, which is no fault of the file
                 raise
             except (RacError, OSError, MemoryError, UnicodeError, RuntimeError) as error:
-                reason = _reason(error)
-                message = reason if file.name in reason else f"{file}: {reason}"
+                if isinstance(error, OSError) and disk_full(error):  # no line can be printed any more
+                    raise
+                failures[file] = _reason(error)
                 if not batch:
-                    raise RacError(message) from error
-                failures.append(message)
+                    raise RacError(_with_name(file, failures[file])) from error
     if failures:
-        note(f"{len(failures)} of {len(files)} files failed:")
-        for failure in failures:
-            print(f"  {failure}", file=sys.stderr)
+        _list_failures(failures, len(files))
     return 0 if not failures else 1 if len(failures) < len(files) else 2
+
+
+def _list_failures(failures: Mapping[Path, str], total: int) -> None:
+    reasons = set(failures.values())
+    if len(failures) > 1 and len(reasons) == 1:  # such as an option that suits none of the files
+        note(f"{len(failures)} of {total} files failed, all for the same reason: {reasons.pop()}")
+        return
+    note(f"{len(failures)} of {total} files failed:")
+    for file, reason in failures.items():
+        print(f"  {printable(_with_name(file, reason))}", file=sys.stderr)
+
+
+def _with_name(file: Path, reason: str) -> str:
+    return reason if file.name in reason else f"{file}: {reason}"
 
 
 def _reason(error: Exception) -> str:
@@ -132,15 +172,20 @@ def _reason(error: Exception) -> str:
 
 
 def show(table: Table, title: str = "") -> None:
-    """Print a table to stdout: as records where a terminal is too narrow for it, on wide lines if it is no terminal."""
+    """Print a table to stdout: as records where a terminal is too narrow for it, on wide lines elsewhere."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else WIDTH
     if title:
-        title = "\n".join(textwrap.wrap(title, max(width, LEAST_WIDTH)))
+        title = "\n".join(textwrap.wrap(printable(title), max(width, LEAST_WIDTH)))
         print(f"\033[1m{title}\033[0m" if terminal and "NO_COLOR" not in os.environ else title)
     print(table_text(table, width), end="")
 
 
+def say(line: str) -> None:
+    """Prints one line on stdout."""
+    print(printable(line))
+
+
 def note(line: str) -> None:
-    """One line on stderr."""
-    print(f"rac: {line}", file=sys.stderr, flush=True)
+    """Prints one line on stderr."""
+    print(f"rac: {printable(line)}", file=sys.stderr, flush=True)

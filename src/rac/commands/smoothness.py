@@ -20,7 +20,7 @@ from ..flow.grid import check_steps
 from ..images import write_picture
 from ..progress import counting
 from ..report.document import utf8
-from .shared import show
+from .shared import say, show
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ class Command:
     out: Path = Path("smoothness")
     """Folder for the results; created if it does not exist."""
     data: tuple[Path, ...] = ()
-    """Folders of pictures, tar files, or pictures. None: scikit-image's photographs."""
+    """Folders of pictures, tar files, or single pictures. None: scikit-image's photographs."""
     protocol: str = "pixels-64"
-    """The protocol that says how pictures are framed, and seeds the noise, see `rac evaluate`."""
+    """Protocol by which pictures are cropped and scaled, with the seed of the noise; rac evaluate --help lists the
+    protocols."""
     pairs: int = 8
     """Number of pairs of images: the first and the second, the second and the third, and so on."""
     steps: tuple[int, ...] = (8,)
     """Numbers of steps of coders with a flow."""
     latents: tuple[LatentSource, ...] = ("own",)
-    """What a coder with a teacher decodes: the latents it encoded itself, its teacher's, or both in turn."""
+    """Latents that a coder with a teacher decodes: its own, its teacher's, or both, one after the other."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -73,5 +74,6 @@ class Command:
         write_bytes(out / "smoothness.json", utf8(text + "\n"))
         pairs = "1 pair" if self.pairs == 1 else f"{self.pairs} pairs"
         show(table(found), f"{pairs} of {images.name}, {protocol.name}")
-        print(f"\nThe picture: {out / 'smoothness.png'}")
+        say("")
+        say(f"The picture: {out / 'smoothness.png'}")
         return 0

@@ -11,19 +11,19 @@ from ..files import make_output, write_bytes
 from ..images import write_picture
 from ..progress import counting
 from ..runtime import generator
-from .shared import note, show
+from .shared import note, say, show
 
 SHOWN = 160
-"""Points that are drawn with their way."""
+"""Number of points that are drawn with their paths."""
 
 
 @dataclass(frozen=True)
 class Command:
     """Train a RAC on points of the plane in seconds, and draw its flow in both directions.
 
-    A point of two moons stands for an image, the lattice cell it lies in for the latent. Writes flow.png (the field and
-    the states over time), paths.png (decoding and encoding at 1, 2, 4 and 8 steps), errors.png (how well the way back
-    undoes the way there) and film.gif.
+    A point of two moons stands for an image, and the lattice cell that it lies in for the latent. Writes flow.png (the
+    field and the states over time), paths.png (decoding and encoding at 1, 2, 4 and 8 steps), errors.png (how exactly
+    encoding inverts decoding) and film.gif.
     """
 
     out: Path = Path("toy")
@@ -31,11 +31,13 @@ class Command:
     rng_seed: int = 0
     """Equal seeds give equal fields, metrics and pictures."""
     cell: float = ToyConfig.cell
-    """Side of a cell: how coarse the latents are. The moons are some 3 wide and 1.7 high."""
+    """Side of a lattice cell: the larger it is, the coarser are the latents. The moons are about 3 wide and 1.7
+    high."""
     seed_noise: float = ToyConfig.seed_noise
-    """Deviation of seed states about their cell's centre, in cells, 0 to 0.25; 0 makes every cell one point."""
+    """Standard deviation of the noise in seed states, in cells, from 0 to 0.25; at 0 every cell decodes to one
+    point."""
     iterations: int = ToyConfig.iterations
-    """Training iterations, with 512 points each."""
+    """Number of training iterations, each on 512 points."""
 
     def run(self) -> int:
         """Train, draw, print; the exit code. Raises `RacError`."""
@@ -56,8 +58,9 @@ class Command:
         write_bytes(self.out / "figures.csv", exact_table(metrics).to_csv().encode())
         show(table(metrics), "Distances in the plane, root mean squares over 1,000 points")
         centre = float((point - config.cell * to_latent(point, config.cell)).square().sum(1).mean().sqrt())
-        print(f"\nA cell's centre, which is all that a latent says, is {centre:.3f} away from the point.")
-        print(f"Pictures, film.gif and figures.csv are in {self.out}")
+        say("")
+        say(f"A latent names only a cell, whose centre is {centre:.3f} away from the point.")
+        say(f"Pictures, film.gif and figures.csv are in {self.out}")
         return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,13 @@ import tyro
 from .. import runtime
 from ..errors import RacError
 from ..recipes import RECIPES, Recipe
-from ..report.document import Table
+from ..report.terminal import listing
 from ..train.processes import leave
-from .shared import show
+from .options import read_options
+from .shared import say
+
+NEXT = {"coder": "rac reconstruct PICTURE --model {}", "generator": "rac generate {}"}
+"""The command to try next, by what was trained."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -24,19 +29,12 @@ def run(arguments: Sequence[str]) -> int:
         return _overview()
     name, *options = arguments
     description, recipe = find_recipe(name)
-    chosen = tyro.cli(
-        _options(recipe),
-        prog=f"rac train {name}",
-        description=description,
-        args=options,
-        # A field stays of the recipe's kind, and its settings stay plain options.
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    chosen = read_options(_options(recipe), f"rac train {name}", options, description)
     chosen.recipe.run(chosen.out, resume=chosen.resume)
     leave()
     if runtime.is_first_process():
         product = chosen.out / recipe.product
-        print(f"The {recipe.product} is in {product}; try: rac reconstruct PICTURE --model {product}")
+        say(f"The {recipe.product} is in {product}; try: {NEXT[recipe.product].format(product)}")
     return 0
 
 
@@ -52,8 +50,8 @@ def find_recipe(name: str) -> tuple[str, Recipe]:
 def _options(recipe: Recipe) -> Any:
     """A dataclass of the recipe, whose fields keep their own names as options, and of what the run itself needs."""
     own: Any = Annotated[type(recipe), tyro.conf.arg(name="")]
-    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and the coder.")]
-    resume = Annotated[bool, tyro.conf.arg(help="Go on with the run in --out, with the recipe it was begun with.")]
+    out = Annotated[Path, tyro.conf.arg(help="Folder of the run: checkpoints, galleries, curves, and what is trained.")]
+    resume = Annotated[bool, tyro.conf.arg(help="Continue the run in --out with the recipe that it was started with.")]
     return dataclasses.make_dataclass(
         "Options",
         [
@@ -67,6 +65,7 @@ def _options(recipe: Recipe) -> Any:
 
 def _overview() -> int:
     print("usage: rac train RECIPE --out FOLDER [--resume] [--options]\n")
-    show(Table(("recipe", ""), tuple((name, description) for name, (description, _) in RECIPES.items())))
-    print("\nrac train RECIPE --help lists a recipe's options.")
+    width = shutil.get_terminal_size().columns
+    print(listing({name: description for name, (description, _) in RECIPES.items()}, width))
+    print("rac train RECIPE --help lists a recipe's options.")
     return 0

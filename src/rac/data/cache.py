@@ -2,7 +2,7 @@
 
 A folder of prepared crops holds crops.json (their origin), held-out.safetensors, and shards, 00000.safetensors and on,
 each with a stretch of crops and, in its header, a copy of crops.json. A shard is a function of that and of its number,
-whoever makes it and whenever; so work that was broken off goes on, and several processes can share it. Latents are kept
+whoever makes it and whenever; so interrupted work can continue, and several processes can share it. Latents are kept
 finished, or as raw moments of the posterior, from which they are finished when read.
 """
 
@@ -103,7 +103,9 @@ class Latents:
             coded = self.coder.moments(images) if layout.moments else self.coder.encode(images)
             kept = coded.float().cpu().to(getattr(torch, layout.dtype))
         if not torch.isfinite(kept).all():
-            raise RacError(f"the teacher gives latents that are no numbers in {layout.dtype}; take float32 or bfloat16")
+            raise RacError(
+                f"some latents of the teacher are NaN or too large for {layout.dtype}; choose float32 or bfloat16"
+            )
         return kept
 
     def finished(self, moments: Tensor, rng_seed: int, draws: Sequence[int]) -> Tensor:
@@ -184,7 +186,9 @@ def open_stream(
     if config.cached_crops:
         return _cached(config, rng_seed, wants, cache, latents)
     if "latents" in wants:
-        raise RacError("latents are asked for, but none are prepared; give cached_crops, or a folder of rac cache")
+        raise RacError(
+            "latents are needed, but none are prepared; set cached_crops, or give a folder that rac cache made"
+        )
     return fresh_stream(config, rng_seed, wants)
 
 
@@ -195,7 +199,7 @@ def _cached(
     if cache is None:
         raise RacError(f"cached_crops is {config.cached_crops}, but no folder was named to keep them in; give cache")
     if "latents" in wants and latents is None:
-        raise RacError("latents are asked for, but no coder was named to make them; give latents")
+        raise RacError("latents are needed, but no coder was named to make them; give latents")
     cache = home_expanded(cache)
     asked = plan_of(config, rng_seed, latents, Layout(moments=latents is not None and latents.posterior == "sample"))
     if not _is_streamed(config):  # other pictures in the same place make other crops
@@ -223,9 +227,9 @@ class CachedStream:
     """A stream of prepared crops, each once an epoch, with the latents and labels stored with them.
 
     They stay on the disk until they are asked for. Batches hold what `wants` names (None: images, latents if there are
-    any, and labels if every crop has one); without images no pixel is read. Raw moments are finished by the coder of
-    `latents`. Of the held-out images there are the first `held_out`. Raises `RacError` if the folder is no such cache,
-    lacks what is asked for, is unfinished, or damaged.
+    any, and labels if every crop has one); without images no pixel is read. The coder of `latents` makes latents of raw
+    moments. Only the first `held_out` of the held-out images are used. Raises `RacError` if the folder is not such a
+    cache, lacks what is needed, is unfinished, or damaged.
     """
 
     def __init__(
@@ -307,23 +311,26 @@ class CachedStream:
 
     def _check_wants(self) -> None:
         if "labels" in self.wants and not self.classes:
-            raise RacError(f"labels are asked for, but the crops in {self.folder} have none; prepare others of classes")
+            raise RacError(
+                f"labels are needed, but the crops in {self.folder} have none; prepare crops of pictures in folders of "
+                "classes"
+            )
         if "labels" in self.wants and self.plan["unlabelled"] is not None:
             raise RacError(
-                f"labels are asked for, but {self.plan['unlabelled']} and maybe others in {self.folder} belong to no "
-                "class; prepare them again, with classes chosen"
+                f"labels are needed, but {self.plan['unlabelled']} and perhaps others in {self.folder} belong to no "
+                "class; choose classes, and prepare the crops again"
             )
         if "latents" not in self.wants:
             return
         if self.plan["teacher"] is None:
-            raise RacError(
-                f"latents are asked for, but {self.folder} holds none; prepare them with rac cache --teacher"
-            )
+            raise RacError(f"latents are needed, but {self.folder} holds none; prepare them with rac cache --teacher")
         if self.layout.moments and self._latents is None:
-            raise RacError(f"{self.folder} holds moments, which their coder has to finish; name it, as a teacher")
+            raise RacError(
+                f"{self.folder} holds raw moments, of which only their coder can make latents; give it as the teacher"
+            )
         if not self.layout.moments and self._latents is not None and self._latents.posterior == "sample":
             raise RacError(
-                f"{self.folder} holds means of the posterior alone, which cannot be sampled; prepare it with "
+                f"{self.folder} holds only the means of the posterior, which cannot be sampled; prepare it again with "
                 "rac cache --moments"
             )
 
@@ -341,7 +348,8 @@ class CachedStream:
         if _collection(source)["pictures"] != self.plan["pictures"]:
             paths = ", ".join(self.plan["data"]["paths"]) or "scikit-image"
             raise RacError(
-                f"{self.folder} holds latents alone, not of the pictures that are in {paths} now; prepare them again"
+                f"{self.folder} holds latents without pixels, and the pictures in {paths} have changed since; prepare "
+                "it again"
             )
         return source
 
@@ -516,7 +524,7 @@ def _prepared(paths: Sequence[Path]) -> Path | None:
     """Returns the folder of prepared crops that `paths` is; None if it is none."""
     found = [path for path in map(home_expanded, paths) if (path / PLAN).is_file()]
     if found and len(paths) > 1:
-        raise RacError(f"{found[0]} holds prepared crops, which go alone; leave out the other paths")
+        raise RacError(f"{found[0]} holds prepared crops, which cannot be combined with other paths; leave those out")
     return found[0] if found else None
 
 
@@ -531,7 +539,9 @@ def _is_whole(folder: Path, asked: dict[str, Any]) -> bool:
 def _check(folder: Path, asked: dict[str, Any]) -> None:
     found = _read_plan(folder)
     if changed := differences(asked, {name: found.get(name) for name in asked}):
-        raise RacError(f"{folder} was prepared otherwise: {'; '.join(changed)}; delete it to prepare it again")
+        raise RacError(
+            f"{folder} was prepared with other settings: {'; '.join(changed)}; delete it to prepare it again"
+        )
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
@@ -588,7 +598,7 @@ class _Rows:
             file.seek(self.start + first * row * self.dtype.itemsize)
             data = bytearray(count * row * self.dtype.itemsize)
             if file.readinto(data) != len(data):
-                raise RacError(f"{self.path} became shorter while it was read; prepare it again")
+                raise RacError(f"{self.path} was shortened while it was read; prepare it again")
         return torch.frombuffer(data, dtype=self.dtype).view(count, *self.shape[1:])
 
     def all(self) -> Tensor:
@@ -599,7 +609,7 @@ class _Rows:
 def _header(path: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Returns the header of a shard that is whole and made from `plan`, and its length. Raises `RacError`."""
     if not path.exists():
-        raise RacError(f"{path} is not there yet: the crops were not all prepared; give the same rac cache again")
+        raise RacError(f"{path} is missing: not all crops are prepared; run the same rac cache command again")
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -15,19 +15,21 @@ class DataConfig:
     """Settings of the training images: where they come from, and how crops are drawn from them."""
 
     paths: tuple[Path, ...] = ()
-    """Folders of images (searched through), tar shards (also folders of them, and patterns such as
-    shards-{000..099}.tar), single images, Hugging Face data sets (hf:PATH_OR_NAME:split:column; hf-stream:... reads
-    one in its own order), or, alone, a folder that `rac cache` made. None: scikit-image's photographs."""
+    """Where the images are: folders, which are searched with all folders below them, tar shards (also folders of them,
+    and patterns such as shards-{000..099}.tar), single images, Hugging Face data sets (hf:PATH_OR_NAME:split:column;
+    hf-stream:... reads one in its own order), or, without other paths, a folder that `rac cache` made. None:
+    scikit-image's photographs."""
     classes: tuple[str, ...] = ()
-    """Take the pictures of these classes alone. A picture's class is the folder directly above it, below the path that
-    is given, also within a tar file; in a data set, what its column of classes says. None: all pictures."""
+    """Use only the pictures of these classes. The class of a picture is the name of the folder that it is directly in,
+    below the given path, also within a tar file; in a data set, it is the value of the class column. None: all
+    pictures."""
     without_classes: tuple[str, ...] = ()
     """Leave out the pictures of these classes."""
     size: int = 64
     """Side of the square training crops, in pixels."""
     further_sizes: tuple[int, ...] = ()
-    """Further sides of crops; `size` and these alternate, one iteration each. For coders that must work at several
-    sizes. Held-out images keep `size`."""
+    """Further sides of crops, for coders that must work at several sizes: `size` and these take turns, one iteration
+    each. Held-out images keep `size`."""
     smallest_crop: int | None = None
     """Smallest side of the region that is cropped and scaled to `size`, in the file's pixels. None: `size`."""
     largest_crop: int | None = None
@@ -35,16 +37,17 @@ class DataConfig:
     `smallest_crop` and this.
     """
     flip: bool = True
-    """Mirror every other crop, at random."""
+    """Mirror crops left to right at random, about half of them."""
     held_out: int = 8
-    """Number of images for the gallery and its PSNR. Their pictures are never trained on."""
+    """Number of images for the gallery and its metrics. Their pictures are never trained on."""
     cached_crops: int = 0
-    """Prepare this many crops (and their latents, given a teacher) once, and train on those. 0: always new ones."""
+    """Number of crops to prepare once, with their latents if there is a teacher, and to train on. 0: train on new crops
+    throughout."""
     draft: bool = False
-    """Decode large JPEGs at a half, a quarter or an eighth of their size where a crop is scaled down at least twice as
-    far as that: two to four times as fast for large regions of a camera's photographs; pixels differ a little."""
+    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where a crop is scaled down by at least twice as much. This is two
+    to four times as fast for large regions of camera photographs; pixels differ a little."""
     keep_mb: int = field(default=256, metadata=free_on_resume())
-    """Memory for decoded pictures, in megabytes: spares decoding small collections again and again."""
+    """Memory for decoded pictures, in megabytes, so that small collections are not decoded again and again."""
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("held_out", 1), ("cached_crops", 0), ("keep_mb", 0)):

@@ -158,6 +158,10 @@ def _walk(root: Path, passed: Counter[str]) -> Iterator[tuple[str, os.stat_resul
                 yield name, status
 
 
+_OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+"""Suffixes of pictures that Pillow does not read by itself: those of phones, and the raw files of cameras."""
+
+
 def _kind(name: str) -> str | None:
     """Returns the word in warnings for a file that may hold a picture but is skipped here; None for other files."""
     pure = PurePosixPath(name)
@@ -166,7 +170,7 @@ def _kind(name: str) -> str | None:
         return None
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", pure.name.lower()):
         return "compressed archive(s)"
-    if suffix not in PICTURE_SUFFIXES and suffix in Image.registered_extensions():
+    if suffix not in PICTURE_SUFFIXES and (suffix in Image.registered_extensions() or suffix in _OTHER_PICTURES):
         return f"{suffix} file(s)"
     return None
 
@@ -241,11 +245,11 @@ def _each_once(sources: Sequence[Source]) -> list[Source]:
 
 def _why_not(path: Path) -> str:
     if has_scheme(path, "hf-stream"):
-        return f"{path} can only be read from its beginning on; give it alone, and to train on, or give hf:... instead"
+        return f"{path} can only be read in its own order, for training, and without other paths; give hf:... instead"
     if re.match(r"[A-Za-z][\w+.-]+:/?", str(path)):
-        return f"{path} is not on this machine: crops are drawn in any order, from local files; download it first"
+        return f"{path} is not a local file, which random crops need; download it first"
     if path.exists():
-        return f"{path} is a pipe or a device, which can only be read from its beginning on; give files"
+        return f"{path} is a pipe or a device, which cannot be read in any order; give files"
     return f"{path} does not exist; give folders of images or tar files of images"
 
 
@@ -266,7 +270,7 @@ def _expanded(path: Path) -> list[Path]:
 
 
 def _too_many(path: Path, count: int) -> RacError:
-    return RacError(f"{path} stands for {count:,} names, more than {_MOST_NAMES:,}; give their folder")
+    return RacError(f"{path} expands to {count:,} names, more than {_MOST_NAMES:,}; give their folder")
 
 
 def _choices(inside: str, path: Path) -> list[str]:
@@ -278,7 +282,7 @@ def _choices(inside: str, path: Path) -> list[str]:
         return [str(number).zfill(width) for number in range(int(span[1]), int(span[2]) + 1)]
     if not span and "," in inside:
         return inside.split(",")
-    raise RacError(f"{{{inside}}} in {path} stands for nothing; write {{000..099}}, from low to high, or {{a,b,c}}")
+    raise RacError(f"{{{inside}}} in {path} is not a valid pattern; write {{000..099}}, from low to high, or {{a,b,c}}")
 
 
 def photographs() -> Folder:

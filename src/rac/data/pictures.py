@@ -181,7 +181,7 @@ class Pictures(Sequence[Picture]):
         keep.check(self.classes)
         mask = np.fromiter((keep(picture.class_name) for picture in self), bool, len(self))
         if not mask.any():
-            raise RacError(f"none of the {len(self)} pictures is left by classes and without_classes; choose others")
+            raise RacError(f"classes and without_classes leave none of the {len(self)} pictures; choose others")
         return Pictures(self._sources, self._order[mask])
 
     def fingerprint(self) -> Fingerprint:
@@ -223,7 +223,9 @@ class ClassChoice(NamedTuple):
             if name in classes:
                 continue
             if not classes:
-                raise RacError(f"there is no class {name!r}: no picture belongs to one; classes are names of folders")
+                raise RacError(
+                    f"there is no class {name!r}, since no picture belongs to a class; classes are names of folders"
+                )
             near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(classes[:8])}"
             raise RacError(f"there is no class {name!r}; {hint}{', ...' if not near and len(classes) > 8 else ''}")

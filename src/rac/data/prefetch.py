@@ -44,7 +44,7 @@ def ahead(
             except Exception as error:
                 future.set_exception(error)
             except BaseException as error:  # such as SystemExit, which would end the run as if all were well
-                future.set_exception(RacError(f"a thread that reads images was ended by {error!r}"))
+                future.set_exception(RacError(f"a thread that reads images ended with {error!r}"))
 
     # Not a thread pool: leaving it, and leaving Python, would wait for a thread that hangs.
     threads = [Thread(target=serve, name=f"rac-data-{k}", daemon=True) for k in range(workers)]
@@ -77,7 +77,7 @@ _GOODBYE = 2.0
 def _awaited(future: Future[T], patience: float) -> T:
     if not wait([future], timeout=patience).done:
         raise RacError(
-            f"no images came for {patience:.0f} seconds; the disk or the network that they are on hangs, "
-            "or reading is slower than that: raise patience_minutes"
+            f"no images came for {patience:.0f} seconds; the disk or the network does not answer, or reading is too "
+            "slow; raise patience_minutes"
         )
     return future.result()

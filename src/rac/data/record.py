@@ -27,6 +27,6 @@ def check_pictures(fingerprint: Fingerprint, directory: Path) -> None:
     before = from_json(Fingerprint, read_json(path), str(path))
     if before.hash != fingerprint.hash:
         raise RacError(
-            f"the pictures changed since the run in {directory} began: {fingerprint.changes(before)}; "
-            "give it the pictures that it had, or start a new run with another --out"
+            f"the pictures have changed since the run in {directory} began: {fingerprint.changes(before)}; give it the "
+            "pictures that it had, or start a new run with another --out"
         )

@@ -1,6 +1,6 @@
 """Training images, with the labels of their classes, as an endless numbered stream of crops.
 
-Crop n is a pure function of (rng_seed, n), so batch k is one of k: going on after an interruption needs no state.
+Crop n is a pure function of (rng_seed, n), so batch k is one of k: continuing after an interruption needs no state.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
         """Returns the batch's images, latents or labels. Raises `RacError` if the stream was not opened for them."""
         found = getattr(self, what)
         if found is None:
-            raise RacError(f"the batch holds no {what}; open the stream with wants={{'{what}'}} among others")
+            raise RacError(f"the batch holds no {what}; include {what!r} in the stream's wants")
         return found
 
     def rows(self, rows: slice) -> Batch:
@@ -312,14 +312,14 @@ def check_labelled(pictures: Pictures, config: DataConfig) -> None:
     where = collection_name(config.paths)
     if not pictures.classes:
         raise RacError(
-            f"labels are asked for, but no picture of {where} belongs to a class; classes are the folders directly "
-            "above pictures, so give a folder of folders, or a data set with a column of classes"
+            f"labels are needed, but no picture of {where} belongs to a class; classes are the folders directly above "
+            "pictures, so give a folder of folders, or a data set with a column of classes"
         )
     without = [picture for picture in pictures if picture.class_name is None]
     if without:
         raise RacError(
-            f"labels are asked for, but {len(without):,} of the {len(pictures):,} pictures of {where} belong to no "
-            f"class, such as {without[0].description}; move them into folders of a class, or choose classes"
+            f"labels are needed, but {len(without):,} of the {len(pictures):,} pictures of {where} belong to no class, "
+            f"such as {without[0].description}; move them into folders of a class, or choose classes"
         )
 
 
@@ -398,14 +398,16 @@ class StreamedImages(Crops):
         Raises `RacError` for a row without one, where labels are asked for.
         """
         if class_name is None and "labels" in self.wants:
-            raise RacError(f"labels are asked for, but a row of {self._text} has none; choose classes to leave it out")
+            raise RacError(
+                f"labels are needed, but a row of {self._text} has none; choose classes, so that it is left out"
+            )
         return super().label(class_name)
 
     def _check_classes(self) -> None:
         if self._classified is None or self._classified.names is None:
             raise RacError(
-                f"{self._text} does not list its classes, which a data set that is read in its own order has to; "
-                "fetch it and give hf:..., or leave out labels and classes"
+                f"{self._text} does not list its classes, as a data set that is read in its own order must; download "
+                "it and give hf:..., or leave out labels and classes"
             )
         self._choice.check(class_order(self._classified.names))
 

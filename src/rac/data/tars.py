@@ -23,7 +23,7 @@ from ..images import is_picture
 from .pictures import Names, folder_class
 
 WORTH_KEEPING = 1_000
-"""Least number of pictures for which an index is kept: fewer are found again at once."""
+"""Least number of pictures for which an index is kept: fewer are found again quickly."""
 
 _FORMAT = 2
 
@@ -56,7 +56,7 @@ class Tar:
         """Finds the pictures of `path`, or reads an index kept earlier; `progress` is called with their number so far.
 
         The index is kept in RAC_CACHE_DIR (by default ~/.cache/rac), where there is such a folder, and made anew when
-        the file was changed or replaced. Raises `RacError` for a file that is no tar file, compressed, cut short, or
+        the file was changed or replaced. Raises `RacError` for a file that is not a tar file, compressed, cut short, or
         damaged between members.
         """
         try:
@@ -124,7 +124,7 @@ def _pictures(tar: tarfile.TarFile) -> Iterator[_Member]:
         if member is None:
             return
         if tar.offset <= end:  # a size below zero, by which tarfile goes back, and round for ever
-            raise tarfile.ReadError(f"the member at byte {member.offset:,} ends before it begins")
+            raise tarfile.ReadError(f"the member at byte {member.offset:,} has a negative size")
         end = tar.offset
         if member.isfile() and not member.issparse() and is_picture(member.name):
             # A zero would end the name early where names are kept.

@@ -56,7 +56,7 @@ class Candidate(Reconstructor):
 
     @property
     def label(self) -> str:
-        """Title and setting, such as "rac-f8d8, 4 steps, teacher's latents"."""
+        """Title and setting, such as "rac-64, 4 steps, teacher's latents"."""
         steps = "" if self.steps is None else f", {steps_in_words(self.steps)}"
         return f"{self.title}{steps}{_SOURCES[self.protocol.latents]}"
 
@@ -115,7 +115,7 @@ def candidates(
         teacher = found_teachers.get(name)
         plain = Candidate(coder=coder, protocol=protocol, teacher=teacher, name=name, title=titles[name])
         if plain.walked and not steps:
-            raise RacError(f"{name} decodes in steps; give at least one number of them, such as 1 2 4 8")
+            raise RacError(f"{name} decodes in steps; give at least one number of steps, such as 1 2 4 8")
         sources: Iterable[LatentSource] = dict.fromkeys(latents) if teacher is not None else ("own",)
         numbers: Iterable[int | None] = dict.fromkeys(steps) if plain.walked else (None,)
         for source in sources:
@@ -141,7 +141,7 @@ def _teachers(coders: Mapping[str, Coder], given: Mapping[str, Coder], device: s
             try:
                 found[coder.teacher] = _load(coder.teacher, device)
             except RacError as error:
-                warnings.warn(f"going on without the teacher: {error}", stacklevel=3)
+                warnings.warn(f"continuing without the teacher: {error}", stacklevel=3)
                 found[coder.teacher] = None
     teachers = {name: found[coder.teacher] for name, coder in coders.items() if coder.teacher is not None}
     return {name: teacher for name, teacher in teachers.items() if teacher is not None}
@@ -151,8 +151,8 @@ def _warn_of_untrained(candidate: Candidate, source: LatentSource) -> None:
     ways = candidate.coder.trained_ways
     for way in ("encode", "decode"):
         if way not in ways and (way == "decode" or source == "own"):
-            mend = "; take its teacher's latents" if way == "encode" else ""
-            warnings.warn(f"{candidate.title} was not trained to {way}, so its numbers mean little{mend}", stacklevel=3)
+            mend = "; use its teacher's latents" if way == "encode" else ""
+            warnings.warn(f"{candidate.title} was not trained to {way}, so its metrics say little{mend}", stacklevel=3)
 
 
 def _metrics(candidate: Candidate) -> tuple[str, ...]:
@@ -423,7 +423,7 @@ def steps_in_words(steps: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """Returns the name of a coder in tables: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder.
+    """Returns the name of a coder in tables: rac-64; taef2 for taef2_decoder.pth; run for run/coder.
 
     The last is where a training run has its coder.
     """

@@ -239,7 +239,7 @@ def _best_and_worst(material: Material) -> Section:
     highlighted = material.highlighted
     result = material.result_of(highlighted)
     if "psnr" not in result.per_image:
-        return Section("Best and worst", "This protocol has no PSNR to order the images by.")
+        return Section("Best and worst", "The protocol does not measure PSNR, by which images are sorted.")
     count = min(EXTREMES, len(result.images) // 2)
     worst, best = extremes(result, count)
     images = pick(material.references, [*worst, *best])
@@ -300,7 +300,10 @@ def _judged_panel(image: Tensor, name: str, made: Tensor) -> Panel:
 
 
 def _error_words(full: float) -> str:
-    return f"Error maps: root mean square over the channels; brightest from {full:g} on, where black to white is 2."
+    return (
+        "Error maps show the root mean square of the difference over the channels; the brightest colour stands for "
+        f"{full:g} or more, where black and white differ by 2."
+    )
 
 
 # ------------------------------------------------------------------------------------------- latents
@@ -450,29 +453,30 @@ def _steps_of(candidate: Candidate) -> str:
 
 
 _QUALITY = (
-    "Means over the images. A step is one evaluation of the network that decodes; GMACs are 10^9 multiply-accumulates "
-    "for one image of {height} x {width}. Parameters are the coder's own: decoding a teacher's latents needs the "
-    "teacher's encoder besides. Speeds were measured in this run, there and back, and hold for this machine only. PSNR "
-    "of the state round trip is that of encoding and decoding without ever contracting to a latent: it tells how well "
-    "the flow is undone, and nothing about the coder as a coder."
+    "Values are means over the images. A step is one evaluation of the network that decodes; GMACs are 10^9 "
+    "multiply-accumulates "
+    "for one image of {height} x {width}. Parameters are those of the coder alone; decoding a teacher's latents "
+    "also needs the teacher's encoder. Speeds are of encoding and decoding, were measured in this run, and hold for "
+    "this machine only. PSNR of the state round trip is that of encoding and decoding without a latent in between: it "
+    "measures how exactly the flow is inverted, not how good the coder is."
 )
-_STEPS_CAPTION = "Encoding takes as many steps as decoding. Level lines: coders without a flow."
+_STEPS_CAPTION = "Encoding takes as many steps as decoding. Horizontal lines are coders without a flow."
 _MACS_CAPTION = "The numbers beside the points are steps."
 _ROBUSTNESS = (
-    "The teacher's latents get Gaussian noise added, as a generator's latents lie beside those of an encoder, and "
-    "every decoder gets the same noised latents. If steps correct the state, the lines of more steps fall more slowly. "
-    "Quality is measured against the original image. A decoder that is poor to begin with has little to lose: read the "
-    "change beside the level."
+    "Gaussian noise is added to the teacher's latents, since the latents of a generator are never exactly those of an "
+    "encoder. Every decoder gets the same noisy latents. If steps correct the state, quality falls more slowly with "
+    "more steps. Quality is measured against the original image. A decoder whose quality is low without noise has "
+    "little to lose, so look at both the value and its change."
 )
-_EXTREMES = "Each image is shown with what every coder makes of it, and where that differs from the original."
+_EXTREMES = "Each image is shown with its reconstruction by every coder, and a map of the differences."
 _LATENTS = (
     "The channels of a latent, reduced to three by principal component analysis and shown as red, green and blue. A "
     "RAC's latents are shown on its teacher's axes, so that equal colours are equal latents; coders with latents of "
     "their own have axes of their own, and their colours cannot be compared."
 )
-_LATENTS_CAPTION = "Pictures are shown larger than the protocol's images, so that latents have more places."
+_LATENTS_CAPTION = "Pictures are larger than the protocol's images, so that latents have more positions."
 _TRAJECTORIES = (
     "States on the way from the seed state to the image state and back, in the plane in which the decoded ones vary "
-    "most. Where the flow is straight, so are the lines; where encoding undoes decoding, the dashed lines lie on the "
-    "solid ones."
+    "most. Where the flow is straight, the lines are straight; where encoding inverts decoding, the dashed lines lie "
+    "on the solid ones."
 )

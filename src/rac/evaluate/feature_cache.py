@@ -1,6 +1,6 @@
 """A cache of image features on disk: Inception on 50,000 images takes longer than all that follows.
 
-Optional, and never in the way: where there is no home directory, or no right to write, nothing is kept.
+It is optional: where there is no home directory, or no permission to write, nothing is kept.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ..errors import RacError
+from ..tensors import check_pair
 
 DATA_RANGE = 2.0
 """Width of the range [-1, 1] of images."""
@@ -77,6 +78,7 @@ def ms_ssim(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def _comparable(image: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    check_pair(image, reference)
     if image.shape != reference.shape or image.ndim != 4:
         raise RacError(
             f"compare images of one shape B 3 H W, not {tuple(image.shape)} and {tuple(reference.shape)}; "

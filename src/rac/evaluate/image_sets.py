@@ -89,8 +89,8 @@ class Preprocessing:
             )
         if min(picture.size) < size:
             raise RacError(
-                f"{name} is {picture.width} x {picture.height}, too small for images of {size} x {size}; "
-                "leave it out, or choose a protocol of a smaller size: enlarged references flatter a coder"
+                f"{name} is {picture.width} x {picture.height}, too small for images of {size} x {size}; leave it out, "
+                "or choose a protocol of a smaller size: enlarged references make a coder look better than it is"
             )
         if self.crop == "centre":
             side = min(picture.size)
@@ -167,7 +167,7 @@ class ImageSet:
             if progress is not None:
                 progress(len(names))
         if len(names) < 2:
-            raise RacError(f"{name} gives {len(names)} image(s), too few to judge a coder by; give at least 2")
+            raise RacError(f"{name} has {len(names)} image(s), too few to evaluate a coder; give at least 2")
         if len(kept) == len(names):
             self._source = lambda: iter(kept)
         if labels is not None and len(labels) != len(names):
@@ -202,7 +202,7 @@ class ImageSet:
         images = cls(name, partial(_read, files, preprocessing, count), progress)
         if count is not None and len(images) < count:
             raise RacError(
-                f"{name} gives {len(images)} images, the protocol asks for {count}; give more, or lower its count"
+                f"{name} has {len(images)} images, but the protocol asks for {count}; give more, or lower its count"
             )
         labels = tuple(_label_of(image) for image in images.names)
         images.labels = labels if any(labels) else None
@@ -293,8 +293,8 @@ class FeatureMoments:
         """Reads an .npz file of moments with `mu` D and `sigma` D D.
 
         Such are published with ADM (Dhariwal and Nichol, arXiv 2105.05233) and with pytorch-fid; ADM's `mu_s` and
-        `sigma_s` are those of the spatial features. Raises `RacError` for a file that is missing, is no .npz, lacks
-        them, or holds pickled objects.
+        `sigma_s` are those of the spatial features. Raises `RacError` for a file that is missing, is not an .npz
+        file, lacks them, or holds pickled objects.
         """
         path = Path(path).expanduser()
         try:
@@ -325,8 +325,8 @@ class FeatureMoments:
         for metric in ("kernel", "precision-recall"):
             if metric in metrics:
                 raise RacError(
-                    f"{metric} compares the features of images and {self.name} holds moments alone; "
-                    "leave the metric out, or give the reference images"
+                    f"{metric} compares the features of images, and {self.name} holds only moments; leave the metric "
+                    "out, or give the reference images"
                 )
         widths = [("frechet", self.pooled, extractor.width)]
         if "spatial-frechet" in metrics and self.spatial is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RacError
+from ..tensors import check_dense
 
 
 class LatentAgreement:
@@ -19,6 +20,8 @@ class LatentAgreement:
 
     def update(self, latent: Tensor, teacher_latent: Tensor) -> None:
         """Adds latents B c h w of the same images to the sums. Raises `RacError` if the shapes differ."""
+        for tensor, what in ((latent, "the latent"), (teacher_latent, "the latent of the teacher")):
+            check_dense(tensor, what)
         if latent.shape != teacher_latent.shape or latent.ndim != 4:
             raise RacError(
                 f"compare latents of one shape B c h w, not {tuple(latent.shape)} and {tuple(teacher_latent.shape)}; "

@@ -27,8 +27,8 @@ from .image_metrics import psnr, ssim
 from .image_sets import Batch
 from .robustness import noised_latents
 
-NOISED_STEPS = (1, 2, 4, 8)
-"""Numbers of steps at which a noised latent is decoded."""
+STEPS = (1, 2, 4)
+"""Numbers of steps at which one latent is decoded."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reconstruction:
     """A reconstruction of one image by one coder, with its quality and cost."""
 
     name: str
-    """Name of the coder and its setting, such as "rac-64, 4 steps"."""
+    """Name of the coder and its setting, such as "rac-256, 4 steps"."""
     image: Tensor
     """The reconstruction, 1 3 H W, of the original's size."""
     psnr: float
@@ -133,9 +133,9 @@ class Reconstructed:
     versions: tuple[Reconstruction, ...]
     """The teacher's reconstruction, if there is one, then the coder's."""
     encoding: Trajectory | None
-    """The coder's flow from the image to the seed state; None for a coder that encodes at once."""
+    """The coder's flow from the image to the seed state; None for a coder that encodes in one pass."""
     decoding: Trajectory | None
-    """The coder's flow from the seed state to the image; None for a coder that decodes at once."""
+    """The coder's flow from the seed state to the image; None for a coder that decodes in one pass."""
 
 
 def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
@@ -160,9 +160,8 @@ def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
 def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0) -> tuple[Reconstruction, ...]:
     """Decodes the latent of an image 1 3 H W plus `sigma` times normal noise, by the teacher and by the coder.
 
-    A coder that decodes in steps does so at each of `NOISED_STEPS`. The latent is the teacher's, or the coder's own
-    where there is none; latents have a deviation of about 1. The noise is that of `robustness` for an image called
-    "picture". Seconds, evaluations and MACs are of decoding alone.
+    The latent is the teacher's, or the coder's own where there is none; latents have a deviation of about 1. The noise
+    is that of `robustness` for an image called "picture". The numbers are those of `decodings`.
 
     - `loaded`: the coder and its teacher.
     - `image`: the image, 1 3 H W in [-1, 1].
@@ -172,14 +171,30 @@ def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0
     source = loaded.coder if loaded.teacher is None else loaded.teacher
     seeded = Seeded(rng_seed)
     (latent,) = noised_latents(source, Batch((seeded.name,), image), [sigma], rng_seed)
+    return tuple(one.without_flows() for one in decodings(loaded, image, latent, seeded))
+
+
+def decodings(loaded: Loaded, image: Tensor, latent: Tensor, seeded: Seeded = Seeded()) -> tuple[Reconstruction, ...]:
+    """Decodes a latent 1 c h w by the teacher, if there is one, and by the coder.
+
+    A coder that decodes in steps does so at each of `STEPS`, and the last of them keeps its flow; `seeded` chooses the
+    noise of coders that decode from noise. Seconds, evaluations and MACs are of decoding alone; PSNR and SSIM compare
+    with `image`, 1 3 H W in [-1, 1].
+    """
     versions = []
     if loaded.teacher is not None:
         run = partial(_decoded, loaded.teacher, latent, seeded)
         versions.append(_measured(f"teacher, {loaded.teacher_name}", image, run))
-    for number in NOISED_STEPS if loaded.coder.walk("decode") is not None else (None,):
-        run = partial(_decoded, loaded.coder, latent, seeded, number)
+    for number in STEPS if loaded.coder.walk("decode") is not None else (None,):
+        run = partial(_decoded, loaded.coder, latent, seeded, number, keep=number == STEPS[-1])
         versions.append(_measured(_named(loaded.name, number), image, run))
     return tuple(versions)
+
+
+def round_trip(loaded: Loaded, image: Tensor, steps: int, seeded: Seeded = Seeded()) -> Reconstruction:
+    """Encodes and decodes an image 1 3 H W by the coder alone, with as many steps each way, and keeps its flows."""
+    name = f"{_named(loaded.name, steps)} each way"
+    return _measured(name, image, partial(_coded, loaded.coder, image, steps, keep=True, seeded=seeded))
 
 
 # ------------------------------------------------------------------------------------------- how it is measured
@@ -205,8 +220,9 @@ def _coded(
     return decoded._replace(evaluations=coded.evaluations + decoded.evaluations), coded.flow
 
 
-def _decoded(coder: Coder, latent: Tensor, seeded: Seeded, steps: int | None = None) -> _Made:
-    return coder.decoded(latent, coder.walk("decode", steps), seeded.noise(coder, latent)), None
+def _decoded(coder: Coder, latent: Tensor, seeded: Seeded, steps: int | None = None, keep: bool = False) -> _Made:
+    walk, noise = coder.walk("decode", steps), seeded.noise(coder, latent)
+    return coder.decoded(latent, walk, noise, "nodes" if keep else "end"), None
 
 
 def _measured(name: str, image: Tensor, run: Callable[[], _Made]) -> Reconstruction:

@@ -38,14 +38,14 @@ class Reconstructor:
     """The coder whose latents are decoded if the protocol says so."""
 
     def walk(self, way: Way) -> Walk | None:
-        """Returns the time grid and solver of `way`, or None where the coder takes it at once."""
+        """Returns the time grid and solver of `way`, or None where the coder needs one pass."""
         if self.coder.walk(way) is None:
             return None
         return self.coder.walk(way, self.protocol.steps, SOLVERS[self.protocol.solver], self.protocol.shift)
 
     @property
     def steps(self) -> int | None:
-        """Number of steps of each way that is walked; None for a coder that takes both at once."""
+        """Number of steps of each way that is walked; None for a coder without a flow."""
         walk = self.walk("decode") or self.walk("encode")
         return None if walk is None else walk.steps
 
@@ -98,7 +98,9 @@ class Reconstructor:
         reconstruction = crop(decoded.float(), size)
         seconds = self._now() - start
         if not torch.isfinite(reconstruction).all():
-            raise RacError(f"the coder makes NaN of {batch.names[0]} or a neighbour; its weights are damaged")
+            raise RacError(
+                f"the coder gives NaN for {batch.names[0]} or another image of its batch; its weights are damaged"
+            )
         state_round_trip = None
         with self._arithmetic():
             if coded is None and not {"explained-variance", "state-round-trip"}.isdisjoint(metrics):
@@ -284,28 +286,31 @@ def _check(
     protocol, coder, teacher = reconstructor.protocol, reconstructor.coder, reconstructor.teacher
     if protocol.reference is not None and protocol.reference != images.hash:
         raise RacError(
-            f"{images.name} has hash {images.hash[:12]}, protocol {protocol.name} is for the images of hash "
+            f"{images.name} has hash {images.hash[:12]}, protocol {protocol.name} is only for the images of hash "
             f"{protocol.reference[:12]}; give those, or a protocol without a reference"
         )
     if protocol.count is not None and protocol.count != len(images):
         raise RacError(
-            f"protocol {protocol.name} is about {protocol.count} images, {images.name} gives {len(images)}; "
-            "read the images with its count"
+            f"protocol {protocol.name} is for {protocol.count} images, but {images.name} has {len(images)}; read the "
+            "images with its count"
         )
     if teacher is None and (protocol.latents == "teacher" or "explained-variance" in protocol.metrics):
         raise RacError(f"protocol {protocol.name} needs the teacher's latents; give the teacher")
     if protocol.posterior == "sample" and not reconstructor.encoder.has_posterior:
         raise RacError(
-            f"a {type(reconstructor.encoder).__name__} has no posterior to draw from; use a protocol with posterior "
+            f"a {type(reconstructor.encoder).__name__} has no posterior to sample from; use a protocol with posterior "
             "'mean'"
         )
     both_walked = coder.walk("encode") is not None and coder.walk("decode") is not None
     if "state-round-trip" in protocol.metrics and not both_walked:
         raise RacError(
-            f"a {type(coder).__name__} has no states to go back and forth between; leave state-round-trip out"
+            f"a {type(coder).__name__} has no flow whose states could make a round trip; leave state-round-trip out"
         )
     if suite.metrics != protocol.metrics:
-        raise RacError(f"the suite is for {suite.metrics}, the protocol asks for {protocol.metrics}; load its own")
+        raise RacError(
+            f"the suite has the metrics {suite.metrics}, but the protocol asks for {protocol.metrics}; load the suite "
+            "of the protocol"
+        )
     suite.check(images, reference)
 
 

@@ -27,7 +27,7 @@ class Result:
     """Hash of the coder's weights."""
     protocol: Protocol
     steps: int | None
-    """Number of steps of each way that is walked; None for a coder that takes both at once."""
+    """Number of steps of each way that is walked; None for a coder without a flow."""
     reference: ReferenceRecord
     metrics: dict[str, float]
     """Metrics by name. The name of a metric of sets says which features it uses: only `rFID` is an FID."""

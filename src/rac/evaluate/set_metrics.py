@@ -43,7 +43,7 @@ class Gaussian(NamedTuple):
     def from_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
         """Returns the distribution with mean D and covariance D D, which may be singular; in float64.
 
-        Raises `RacError` for other shapes, values that are not finite, and a matrix that is no covariance: not
+        Raises `RacError` for other shapes, values that are not finite, and a matrix that is not a covariance: not
         symmetric, or with negative variances beyond rounding.
         """
         mean, covariance = mean.detach().cpu().double(), covariance.detach().cpu().double()
@@ -53,13 +53,16 @@ class Gaussian(NamedTuple):
                 f"moments are a mean D and a covariance D D, not {tuple(mean.shape)} and {tuple(covariance.shape)}"
             )
         if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-            raise RacError("the moments hold NaN or infinite values; the file they are from is damaged")
+            raise RacError("the moments hold NaN or infinite values; the file that they are from is damaged")
         scale = float(covariance.abs().max())
         if float((covariance - covariance.T).abs().max()) > 1e-5 * scale:
-            raise RacError("the covariance is not symmetric, so it is none; the file it is from is damaged")
+            raise RacError("the covariance is not symmetric; the file that it is from is damaged")
         variances, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
         if float(variances[0]) < -1e-4 * scale:
-            raise RacError(f"the covariance has a negative variance, {float(variances[0]):.3g}; it is none")
+            raise RacError(
+                f"the covariance has a negative variance, {float(variances[0]):.3g}; the file that it is from is "
+                "damaged"
+            )
         # Of a singular covariance the smallest variances come out at plus or minus a rounding error.
         return cls(mean, variances.clamp_min(0).sqrt()[:, None] * axes.T)
 
@@ -68,8 +71,8 @@ def require_more_images(count: int, width: int) -> None:
     """Raises `RacError` unless there are more images (`count`) than features (`width`)."""
     if count <= width:
         raise RacError(
-            f"a Frechet distance over {width} features needs more than {width} images, not {count}; "
-            "give more, cut them into tiles, or use the kernel distance, which is fair at any number"
+            f"a Frechet distance over {width} features needs more than {width} images, not {count}; give more, cut "
+            "them into tiles, or use the kernel distance, which suits any number"
         )
 
 
@@ -81,7 +84,7 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
     singular.
     """
     if one.mean.shape != other.mean.shape:
-        raise RacError(f"distances need equal features, not {len(one.mean)} and {len(other.mean)} of them")
+        raise RacError(f"distances need features of one kind, not {len(one.mean)} and {len(other.mean)} features")
     means = (one.mean - other.mean).square().sum()
     traces = one.root.square().sum() + other.root.square().sum()
     shared = torch.linalg.svdvals(one.root @ other.root.T).sum()
@@ -149,7 +152,9 @@ def _checked(*features: Tensor) -> list[Tensor]:
         if each.ndim != 2 or len(each) < 2:
             raise RacError(f"features of a set are N D with N at least 2, not of shape {tuple(each.shape)}")
         if each.shape[1] != features[0].shape[1]:
-            raise RacError(f"distances need equal features, not {features[0].shape[1]} and {each.shape[1]} of them")
+            raise RacError(
+                f"distances need features of one kind, not {features[0].shape[1]} and {each.shape[1]} features"
+            )
         if not torch.isfinite(each).all():
             raise RacError("the features hold NaN or infinite values; the images or the weights are damaged")
     return [each.detach().cpu().double() for each in features]

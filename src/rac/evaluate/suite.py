@@ -116,8 +116,8 @@ class MetricSuite:
             require_more_images(len(images), self.extractor.spatial_width)
         if "score" in self.metrics and not self.extractor.has_logits:
             raise RacError(
-                f"features {self.extractor.label} name no classes, so there is no Inception Score; "
-                "choose inception-2048 or efficientnet-lite0"
+                f"features {self.extractor.label} have no classes, so there is no Inception Score; choose "
+                "inception-2048 or efficientnet-lite0"
             )
 
         if reference is not None:
@@ -129,7 +129,7 @@ class MetricSuite:
             return
         if reference.sizes != images.sizes:
             raise RacError(
-                f"{reference.name} and {images.name} have images of other sizes; read both with the protocol's "
+                f"{reference.name} and {images.name} have images of different sizes; read both with the protocol's "
                 "preprocessing"
             )
         if "frechet" in self.metrics:

@@ -117,7 +117,7 @@ class Ablation:
         if self.name in self.beside:
             raise RacError(f"recipe {self.name} is named twice; name each recipe once")
         if "train.iterations" in {axis.name for axis in self._axes}:
-            raise RacError("train.iterations is what the budget sets; vary another field")
+            raise RacError("train.iterations is set by the budget; vary another field")
         if Budget.read(self.budget).seconds is None and self.equal == "time":
             raise RacError(f"budget {self.budget} is a number of iterations; for equal time give a time, such as 10m")
 
@@ -158,11 +158,13 @@ class Ablation:
             raise RacError(f"{self.directory} holds no ablation to resume (no {PLAN}); leave out --resume to start one")
         if resume:
             if other := differences(self._compared(self._asked()), self._compared(read_json(path)["asked"])):
-                raise RacError(f"{self.directory} was begun otherwise: {'; '.join(other)}; resume it as it was begun")
+                raise RacError(
+                    f"{self.directory} was started with other settings: {'; '.join(other)}; resume it with those"
+                )
             return
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise RacError(
-                f"{self.directory} is not empty; --resume goes on with what is in it, or choose another --out"
+                f"{self.directory} is not empty; --resume continues the ablation in it, or choose another --out"
             )
         make_output(self.directory)
         self._keep({})

@@ -90,8 +90,9 @@ def introduction(showing: Showing) -> str:
     shared = "The variants differ in data or rng." if ablation.varies_images else _SHARED
     reference = result.reference
     return (
-        f"The budget is {budget}. {shared} All are judged under protocol {result.protocol.name}, on {reference.count} "
-        f"images of {reference.name}, whose hash begins with {reference.hash[:16]}. Command: {result.command}"
+        f"The budget is {budget}. {shared} All are evaluated under protocol {result.protocol.name}, on "
+        f"{reference.count} images of {reference.name}, whose hash begins with {reference.hash[:16]}. Command: "
+        f"{result.command}"
     )
 
 
@@ -185,14 +186,15 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-_SHARED = "All see the same images in the same order, with the same rng."
+_SHARED = "All variants see the same images in the same order, with the same random numbers."
 _QUALITY = (
-    "Means over all images; a star marks the best of each metric. A coder that takes steps is judged at each number of "
-    "steps asked for, which needs no training of its own. GMACs are 10^9 multiply-accumulates for one image."
+    "Means over all images; a star marks the best of each metric. A coder with a flow is evaluated at each of the "
+    "given numbers of steps; no further training is needed for that. GMACs are 10^9 multiply-accumulates for one "
+    "image."
 )
 _TRAINING = "Time is that of the training alone, on this machine: galleries of held-out images are left out."
 _CURVES = (
-    "The averaged weights on the recipe's held-out images, at its own number of steps, and the weighted loss. The PSNR "
-    "of a RAC is that of decoding its teacher's latents; the round trip decodes its own. Losses of variants that "
-    "weight or compare other things do not compare."
+    "The averaged weights on the recipe's held-out images, at its own number of steps, and the weighted loss. The "
+    "PSNR of a RAC is that of decoding its teacher's latents; the round trip decodes its own. The losses of variants "
+    "with different weights or terms cannot be compared."
 )

@@ -42,7 +42,9 @@ def read_axis(choice: str, recipe: Recipe) -> Axis:
     name, equals, listed = choice.partition("=")
     texts = listed.split(",")
     if not equals or len(texts) < 2:
-        raise RacError(f"--vary {choice!r} is no choice; write a field and its values, such as spread=nearest,shuffle")
+        raise RacError(
+            f"--vary {choice!r} is not a choice of values; write a field and its values, such as spread=nearest,shuffle"
+        )
     kind = _kind(name, recipe)
     values: dict[str, Any] = {}
     for text in texts:

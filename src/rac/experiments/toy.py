@@ -27,12 +27,13 @@ STEPS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Settings of the training; the defaults take some 10 seconds on one core."""
+    """Settings of the training; the defaults take about 10 seconds on one core."""
 
     cell: float = 0.5
-    """Side of a cell, which sets how coarse the latents are. The moons are some 3 wide and 1.7 high."""
+    """Side of a lattice cell: the larger it is, the coarser are the latents. The moons are about 3 wide and 1.7
+    high."""
     seed_noise: float = 0.15
-    """Standard deviation of the seed state about its cell's centre, in cells. 0: every cell becomes one point."""
+    """Standard deviation of the noise in seed states, in cells. 0: every cell decodes to one point."""
     iterations: int = 2_000
     batch: int = 512
     width: int = 96
@@ -44,9 +45,11 @@ class ToyConfig:
                 raise RacError(f"{name} must be above 0, not {getattr(self, name)}")
         # Finer cells take minutes to draw; in larger ones there is but one latent.
         if not 0.02 <= self.cell <= 10:
-            raise RacError(f"cell {self.cell} must lie in 0.02 to 10; the moons are some 3 wide")
+            raise RacError(f"cell {self.cell} must lie in 0.02 to 10; the moons are about 3 wide")
         if not 0 <= self.seed_noise <= 0.25:
-            raise RacError(f"seed_noise {self.seed_noise} must lie in 0 to 0.25 cells, or seed states leave their cell")
+            raise RacError(
+                f"seed_noise {self.seed_noise} must lie in 0 to 0.25 cells, so that seed states stay in their cell"
+            )
 
 
 def moons(count: int, rng: torch.Generator) -> Tensor:

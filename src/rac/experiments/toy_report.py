@@ -63,7 +63,7 @@ def draw_flow(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) -
             *place.T.tolist(), *arrow.T.tolist(), angles="xy", scale_units="xy", scale=1, width=0.004, color=INK
         )
         axes.set_title(f"t = {time:g}" + {0.0: ", seed states", 1.0: ", images"}.get(time, ""), fontsize=10, loc="left")
-    figure.supxlabel("the velocity field over time; colours tell latents apart", fontsize=9, color="#6e6e73")
+    figure.supxlabel("the velocity field over time; each colour is one latent", fontsize=9, color="#6e6e73")
     return _rendered(figure)
 
 
@@ -90,7 +90,7 @@ def draw_paths(field: ToyField, config: ToyConfig, point: Tensor, seed: Tensor) 
             fontsize=10,
             loc="left",
         )
-    figure.supxlabel("where the states end, and the way they took", fontsize=9, color="#6e6e73")
+    figure.supxlabel("where the states end, and the paths to there", fontsize=9, color="#6e6e73")
     return _rendered(figure)
 
 

@@ -8,9 +8,12 @@ from .carriers import CarriersField, CarriersFieldConfig
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
+from .sit import SiTField, SiTFieldConfig, sit
 from .unet import UNet, UNetConfig, UNetField, UNetFieldConfig
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | UNetFieldConfig
+FieldConfig = (
+    TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | UNetFieldConfig | SiTFieldConfig
+)
 
 __all__ = [
     "CarriersField",
@@ -21,9 +24,12 @@ __all__ = [
     "LocalField",
     "LocalFieldConfig",
     "Projector",
+    "SiTField",
+    "SiTFieldConfig",
     "TinyFieldConfig",
     "UNet",
     "UNetConfig",
     "UNetField",
     "UNetFieldConfig",
+    "sit",
 ]

@@ -32,6 +32,7 @@ class CarriersFieldConfig:
     """
 
     kind: Literal["carriers"] = "carriers"
+    """Kind of field."""
     latent_channels: int = 32
     """Channels of the latents that the states hold."""
     width: int = 64
@@ -74,8 +75,8 @@ class CarriersFieldConfig:
             raise RacError(f"blocks {self.blocks} and down_blocks {self.down_blocks} must be of one length")
         if factor != self.factor:
             raise RacError(
-                f"{len(self.blocks)} strides undo a factor of {self.factor}, not the teacher's {factor}; "
-                "give blocks and down_blocks one number for each stride"
+                f"{len(self.blocks)} strides upsample by {self.factor}, but the teacher's factor is {factor}; give "
+                "blocks and down_blocks one number for each stride"
             )
         return CarriersField(self, StateSpec(factor, self.latent_channels, state_channels, "beside"))
 

@@ -68,7 +68,7 @@ def _has_layout(tensor: Tensor) -> bool:
 def check_input(state: Tensor, factor: int, interval: Tensor | None, knows_interval: bool) -> None:
     """Raises `RacError` for an interval the field was not built for, and for sides not divisible by `factor`."""
     if interval is not None and not knows_interval:
-        raise RacError("this field knows no interval; build it with interval=True to ask for mean velocities")
+        raise RacError("this field accepts no interval; build it with interval=True to ask for mean velocities")
     if state.shape[-2] % factor or state.shape[-1] % factor:
         raise RacError(f"state sides {tuple(state.shape[-2:])} must be multiples of {factor}; pad the image first")
 
@@ -106,6 +106,7 @@ class TinyFieldConfig:
     """
 
     kind: Literal["tiny"] = "tiny"
+    """Kind of field."""
     widths: tuple[int, ...] = (64, 64, 64, 64)
     """Channels at strides f, f/2, ..., `patch`; with `patch` 1 the last stride is the output's resolution."""
     blocks: tuple[int, ...] = (3, 3, 3, 1)
@@ -132,8 +133,8 @@ class TinyFieldConfig:
             raise RacError(f"widths {self.widths} and blocks {self.blocks} must be of one length")
         if factor != self.factor:
             raise RacError(
-                f"{len(self.widths)} widths and patch {self.patch} undo a factor of {self.factor}, not the teacher's "
-                f"{factor}; change widths or patch"
+                f"{len(self.widths)} widths and patch {self.patch} upsample by {self.factor}, but the teacher's factor "
+                f"is {factor}; change widths or patch"
             )
         network = _TinyNetwork(self, state_channels, state_channels * factor**2)
         return ConvField(network, factor, self.position, self.interval)
@@ -208,9 +209,11 @@ class LdmFieldConfig:
     """
 
     kind: Literal["ldm"] = "ldm"
+    """Kind of field."""
     widths: tuple[int, ...] = (128, 256, 512, 512)
     """Channels at strides 1, 2, ..., f."""
     layers_per_block: int = 2
+    """Number of residual blocks at each resolution, less one."""
     groups: int = 32
     """Groups of the group normalisation; must divide every width."""
     attention: bool = True
@@ -247,7 +250,7 @@ class LdmFieldConfig:
         from diffusers.models.autoencoders.vae import Decoder
 
         if factor != self.factor:
-            raise RacError(f"{len(self.widths)} widths undo a factor of {self.factor}, not {factor}")
+            raise RacError(f"{len(self.widths)} widths upsample by {self.factor}, but the factor is {factor}")
         if any(width % self.groups for width in self.widths):
             raise RacError(f"groups {self.groups} must divide every width of {self.widths}")
         network = Decoder(

@@ -33,6 +33,7 @@ class LocalFieldConfig:
     """
 
     kind: Literal["local"] = "local"
+    """Kind of field."""
     widths: tuple[int, ...] = (64, 64, 64)
     """Channels on the way up, at strides f, f/2, ..., `patch`."""
     blocks: tuple[int, ...] = (3, 3, 3)
@@ -85,8 +86,8 @@ class LocalFieldConfig:
             raise RacError(f"down {self.down} must name one width less than widths {self.widths}, or none")
         if factor != self.factor:
             raise RacError(
-                f"{len(self.widths)} widths and patch {self.patch} undo a factor of {self.factor}, not the teacher's "
-                f"{factor}; change widths or patch"
+                f"{len(self.widths)} widths and patch {self.patch} upsample by {self.factor}, but the teacher's factor "
+                f"is {factor}; change widths or patch"
             )
         if self.carrier and state_channels <= RGB:
             raise RacError(f"a carrier needs state_channels beyond {RGB}, not {state_channels}; give one more")

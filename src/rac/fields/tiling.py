@@ -124,7 +124,9 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or self.margin < 0:
-            raise RacError(f"a tile of {self.tile} blocks with margins of {self.margin} is none; give at least 1 and 0")
+            raise RacError(
+                f"a tile needs at least 1 block and a margin of at least 0, not {self.tile} and {self.margin}"
+            )
         # The tiles of a row may be half as long as `tile`, and each may blend with one neighbour at a time.
         if not self.exact and 4 * self.margin > self.tile:
             raise RacError(

@@ -10,12 +10,14 @@ from .integrate import Field, Trajectory, integrate
 from .invert import FixedPoint
 from .path import PathSample, straight
 from .solvers import RK4, Euler, Heun, MeanEuler, Midpoint, ReversibleHeun, Solver
+from .stochastic import EulerMaruyama, sde_grid
 from .walk import Walk
 
 __all__ = [
     "RK4",
     "Conditioned",
     "Euler",
+    "EulerMaruyama",
     "Field",
     "FixedPoint",
     "Guided",
@@ -29,5 +31,6 @@ __all__ = [
     "Trajectory",
     "Walk",
     "integrate",
+    "sde_grid",
     "straight",
 ]

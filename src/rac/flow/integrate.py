@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..tensors import check_dense
 from .grid import TimeGrid
 from .guidance import evaluations_of
 from .solvers import Euler, Field, Solver
@@ -51,7 +52,10 @@ def integrate(
     - `solver`: the rule of each step.
     - `keep`: "end" keeps only the last state, "nodes" the states at all nodes.
     - `carry`: the `carry` of an earlier trajectory, for a reversible solver to retrace its steps.
+
+    Raises `RacError` for a sparse state.
     """
+    check_dense(state, "a state")
     evaluations = 0
 
     def counted(state: Tensor, time: Tensor, *interval: Tensor) -> Tensor:

@@ -12,18 +12,18 @@ from ..errors import RacError
 TimeDistribution = Literal["uniform", "logit_normal", "arcsine", "ends"]
 
 
-def times_of(numbers: Tensor, distribution: TimeDistribution) -> Tensor:
+def times_of(numbers: Tensor, distribution: TimeDistribution, mean: float = 0.4, std: float = 1.0) -> Tensor:
     """Maps uniform numbers in [0, 1) to times of the named distribution, by its quantile function.
 
     - `uniform`: the numbers themselves.
-    - `logit_normal`: sigmoid of N(0.4, 1), most in the middle (MeanFlow, arXiv 2505.13447, table 1d: N(-0.4, 1), there
-      with t = 1 as the noise).
+    - `logit_normal`: sigmoid of N(`mean`, `std`^2), most in the middle (MeanFlow, arXiv 2505.13447, table 1d:
+      N(-0.4, 1), there with t = 1 as the noise).
     - `arcsine`: sin^2(pi u / 2), most at the two ends, where flows of few steps are evaluated.
     - `ends`: 0 for half of them and 1 for a quarter, the others uniform. For the spread `beside`: there the state
       between the ends determines the velocity, and only the ends have something to learn.
     """
     if distribution == "logit_normal":
-        return torch.sigmoid(torch.special.ndtri(numbers) + 0.4)
+        return torch.sigmoid(torch.special.ndtri(numbers) * std + mean)
     if distribution == "arcsine":
         return torch.sin(numbers * torch.pi / 2).square()
     if distribution == "ends":

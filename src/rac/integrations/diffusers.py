@@ -43,6 +43,7 @@ from ..fields.tiling import Function, Pieces
 from ..files import write_bytes
 from ..flow.grid import check_steps
 from ..latents import LatentSpec
+from ..tensors import check_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -132,6 +133,7 @@ class CoderModel(ModelMixin, ConfigMixin):
         - `num_inference_steps`: the number of steps; None: the model's own.
         """
         self.spec.check(z)
+        check_device(z, self.coder, "the latent", "the model")
         latent = self.coder.statistics.normalise(z.float())
         shape, noise = self.coder.noise_shape(latent), None
         if shape is not None and generator is not None:
@@ -297,6 +299,7 @@ class AutoencoderRAC(CoderModel):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
+        check_steps(num_inference_steps)
         config, numbers = read_rac_config(dict(rac), "the rac of the configuration")
         statistics = numbers or statistics_of(
             {
@@ -366,6 +369,7 @@ class AutoencoderDGAE(CoderModel):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
+        check_steps(num_inference_steps)
         config = from_json(DGAEConfig, dict(dgae), "the dgae of the configuration")
         statistics = statistics_of(
             {
@@ -428,7 +432,7 @@ tags:
 
 # A rectified flow auto coder (RAC)
 
-One velocity field that decodes latents in correctable steps and, followed backwards, encodes images
+One network, a velocity field, that decodes latents in any number of steps and, run backwards, encodes images
 ([arXiv 2603.05925](https://arxiv.org/abs/2603.05925)). It codes the latents of **{teacher}**, so it can take that
 autoencoder's place in a pipeline.
 
@@ -490,9 +494,9 @@ def _as_diffusers(coder: Coder, widths: Sequence[int]) -> dict[str, Any]:
     """
     spec, shift, scale = coder.spec, coder.statistics.shift.double(), coder.statistics.scale.double()
     if spec.factor != 2 ** (len(widths) - 1):
-        raise RacError(f"diffusers' pipelines know factors that are powers of two, not {spec.factor}")
+        raise RacError(f"diffusers' pipelines support only factors that are powers of two, not {spec.factor}")
     if shift.ndim > 1:
-        raise RacError("diffusers' pipelines know statistics for each channel, and this coder's are for each position")
+        raise RacError("diffusers' pipelines support only statistics per channel, and this coder's are per position")
     return {
         "latent_channels": spec.channels,
         "block_out_channels": widths,

@@ -58,7 +58,7 @@ class Description:
 
     part: Part
     steps: int | None
-    """Number of steps, unrolled in the file; None for a way that is taken at once."""
+    """Number of steps, unrolled in the file; None for a coder that takes one pass."""
     latents: Latents
     """Kind of latents. `raw`: as the teacher's own network makes them. `normalised`: (raw - shift) * scale."""
     factor: int
@@ -122,13 +122,13 @@ def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents
     - `steps`: the number of steps; None: the coder's own.
     - `latents`: "raw" or "normalised" latents.
 
-    Raises `RacError` for steps below 1, and for steps of a way that is taken at once.
+    Raises `RacError` for steps below 1, and for steps of a coder that takes one pass.
     """
     if latents not in get_args(Latents) or part not in get_args(Part):
         raise RacError(f"part {part!r} and latents {latents!r} must be encode or decode, and raw or normalised")
     walk = coder.walk(part, steps)
     if walk is None and steps is not None:
-        raise RacError(f"a {type(coder).__name__} {part}s at once; leave out steps, or export a RAC")
+        raise RacError(f"a {type(coder).__name__} {part}s in one pass; leave out steps, or export a RAC")
     return (Encoding if part == "encode" else Decoding)(coder, walk, latents).eval()
 
 

@@ -25,9 +25,10 @@ class KLVAEWeights:
     kl: float = 1e-6
     """Weight of the divergence of the posterior from N(0, 1), summed over each image's latent."""
     perceptual: float = 0.0
-    """Weight of LPIPS with VGG16, whose weight files are looked for in RAC_WEIGHTS_DIR."""
+    """Weight of LPIPS with VGG16, whose weight file is looked for in RAC_WEIGHTS_DIR."""
     adversarial: float = 0.0
-    """Weight of the adversarial term relative to the others: at 1 its gradient at the last layer is as long."""
+    """Weight of the adversarial term relative to the others: at 1, its gradient at the last layer has the same norm as
+    theirs."""
 
     def __post_init__(self) -> None:
         check_weights(vars(self))

@@ -58,7 +58,8 @@ class RACWeights:
     round_trip_state: float = 0.0
     """Weight of the MSE of the round trip without contraction to a latent in between."""
     mean_velocity: float = 0.0
-    """Weight of the MSE of the mean velocity against its identity (flow/mean.py); the field needs `interval`."""
+    """Weight of the MSE of the mean velocity against the MeanFlow identity (`rac.flow.mean`); the field must accept
+    intervals."""
     velocity: float = 0.0
     """Weight of the MSE of the velocity at a random time against the straight path's (arXiv 2209.03003, equation 1).
     Nothing is unrolled. Not in RAC's paper.
@@ -68,28 +69,23 @@ class RACWeights:
     RAC's paper.
     """
     perceptual: float = 0.0
-    """Weight of LPIPS (VGG16, its weights in RAC_WEIGHTS_DIR) of the decoded image, that of `reconstruction`. Not in
-    RAC's paper.
-    """
+    """Weight of LPIPS (VGG16, its weight file in RAC_WEIGHTS_DIR) of the image that `reconstruction` compares. Not in
+    RAC's paper."""
     coarse: float = 0.0
     """Weight of the MSE of the decoded image against the image, both averaged over blocks of f x f pixels. It counters
-    tints and wrong brightness, which the other terms hardly see, for most of their value comes from fine detail. Not in
-    RAC's paper.
-    """
+    tints and wrong brightness, to which the other terms hardly react, because most of their value comes from fine
+    detail. Not in RAC's paper."""
     pattern: float = 0.0
-    """Weight of the mean square of the block pattern: the decoded image's error, averaged over all blocks of f x f
-    pixels of one image, at each of the f^2 places in a block, without its mean; the grid of blocks that shows in even
-    regions. Not in RAC's paper.
-    """
+    """Weight of the block pattern, which shows as a grid in even regions: the mean square of the decoded image's error
+    at each of the f^2 places in a block of f x f pixels, averaged over all blocks of an image, without its mean. Not in
+    RAC's paper."""
     detail: float = 0.0
     """Weight of the MSE of the amount of fine detail in each block of f x f pixels. The amount is the root mean square
-    of what a 3 x 3 mean takes away. Distances, perceptual ones too, favour decoded images smoother than their
-    originals. Not in RAC's paper.
-    """
+    of the difference between the image and its 3 x 3 mean. The other distances, perceptual ones too, favour images
+    smoother than their originals. Not in RAC's paper."""
     adversarial: float = 0.0
-    """Weight of the adversarial term of the decoded image, that of `reconstruction`. It is relative to all other
-    terms: at 1 its gradient at the field's last layer is as long as theirs. Not in RAC's paper.
-    """
+    """Weight of the adversarial term of the image that `reconstruction` compares. It is relative to all other terms: at
+    1, its gradient at the field's last layer has the same norm as theirs. Not in RAC's paper."""
 
     def __post_init__(self) -> None:
         check_weights(vars(self))
@@ -122,24 +118,21 @@ class RACObjective:
 
     weights: RACWeights = PAPER
     steps: tuple[int, int] = (4, 4)
-    """Least and greatest number of steps of the unrolled flows, drawn evenly anew for each iteration."""
+    """Smallest and largest number of steps of the unrolled flows; each iteration draws one evenly."""
     last_steps: tuple[int, int] = (0, 0)
-    """Number of last steps that gradients flow through, when decoding and when encoding; 0: all. The steps before them
-    are walked as in use, at a third of their cost.
-    """
+    """Number of last steps through which gradients flow, for decoding and for encoding; 0: all. The steps before them
+    are computed without gradients, at a third of the cost."""
     sharpen: float = 0.0
-    """Exponent of the number of steps by which the terms that reward sharpness (`perceptual`, `detail`) are multiplied:
-    steps^`sharpen`. One step is to be faithful, several are to be sharp as well.
-    """
+    """Exponent of a factor steps^`sharpen`, by which the terms that reward sharpness (`perceptual`, `detail`) are
+    multiplied. With it one step stays faithful to the image, and more steps make it sharper."""
     random_grid: bool = True
     """Draw random time nodes between 0 and 1 (RAC, section 3.2) instead of equal steps."""
     step_noise: float = 0.05
     """Gaussian noise added to the state before each step, in units of that state's own standard deviation."""
     latent_noise: float = 0.0
-    """Greatest standard deviation of Gaussian noise on the latents that are decoded, so that the decoder tolerates
-    imperfect latents (RAE, arXiv 2510.11690). It is drawn for each image between 0 and this; the targets of encoding
-    stay clean.
-    """
+    """Largest standard deviation of Gaussian noise on the latents that are decoded, so that the decoder tolerates
+    imperfect latents (RAE, arXiv 2510.11690). Each image draws its own between 0 and this; the targets of encoding have
+    no noise."""
     compare: Literal["image", "state"] = "image"
     """Channels that `reconstruction` and the round trips compare: the three of the image, or all C of the state."""
     times: TimeDistribution = "uniform"
@@ -149,25 +142,25 @@ class RACObjective:
     (`ldm`).
     """
     memory: Memory = "recompute"
-    """Memory of an unrolled flow for the backward pass. "store": all activations. "recompute": the states, from which
-    activations are computed again step by step. "reverse": the end states alone, from which the others are retraced;
-    this unrolls by `ReversibleHeun`, takes one evaluation more per flow, and allows no step noise, which could not be
-    taken off again.
-    """
+    """What an unrolled flow stores for the backward pass. "store": all activations. "recompute": the states, from which
+    activations are computed again step by step. "reverse": the end states only, from which the others are computed
+    backwards; it unrolls by `ReversibleHeun`, takes one more evaluation per flow, and does not allow step noise."""
 
     def __post_init__(self) -> None:
         low, high = self.steps
         if not 1 <= low <= high:
             raise RacError(f"steps {self.steps} must be (fewest, most) with 1 <= fewest <= most")
         if min(self.last_steps) < 0:
-            raise RacError(f"last_steps {self.last_steps} must be at least 0, which stands for all")
+            raise RacError(f"last_steps {self.last_steps} must be at least 0; 0 means all")
         if any(self.last_steps) and self.memory == "reverse":
-            raise RacError('memory "reverse" walks all steps back; give last_steps 0 0, or memory "recompute"')
+            raise RacError(
+                'memory "reverse" needs gradients through all steps; set last_steps 0 0, or memory "recompute"'
+            )
         if self.memory not in get_args(Memory):
             raise RacError(f"memory {self.memory!r} is unknown; expected {', '.join(get_args(Memory))}")
         if self.memory == "reverse" and self.step_noise:
             raise RacError(
-                f'memory "reverse" cannot take step_noise {self.step_noise} off the states again; set step_noise 0, or '
+                f'memory "reverse" does not work with step_noise {self.step_noise}; set step_noise 0, or '
                 'memory "recompute"'
             )
         if not self.weights.chosen():

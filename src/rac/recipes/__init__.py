@@ -1,21 +1,22 @@
 """Recipes: frozen dataclasses that hold all that shapes a training run, each beside its task and its presets.
 
 `RECIPES` names the presets for `rac train`; every field of one can be changed on the command line. A new family
-of coders is entered here, in `rac.hub.LOADERS` (what reads its folder) and, where it has a field of its own, in
-`rac.fields.FieldConfig`; nothing else lists families.
+is entered here, in `rac.hub.LOADERS` or `rac.hub.GENERATORS` (what reads its folder) and, where it has a field of its
+own, in `rac.fields.FieldConfig`; nothing else lists families.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import dgae, klvae, rac
+from . import dgae, klvae, rac, sit
 from .dgae import DGAERecipe
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 from .recipe import Recipe
+from .sit import SiTRecipe
 
-__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "Recipe"]
+__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "Recipe", "SiTRecipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -23,11 +24,6 @@ def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
 
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
-    "klvae": _preset(klvae.klvae),
-    "klvae-sharp": _preset(klvae.klvae_sharp),
-    "rac": _preset(rac.rac),
-    "rollout": _preset(rac.rollout),
-    "one-step": _preset(rac.one_step),
     "klvae-f8d4": _preset(klvae.klvae_f8d4),
     "klvae-f8d4-sharp": _preset(klvae.klvae_f8d4_sharp),
     "rac-64": _preset(rac.rac_64),
@@ -49,5 +45,12 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "tiny": _preset(rac.tiny),
     "paper": _preset(rac.paper),
     "nano": _preset(rac.nano),
+    "sit-64": _preset(sit.sit_64),
+    "sit-128": _preset(sit.sit_128),
+    "sit-256": _preset(sit.sit_256),
+    "sit-s-2": _preset(sit.sit_s_2),
+    "sit-b-2": _preset(sit.sit_b_2),
+    "sit-l-2": _preset(sit.sit_l_2),
+    "sit-xl-2": _preset(sit.sit_xl_2),
 }
 """Presets by name: a sentence on the purpose, and the recipe."""

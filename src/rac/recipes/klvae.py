@@ -48,12 +48,12 @@ class KLVAERecipe:
 
     network: KLVAEConfig = field(default_factory=KLVAEConfig)
     start: str | None = None
-    """A KL-VAE to start from (same network), instead of random weights: a shipped name, a directory or a hub name."""
+    """A KL-VAE of the same network to start from, instead of random weights: a shipped name, a directory or a hub
+    name."""
     train_encoder: bool = True
-    """Train the encoder too. Without it only the decoder is trained, and the latents of `start` stay as they are, bit
-    for bit: whatever was trained on them fits the new coder too. The decoder then learns to decode the posterior's
-    mean, which is what `encode` gives, without noise.
-    """
+    """Train the encoder too. Otherwise only the decoder is trained, and the latents of `start` do not change, so models
+    trained on them can use the new decoder. It learns to decode the posterior's mean without noise, which is what
+    `encode` returns."""
     weights: KLVAEWeights = field(default_factory=KLVAEWeights)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -118,7 +118,7 @@ class KLVAERecipe:
             return coder
         start = hub.load(self.start)
         if not isinstance(start, KLVAE):
-            raise RacError(f"start {self.start} is no KL-VAE; give one that an earlier stage trained")
+            raise RacError(f"start {self.start} is not a KL-VAE; give one that an earlier stage trained")
         ours, theirs = coder.shape(), start.shape()
         if ours != theirs:
             raise RacError(f"start {self.start} has another network: {'; '.join(differences(ours, theirs))}")
@@ -189,27 +189,6 @@ class KLVAETask:
         coder.save(directory)
 
 
-def klvae() -> KLVAERecipe:
-    """The shipped teacher: f8, 8 channels, L1 + KL, on 64-pixel crops; about 40 minutes on one core."""
-    return KLVAERecipe(
-        network=KLVAEConfig(latent_channels=8),
-        train=replace(ONE_CORE, iterations=9_000, batch=16, final_lr=0.02),
-    )
-
-
-def klvae_sharp() -> KLVAERecipe:
-    """A sharper decoder for the shipped teacher's own latents: L1 + LPIPS + a discriminator; needs LPIPS's weights."""
-    return KLVAERecipe(
-        network=KLVAEConfig(latent_channels=8),
-        start="klvae-f8d8",
-        train_encoder=False,
-        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
-        discriminator=DiscriminatorConfig(start=500),
-        data=DataConfig(cached_crops=10_000),
-        train=replace(ONE_CORE, iterations=4_000, batch=8, lr=3e-4),
-    )
-
-
 def klvae_f8d4() -> KLVAERecipe:
     """First stage of the f8d4 teacher, the SD-VAE at a quarter of its widths: L1 + KL; an hour on one core."""
     return KLVAERecipe(
@@ -223,11 +202,12 @@ def klvae_f8d4_sharp() -> KLVAERecipe:
     """Second stage of the f8d4 teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
     first = klvae_f8d4()
     return replace(
-        klvae_sharp(),
-        network=first.network,
+        first,
         start="klvae-f8d4",
-        data=replace(first.data, cached_crops=10_000),
+        train_encoder=False,
+        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
         discriminator=DiscriminatorConfig(start=200),
+        data=replace(first.data, cached_crops=10_000),
         train=replace(first.train, iterations=1_500, lr=2e-4),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from .recipe import (
     ONE_CORE,
     ONE_GPU,
     SMALL_UNET,
+    check_latents,
     coder_parts,
     coder_terms,
     gallery,
@@ -64,20 +64,21 @@ class RACRecipe:
     """The teacher: a shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
     field: FieldConfig = dataclasses.field(default_factory=TinyFieldConfig)
     state_channels: int = 4
-    """Channels C of the states B C H W, the image's three among them."""
+    """Number of channels C of the states B C H W, including the three of the image."""
     spread: Spread = "shuffle"
-    """Layout of a latent in the seed state, one of those of `rac.states.StateSpec`."""
+    """Layout of a latent in the seed state: one of those that `rac.states.StateSpec` describes."""
     contraction: Literal["inverse", "projector"] = "inverse"
-    """Way from a seed state to a latent: the spread's own inverse, or a learned projector."""
+    """How a seed state becomes a latent: by the inverse of the spread, or by a learned projector."""
     steps: int = 4
     """Default number of steps of the finished coder."""
     seed_noise: float = 0.0
-    """Standard deviation of Gaussian noise in the sites of the seed state that the latent leaves free."""
+    """Standard deviation of Gaussian noise in the parts of the seed state that the latent does not fill."""
     start: str | None = None
-    """A RAC to start from (same field and states), instead of random weights: a second stage of training."""
+    """A RAC of the same field and states to start from, instead of random weights: a second stage of training."""
     start_from_teacher: bool = False
-    """Start from the weights of the teacher, as far as the field has layers of that kind: TAESD-family teachers, spread
-    `beside`; `carriers` fields take both halves, `local` ones the decoder's."""
+    """Start from the weights of the teacher where the field has the same layers. Needs a teacher of the TAESD family
+    and spread `beside`; `carriers` fields take the weights of its encoder and decoder, `local` ones those of its
+    decoder."""
     objective: RACObjective = dataclasses.field(default_factory=RACObjective)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -104,7 +105,7 @@ class RACRecipe:
         )
         name = self.teacher if coder is None else coder.teacher
         if name is None:
-            raise RacError("the coder names no teacher, by whose latents it could be trained")
+            raise RacError("the coder names no teacher, so it cannot be trained on one's latents")
         teacher = hub.load(name)
         for size in self.data.sizes:
             if size % teacher.spec.factor:
@@ -167,36 +168,10 @@ class RACRecipe:
             return coder
         start = hub.load(self.start)
         if not isinstance(start, RAC):
-            raise RacError(f"start {self.start} is no RAC; give one that an earlier stage trained")
+            raise RacError(f"start {self.start} is not a RAC; give one that an earlier stage trained")
         if replace(start.config, teacher=config.teacher, steps=config.steps) != config:
             raise RacError(f"start {self.start} has another field, other states or other latents; give the ones it has")
         return start.requires_grad_(True)
-
-
-MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
-"""Largest absolute mean, and least and largest deviation, of latents that are taken for correctly scaled."""
-
-
-@torch.no_grad()
-def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
-    """Warns if the teacher's latents of a batch are far from mean 0 and deviation 1, and suggests the scale that fits.
-
-    The objective weighs noise, images and latents against each other on that assumption, so the wrong scale trains
-    badly.
-    """
-    latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
-    assert latents is not None
-    mean, deviation = float(latents.double().mean()), float(latents.double().std())
-    if abs(mean) <= MOST_MEAN and LEAST_DEVIATION <= deviation <= MOST_DEVIATION:
-        return
-    raw_latents = teacher.statistics.denormalise(latents).double()
-    scale, shift = 1 / max(float(raw_latents.std()), 1e-12), float(raw_latents.mean())
-    warnings.warn(
-        f"the latents of teacher {name} have mean {mean:.3g} and deviation {deviation:.3g} on the first batch, where "
-        "training expects about 0 and 1; the statistics in its config.json are probably wrong: scaling_factor "
-        f"{scale:.4g} with shift_factor {shift:.4g} would fit",
-        stacklevel=2,
-    )
 
 
 @dataclass
@@ -296,44 +271,6 @@ def _through(most: int) -> RACObjective:
     )
 
 
-def rac() -> RACRecipe:
-    """First stage of the shipped coder: velocity matching on the shipped teacher's latents; 15 minutes on one core."""
-    return RACRecipe(
-        teacher="klvae-f8d8",
-        field=TinyFieldConfig(widths=(96, 64, 48), blocks=(3, 3, 2), patch=2),
-        state_channels=8,
-        spread="nearest",
-        objective=RACObjective(weights=RACWeights(velocity=1.0)),
-        data=DataConfig(cached_crops=30_000),
-        train=replace(ONE_CORE, iterations=4_500, batch=32),
-    )
-
-
-def rollout() -> RACRecipe:
-    """Second stage of the shipped coder: end-point and latent terms through 1 to 4 steps. Give the first as --start."""
-    first = rac()
-    return replace(
-        first,
-        objective=RACObjective(
-            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=0.2, round_trip=1.0),
-            steps=(1, 4),
-            memory="store",
-        ),
-        data=replace(first.data, cached_crops=10_000),
-        train=replace(first.train, iterations=1_000, batch=16, lr=3e-4, warmup=20, final_lr=0.02),
-    )
-
-
-def one_step() -> RACRecipe:
-    """A plain decoder to compare with: the shipped coder's network, trained for a single step from latent to image."""
-    first = rac()
-    return replace(
-        first,
-        steps=1,
-        objective=RACObjective(weights=RACWeights(reconstruction=1.0), steps=(1, 1), step_noise=0.0, memory="store"),
-    )
-
-
 def rac_64() -> RACRecipe:
     """First stage of the small coder of f8d4 latents: velocity matching at the ends of the flow; half an hour."""
     return RACRecipe(
@@ -359,7 +296,7 @@ def rac_64_rollout() -> RACRecipe:
 
 
 def rac_64_sizes() -> RACRecipe:
-    """Third stage of the small coder: against tints, patterns, blur; 64, 128, 224 pixels. The second as --start."""
+    """Third stage of the small coder: fewer tints, less blur; 64, 128 and 224 pixels. Give the second as --start."""
     second = rac_64_rollout()
     weights = replace(second.objective.weights, perceptual=0.4, coarse=30.0, pattern=100.0, detail=5.0)
     return replace(
@@ -371,9 +308,9 @@ def rac_64_sizes() -> RACRecipe:
 
 
 def rac_taef2() -> RACRecipe:
-    """A coder of TAEF2's latents, begun as its decoder; give the .pth file as --teacher; an hour on one core."""
+    """A coder of TAEF2's latents that only decodes and starts as TAEF2's decoder; an hour on one core."""
     return RACRecipe(
-        teacher="taef2_decoder.pth",
+        teacher="taef2",
         start_from_teacher=True,
         field=LocalFieldConfig(
             widths=(64, 64, 64, 64),
@@ -402,7 +339,7 @@ def rac_taef2() -> RACRecipe:
 
 
 def rac_taef2_sharp() -> RACRecipe:
-    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give --teacher, and the first as --start."""
+    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give the first as --start."""
     first = rac_taef2()
     weights = RACWeights(velocity=0.2, latent_velocity=0.02, reconstruction=1.0, perceptual=6.0)
     return replace(
@@ -415,7 +352,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage of the TAEF2 coder: against tints, blur; 128 to 256 pixels; 15 minutes. Give --teacher, --start."""
+    """Third stage of the TAEF2 coder: fewer tints, less blur; 128 to 256 pixels. Give the second as --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(
@@ -427,7 +364,7 @@ def rac_taef2_detail() -> RACRecipe:
 
 
 def rac_256() -> RACRecipe:
-    """First stage of the coder of TAEF2's latents both ways, begun as TAEF2; ten minutes on one core."""
+    """First stage of rac-256, a coder of TAEF2's latents that starts as TAEF2; ten minutes on one core."""
     return RACRecipe(
         teacher="taef2",
         start_from_teacher=True,
@@ -532,17 +469,18 @@ def decoder_rac_noise() -> RACRecipe:
 def tiny() -> RACRecipe:
     """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
     return RACRecipe(
-        teacher="klvae-f8d8",
-        field=TinyFieldConfig(widths=(64, 48, 32), blocks=(2, 2, 1), patch=2),
-        state_channels=8,
-        spread="nearest",
+        teacher="klvae-f8d4",
+        field=LocalFieldConfig(widths=(64, 32, 16), blocks=(2, 1, 1), down=(16, 32), down_blocks=(0, 0)),
+        state_channels=4,
+        spread="beside",
         objective=RACObjective(
-            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=1.0, round_trip=1.0),
+            weights=RACWeights(velocity=1.0, latent_velocity=0.1, reconstruction=1.0, latent=0.1, round_trip=1.0),
             steps=(1, 2),
+            times="ends",
             memory="store",
         ),
         data=DataConfig(cached_crops=2_000),
-        train=replace(ONE_CORE, iterations=1_000, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),
+        train=replace(ONE_CORE, iterations=1_600, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),
     )
 
 

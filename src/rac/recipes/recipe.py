@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from .. import runtime
 from ..coders.protocol import Coder
 from ..config import to_json
 from ..data import Batch, DataConfig, Latents, Stream, open_stream
+from ..data.stream import IMAGES, Want
 from ..errors import RacError
 from ..evaluate.cost import CostRow
 from ..evaluate.image_metrics import psnr
@@ -128,11 +130,14 @@ def run_recipe(
     resume: bool = False,
     crops: Path | None = None,
     look: Callable[[Task, Stream], None] | None = None,
+    wants: Collection[Want] = IMAGES,
+    sample_posterior: bool = False,
 ) -> Fitted:
     """Implements `Recipe.run` for every recipe.
 
     - `recipe`, `directory`, `resume`, `crops`: as for `Recipe.run`.
     - `look`: called with the task and the stream when a new run begins, on the first process.
+    - `wants`, `sample_posterior`: as for `open_for`.
     """
     settings = recipe.train
     processes = Processes.join(settings.device, 60 * settings.patience_minutes)
@@ -141,24 +146,33 @@ def run_recipe(
     task = recipe.task()
     cache = crops or directory.parent / f"{directory.name}.crops"
     with processes.in_turn():
-        stream = open_for(recipe, task, cache)
+        stream = open_for(recipe, task, cache, wants, sample_posterior)
         if look is not None and processes.first and not resume:
             look(task, stream)
     return fit(task, stream, settings, directory, recipe=recipe, resume=resume, product=recipe.product)
 
 
-def open_for(recipe: Recipe, task: Task, cache: Path | None = None) -> Stream:
-    """Opens the images a recipe trains on, with the latents that its task wants; prepared ones are kept in `cache`."""
+def open_for(
+    recipe: Recipe,
+    task: Task,
+    cache: Path | None = None,
+    wants: Collection[Want] = IMAGES,
+    sample_posterior: bool = False,
+) -> Stream:
+    """Opens what a recipe trains on.
+
+    - `recipe`: names the pictures and the coder of the latents.
+    - `task`: has that coder, if any.
+    - `cache`: the folder in which prepared crops are kept.
+    - `wants`: what every batch must hold; latents come, where they are prepared, for every task with a coder.
+    - `sample_posterior`: draw latents from the coder's posterior, if it has one, instead of taking its mean.
+    """
     device, settings, encoder = runtime.pick_device(recipe.train.device), recipe.train, task.encoder
-    if encoder is None:
-        return open_stream(recipe.data, settings.rng_seed, batch=settings.batch, cache=cache)
-    return open_stream(
-        recipe.data,
-        settings.rng_seed,
-        batch=settings.batch,
-        cache=cache,
-        latents=Latents(encoder.to(device), recipe.latents_of, device),
-    )
+    latents = None
+    if encoder is not None:
+        posterior: Literal["mean", "sample"] = "sample" if sample_posterior and encoder.has_posterior else "mean"
+        latents = Latents(encoder.to(device), recipe.latents_of, device, posterior)
+    return open_stream(recipe.data, settings.rng_seed, wants=wants, batch=settings.batch, cache=cache, latents=latents)
 
 
 def prepared_from(recipe: Recipe) -> dict[str, Any]:
@@ -213,6 +227,37 @@ def coder_terms(terms: Mapping[str, Tensor]) -> Iterator[PartTerms]:
 def with_latents(batch: Batch, encoder: Coder) -> Batch:
     """Returns the batch with latents, those that it came with or else those that `encoder` gives."""
     return batch if batch.latents is not None else batch._replace(latents=encoder.encode(batch.need("images")))
+
+
+MOST_MEAN, LEAST_DEVIATION, MOST_DEVIATION = 0.5, 0.5, 2.0
+"""Largest absolute mean, and least and largest deviation, of latents that are taken for correctly scaled."""
+
+LEAST_CONTRAST = 0.02
+"""Least mean deviation within images for which latents are judged; that of photographs is about 0.3."""
+
+
+@torch.no_grad()
+def check_latents(teacher: Coder, name: str, batch: Batch) -> None:
+    """Warns if the teacher's latents of a batch are far from mean 0 and deviation 1, and suggests the scale that fits.
+
+    The objective weighs noise, images and latents against each other on that assumption, so the wrong scale trains
+    badly. Nothing is said of images of a single colour, whose latents are unlike those of photographs at any scale.
+    """
+    if batch.images is not None and batch.images.std(dim=(2, 3)).mean() < LEAST_CONTRAST:
+        return
+    latents = with_latents(batch.to(next(teacher.parameters()).device), teacher).latents
+    assert latents is not None
+    mean, deviation = float(latents.double().mean()), float(latents.double().std())
+    if abs(mean) <= MOST_MEAN and LEAST_DEVIATION <= deviation <= MOST_DEVIATION:
+        return
+    raw_latents = teacher.statistics.denormalise(latents).double()
+    scale, shift = 1 / max(float(raw_latents.std()), 1e-12), float(raw_latents.mean())
+    warnings.warn(
+        f"the latents of teacher {name} have mean {mean:.3g} and deviation {deviation:.3g} on the first batch, where "
+        "training expects about 0 and 1; the statistics in its config.json are probably wrong: scaling_factor "
+        f"{scale:.4g} with shift_factor {shift:.4g} would fit",
+        stacklevel=2,
+    )
 
 
 # Galleries

@@ -7,9 +7,12 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 from PIL import Image
+
+from ..errors import printable
 
 
 def utf8(text: str) -> bytes:
@@ -33,7 +36,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """Returns a Markdown table, padded so that it reads well as plain text too."""
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         lines = [
@@ -58,11 +61,16 @@ class Figure:
     """File name of the picture, without suffix."""
     caption: str = ""
 
+    @cached_property
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
+        buffer = io.BytesIO()
+        self.picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
     def to_html(self) -> str:
         """Returns a `<figure>` with the picture in it as base64 PNG."""
-        buffer = io.BytesIO()
-        self.picture.save(buffer, "PNG", optimize=True)
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        data = base64.b64encode(self.png).decode("ascii")
         width, height = self.picture.size
         caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         alt = escape(self.caption or self.name)

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from .document import Table
+from ..errors import printable
+
+if TYPE_CHECKING:  # it imports Pillow, for which the help text of `rac` need not wait
+    from .document import Table
 
 GAP = "  "
 LEAST_WIDTH = 20
 """Least width that a layout is made for; on a narrower terminal its lines are broken by the terminal."""
+
+
+def listing(texts: Mapping[str, str], width: int) -> str:
+    """Lays out names and their texts in two columns, in lines of at most `width` characters."""
+    longest = max(map(len, texts))
+    indent = " " * (longest + 2 * len(GAP))
+    room = max(width, len(indent) + LEAST_WIDTH)
+    entries = (
+        textwrap.fill(text, room, initial_indent=f"{GAP}{name:<{longest}}{GAP}", subsequent_indent=indent)
+        for name, text in texts.items()
+    )
+    return "\n".join(entries) + "\n"
 
 
 def table_text(table: Table, width: int) -> str:
@@ -20,6 +37,7 @@ def table_text(table: Table, width: int) -> str:
     longer than the width makes a longer line; nothing is cut.
     """
     width = max(width, LEAST_WIDTH)
+    table = replace(table, rows=tuple(tuple(map(printable, row)) for row in table.rows))
     widths = [_least(column, cells) for column, cells in _columns(table)]
     room = width - sum(widths) - len(GAP) * (len(widths) - 1)
     if room < 0:

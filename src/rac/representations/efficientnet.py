@@ -23,7 +23,7 @@ SIDE = 224
 class EfficientNetLite0(nn.Module):
     """Extractor of the mean of the last convolution, B 1280, and logits, B 1000.
 
-    Makes FID-EffNetLite0, which is no FID.
+    Makes FID-EffNetLite0, which is not comparable with FID.
 
     Raises `WeightsError` if the packages with its code and its weights are not installed.
     """

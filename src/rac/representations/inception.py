@@ -137,7 +137,10 @@ class _Inception(nn.Module):
 
 
 class Inception768(_Inception):
-    """Extractor of the mean of mixed_7, B 768. Makes FID-768, which is no FID; spatial features as `Inception2048`."""
+    """Extractor of the mean of mixed_7, B 768. Makes FID-768, which is not comparable with FID.
+
+    Its spatial features are those of `Inception2048`.
+    """
 
     width = 768
     label = "768"

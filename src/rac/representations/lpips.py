@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import RacError
 from ..storage import fit_tensors, read_tensors
+from ..tensors import check_pair
 from .weight_files import Published, Tensors, WeightFile, find_weights
 
 Backbone = Literal["alex", "vgg16"]
@@ -147,6 +148,7 @@ class LPIPS(nn.Module):
 
         Raises `RacError` if the shapes differ, or a side is too short for the backbone.
         """
+        check_pair(image, reference)
         if image.shape != reference.shape or image.ndim != 4 or image.shape[1] != 3:
             raise RacError(
                 f"LPIPS compares images of one shape B 3 H W, not {tuple(image.shape)} and {tuple(reference.shape)}"

@@ -62,10 +62,10 @@ def find_weights(given: str | Path | None, file: WeightFile) -> Path:
     found = None if folder is None else located(file, folder)
     if found is not None:
         return found
-    where = f"in {folder}, the folder of weights" if folder is not None else "anywhere, for there is no home folder"
+    where = f"in {folder}, the folder of weights" if folder is not None else "anywhere, since no home folder is known"
     raise WeightsError(
-        f"{file.purpose} needs {file.names[0]}, which is not {where} (environment variable {VARIABLE}); "
-        "rac weights lists what it is made of and converts it"
+        f"{file.purpose} needs {file.names[0]}, which is not {where} (environment variable {VARIABLE}); rac weights "
+        "lists the published files that it is made from, and converts them"
     )
 
 
@@ -118,7 +118,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler fails in many ways on what is no state dict
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise WeightsError(f"{path} is no state dict of tensors ({reason}); download it again") from error
+        raise WeightsError(f"{path} is not a state dict of tensors ({reason}); download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; download it again")
     return tensors

@@ -106,7 +106,7 @@ def _check_header(path: Path, pixels: int) -> None:
                 width, height = picture.size
     except (UnidentifiedImageError, TypeError):
         raise ImageError(
-            f"{name} is not a picture of a kind taken here; give a PNG, JPEG, WebP, TIFF or BMP file"
+            f"{name} is not a picture of a supported kind; give a PNG, JPEG, WebP, TIFF or BMP file"
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large ({error}); scale it down first") from None

@@ -187,7 +187,7 @@ def _lay_out(gr: Any, page: Answers) -> Controls:
             zoom = gr.Radio(list(ZOOMS), value=ZOOMS[0], label="Zoom", elem_classes="rac-zoom")
         with gr.Column(scale=4, min_width=300, elem_classes="rac-results"), gr.Tabs():
             with gr.Tab("Steps", id="steps") as first:
-                steps = gr.Slider(1, GREATEST_STEPS, 4, step=1, label="Steps in each direction")
+                steps = gr.Slider(1, GREATEST_STEPS, 2, step=1, label="Steps in each direction")
                 reconstruction = gr.HTML(EMPTY, elem_classes="rac-answer")
             with gr.Tab("Noisy latent", id="noise") as second:
                 sigma = gr.Slider(0, GREATEST_NOISE, 0.5, step=0.05, label="Noise, standard deviations")
@@ -236,7 +236,7 @@ def _in_gradio_errors(gr: Any, compute: Callable[[], str | None]) -> str | None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        words = "this picture is too much for the machine; take a smaller one, or fewer steps"
+        words = "this picture needs more memory than the machine has; choose a smaller one, or fewer steps"
         raise gr.Error(words, title="Out of memory", print_exception=False) from None
 
 
@@ -320,14 +320,16 @@ def free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except socket.gaierror:
         raise RacError(
-            f"host {host!r} is not known; 127.0.0.1 serves this machine alone, 0.0.0.0 all that reach it"
+            f"host {host!r} is not known; 127.0.0.1 serves this machine only, 0.0.0.0 every machine that can reach it"
         ) from None
     except PermissionError:
         raise RacError(f"port {port} is reserved for the system; choose one above 1023 with --port") from None
     except OSError as error:
         taken = error.errno == 98 or "in use" in str(error)
-        mend = "is in use; choose another with --port, or 0 for any" if taken else f"cannot be had ({error.strerror})"
-        raise RacError(f"port {port} at {host} {mend}") from None
+        reason = "is in use; choose another with --port, or 0 for any"
+        if not taken:
+            reason = f"is not available ({error.strerror}); choose another --host or --port"
+        raise RacError(f"port {port} at {host} {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------ answers

@@ -162,12 +162,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     moments = optimizer.state_dict()["state"]
     return {f"{index}.{key}": value for index, values in moments.items() for key, value in values.items()}
 
 
-def _optimizer_state(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     parameters = optimizer.param_groups[0]["params"]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ..config import free_on_resume
 from ..errors import RacError
 from ..runtime import check_threads
 
+Optimizer = Literal["adamw", "muon"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training loop, with AdamW. An iteration is one step of the optimiser.
+    """Settings of the training loop. An iteration is one step of the optimizer.
 
     Raises `RacError` for values out of their range, naming the field.
     """
 
     iterations: int = field(default=10_000, metadata=free_on_resume(lambda settings: settings.schedule == "constant"))
-    """Length of the whole run in iterations, those before a resume included."""
+    """Length of the run in iterations, including those before a resume."""
     batch: int = 32
     """Images per iteration, over all parts of an accumulated batch."""
     accumulate: int = 1
     """Split each batch into this many parts, to save memory; changes nothing else."""
+    optimizer: Optimizer = "adamw"
+    """Rule by which gradients change weights. "muon": Muon for the weights of linear layers and convolutions, AdamW for
+    the rest, with one learning rate; steadier than AdamW for small batches."""
     lr: float = 3e-4
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decays of AdamW's two moments."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: unlimited."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones saved; lower at first, so that short runs work."""
+    """Decay of the averaged weights, which are the ones that are saved. It is lower at first, so that short runs
+    work."""
     warmup: int = 0
-    """Iterations in which the learning rate rises to `lr`."""
+    """Number of iterations over which the learning rate rises to `lr`."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warmup: constant, or falling along a half cosine."""
     final_lr: float = 0.0
     """Learning rate at the end of the cosine schedule, as a fraction of `lr`."""
     bf16: bool = False
@@ -43,30 +51,29 @@ class TrainConfig:
     channels_last: bool = False
     """Memory layout of images; faster together with bf16."""
     rng_seed: int = 0
-    """Chooses weights, crops, times and noise; equal seeds give equal runs."""
+    """Seed of weights, crops, times and noise; equal seeds give equal runs."""
     workers: int = field(default=1, metadata=free_on_resume())
-    """Threads that read images ahead; 0: none."""
+    """Number of threads that read images in advance; 0: none."""
     threads: int = field(default=0, metadata=free_on_resume())
-    """Threads torch computes with, in each process. 0: torch's choice, at most an equal share of the cores; -1: the
-    fastest number here, measured at the start.
-    """
+    """Number of threads that torch uses in each process. 0: torch's choice, at most an equal share of the cores; -1:
+    the fastest number on this machine, measured at the start."""
     compile: bool = False
-    """Compile the field of a RAC (torch.compile): a slow start, and on a CPU hardly ever a faster step."""
+    """Compile the field of a RAC with torch.compile. The start is slow, and on a CPU steps are seldom faster."""
     device: str = field(default="auto", metadata=free_on_resume())
     """Device to train on: auto, cpu, cuda, cuda:1 or mps."""
     shard: Literal["none", "fsdp"] = field(default="none", metadata=free_on_resume())
-    """Weights on several processes: all on each process, or spread over them (FSDP2), to save memory."""
+    """How several processes hold the weights: all of them on each process, or spread over the processes to save memory
+    (FSDP2)."""
     minutes: float = field(default=0.0, metadata=free_on_resume())
-    """Stop, saved, once this call has lasted so many minutes, and leave the rest to a resume; 0: no limit. The
-    iteration then running, and the saving, come on top.
-    """
+    """Number of minutes after which the run is saved and stopped, for a resume to continue it; 0: no limit. Finishing
+    the iteration and saving take a little longer."""
     checkpoint_minutes: float = field(default=5.0, metadata=free_on_resume())
     """Longest time between two checkpoints, in minutes."""
     patience_minutes: float = field(default=15.0, metadata=free_on_resume())
-    """Longest wait for a batch, or for another process, before the run ends with an error instead of hanging."""
+    """Longest wait for a batch or for another process, in minutes. After that the run ends with an error."""
     on_divergence: Literal["stop", "skip"] = field(default="stop", metadata=free_on_resume())
     """Reaction to a loss or gradient that is not finite. "stop" ends the run and keeps the batch for inspection; "skip"
-    goes on without that batch.
+    continues without that batch.
     """
     gallery_every: int = field(default=500, metadata=free_on_resume())
     """Iterations between galleries of held-out images, with curves of the losses."""
@@ -87,6 +94,10 @@ class TrainConfig:
         check_threads(self.threads)
         if self.accumulate > self.batch:
             raise RacError(f"a batch of {self.batch} cannot be split into {self.accumulate} parts; lower accumulate")
+        if self.optimizer not in get_args(Optimizer):
+            raise RacError(f"optimizer {self.optimizer!r} is unknown; expected {', '.join(get_args(Optimizer))}")
+        if self.optimizer == "muon" and self.shard == "fsdp":
+            raise RacError("optimizer muon needs whole matrices, which shard fsdp cuts; use adamw, or shard none")
         for name, fraction in (("ema", self.ema), ("betas", self.betas[0]), ("betas", self.betas[1])):
             if not 0 <= fraction < 1:
                 raise RacError(f"{name} {fraction} must be at least 0 and below 1")

@@ -18,7 +18,7 @@ class DiscriminatorConfig:
     """Settings of a discriminator and of its training. Unused where the adversarial weight is 0."""
 
     width: int = 32
-    """Channels of the first layer; they double with each further one, up to eight times as many."""
+    """Number of channels of the first layer; it doubles with each further layer, up to eight times."""
     layers: int = 3
     """Number of strided layers. With 3 each logit sees 70 x 70 pixels, with 2 it sees 34 x 34."""
     norm_groups: int = 4

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import printable
 from ..files import explained, write_bytes
 from ..progress import clock
 
@@ -115,6 +116,7 @@ class RunLog:
         """Prints one line, above the bar if there is one."""
         if self._silent:
             return
+        line = printable(line)
         with suppress(OSError):  # a terminal that was closed; the run has still to be saved
             if self._bar:
                 self._bar.console.print(line, highlight=False, markup=False)

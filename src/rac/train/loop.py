@@ -68,7 +68,7 @@ def fit(
 
     Where `torchrun` or `accelerate launch` started several processes, all of them call this, with equal arguments: each
     reads its own rows of every batch, and the first writes (`rac.train.processes`). `directory` must be on a disk that
-    all of them see. A run goes on on any number of processes.
+    all of them see. A run can continue on any number of processes.
 
     Ctrl-C finishes the iteration, saves, and raises `KeyboardInterrupt`; SIGTERM, by which machines are taken back, and
     SIGHUP, which a closed terminal sends, do the same and raise `SystemExit` with the code 0. A second one raises at
@@ -152,10 +152,10 @@ class _Run:
                     found = processes.gather(stream.skipped)
                     log.damaged(k, {name: why for skipped in found for name, why in skipped.items()})
                 if number and k < last:
-                    log.say(f"stopped after iteration {k} of {settings.iterations}; --resume goes on from there")
+                    log.say(f"stopped after iteration {k} of {settings.iterations}; --resume continues from there")
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
                 if time_is_up and k < last:
-                    log.say(f"time is up after iteration {k} of {settings.iterations}; --resume goes on from there")
+                    log.say(f"time is up after iteration {k} of {settings.iterations}; --resume continues from there")
                     break
         return Fitted(state.finished(), state.iteration, log.latest_held_out)
 
@@ -223,11 +223,14 @@ def _check_folder(directory: Path, recipe: Any, resume: bool) -> None:
     path, ours = directory / "recipe.json", to_json(recipe)
     if not resume:
         if directory.exists() and (not directory.is_dir() or any(map(_counts, directory.iterdir()))):
-            raise RacError(f"{directory} is not empty; --resume goes on with the run in it, or choose another --out")
+            raise RacError(f"{directory} is not empty; --resume continues the run in it, or choose another --out")
     elif not path.exists():
         raise RacError(f"{directory} holds no run to resume (no recipe.json); leave out --resume to start one")
     elif changed := differences(fixed(recipe, ours), fixed(recipe, read_json(path))):
-        raise RacError(f"{directory} was trained otherwise: {'; '.join(changed)}; resume it with the recipe it has")
+        raise RacError(
+            f"{directory} was trained with other settings: {'; '.join(changed)}; resume it with the settings that it "
+            "has"
+        )
     else:
         with _alone(directory):
             pass
@@ -258,8 +261,8 @@ def _check_start(state: TrainState, directory: Path) -> None:
     found = state.processes.gather(state.iteration)
     if len(set(found)) > 1:
         raise RacError(
-            f"the processes would go on from different checkpoints, of iterations {found}; {directory} must be on a "
-            "disk that all of them see"
+            f"the processes would continue from different checkpoints, of iterations {found}; {directory} must be on a "
+            "disk that all of them share"
         )
 
 

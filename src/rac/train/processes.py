@@ -154,9 +154,9 @@ def answered() -> Iterator[None]:
         if not _is_loss(error):
             raise
         raise RacError(
-            "another process of this training has ended or does not answer, so this one ends too "
-            f"({str(error).splitlines()[0]}); its own message is above or in its own output; the last checkpoint is "
-            "whole: --resume goes on from there, on any number of processes"
+            "another process of this training has ended or does not answer, so this process ends too "
+            f"({str(error).splitlines()[0]}); see the output of the other process for its error; --resume continues "
+            "from the last checkpoint, with any number of processes"
         ) from error
 
 

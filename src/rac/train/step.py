@@ -16,6 +16,7 @@ from ..draws import Draws
 from ..errors import RacError
 from .adversary import AdaptiveGradient, aside
 from .config import TrainConfig, ema_decay, learning_rate
+from .muon import Muon, matrices
 from .processes import Processes, shard, whole
 from .task import Part, PartTerms, Task
 
@@ -30,9 +31,9 @@ class DivergedError(RacError):
         found = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         times = f", for the {in_a_row}th time in a row" if in_a_row else ""
         super().__init__(
-            f"training diverged at iteration {iteration}{times}: {found}; earlier checkpoints are sound: resume from "
-            "them with on_divergence skip if the batch is at fault, or start anew with a lower lr, a longer warmup, "
-            "a lower clip, or without bf16"
+            f"training diverged at iteration {iteration}{times}: {found}; earlier checkpoints are intact: resume with "
+            "on_divergence skip if the batch is the cause, or start again with a lower lr, a longer warmup, a lower "
+            "clip, or without bf16"
         )
         self.iteration = iteration
         self.values = values
@@ -44,7 +45,7 @@ class TrainedPart:
 
     part: Part
     ema: nn.Module | None
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     parameters: list[nn.Parameter]
     """Parameters that are trained."""
     adaptive: AdaptiveGradient | None = None
@@ -79,13 +80,7 @@ class TrainedPart:
             if ema is not None:
                 shard(ema)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=settings.lr * part.rate,
-            betas=settings.betas if part.betas is None else part.betas,
-            weight_decay=settings.weight_decay if part.weight_decay is None else part.weight_decay,
-            fused=device.type == "cuda" or (device.type == "cpu" and part.fused_on_cpu),
-        )
+        optimizer = _optimizer(part, module, trained, settings, device)
         adaptive = None if part.adaptive is None else part.adaptive.start(module, trained)
         return cls(part, ema, optimizer, trained, adaptive, unsharded)
 
@@ -221,6 +216,18 @@ class TrainState:
         To be called by all processes together.
         """
         return {name: part.finished() for name, part in self.parts.items()}
+
+
+def _optimizer(
+    part: Part, module: nn.Module, trained: list[nn.Parameter], settings: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    lr = settings.lr * part.rate
+    betas = settings.betas if part.betas is None else part.betas
+    weight_decay = settings.weight_decay if part.weight_decay is None else part.weight_decay
+    if settings.optimizer == "muon":
+        return Muon(trained, matrices(module), lr, betas, weight_decay)
+    fused = device.type == "cuda" or (device.type == "cpu" and part.fused_on_cpu)
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def train_step(task: Task, state: TrainState, batch: Batch, settings: TrainConfig) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Generators: label and noise -> latents, which a coder decodes to images."""

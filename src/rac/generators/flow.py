@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
@@ -68,7 +68,7 @@ class FlowGenerator(LatentGenerator):
         self.config = config
         self.kind = config.kind()
         self.sampling = config.sampling
-        self.field: nn.Module = config.field.build(config.spec.channels)
+        self.field = config.field.build(config.spec.channels)
 
     def renamed(self, classes: tuple[str, ...]) -> FlowGenerator:
         """Returns a generator of the same weights whose classes have these names."""

@@ -46,10 +46,13 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "nano": _preset(rac.nano),
     "sit-64": _preset(sit.sit_64),
     "sit-128": _preset(sit.sit_128),
+    "sit-128-repa": _preset(sit.sit_128_repa),
     "sit-256": _preset(sit.sit_256),
     "sit-s-2": _preset(sit.sit_s_2),
     "sit-b-2": _preset(sit.sit_b_2),
+    "sit-b-2-repa": _preset(sit.sit_b_2_repa),
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
+    "sit-xl-2-repa": _preset(sit.sit_xl_2_repa),
 }
 """Presets by name: a sentence on the purpose, and the recipe."""

@@ -18,6 +18,7 @@ from .extractor import Extractor, Features, extract, join, metric_name
 from .inception import INCEPTION, INCEPTION_TO_MIXED_8, Inception768, Inception2048
 from .lpips import FILES
 from .representation import Representation
+from .targets import Targets
 from .vit import PUBLISHED, VisionTransformer
 from .weight_files import WeightFile, find_weights
 
@@ -30,6 +31,7 @@ __all__ = [
     "Inception768",
     "Inception2048",
     "Representation",
+    "Targets",
     "extract",
     "join",
     "load_extractor",

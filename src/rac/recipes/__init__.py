@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import klvae, rac, sit
+from . import klvae, rac, repae, sit
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 from .recipe import Recipe
+from .repae import RepaERecipe
 from .sit import SiTRecipe
 
-__all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "Recipe", "SiTRecipe"]
+__all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "Recipe", "RepaERecipe", "SiTRecipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -48,6 +49,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "sit-128": _preset(sit.sit_128),
     "sit-128-repa": _preset(sit.sit_128_repa),
     "sit-256": _preset(sit.sit_256),
+    "repae-64": _preset(repae.repae_64),
     "sit-s-2": _preset(sit.sit_s_2),
     "sit-b-2": _preset(sit.sit_b_2),
     "sit-b-2-repa": _preset(sit.sit_b_2_repa),

@@ -208,18 +208,24 @@ def coder_parts(coder: nn.Module, weights: Mapping[str, float], networks: ImageN
         )
     if networks.discriminator is None:
         return {"coder": Part(coder, own)}
-    config = networks.config
+    adaptive = AdaptiveWeight(ADVERSARIAL, weights[ADVERSARIAL], last_layer(coder, last))
+    return {"coder": Part(coder, own, adaptive), **discriminator_parts(networks)}
+
+
+def discriminator_parts(networks: ImageNetworks) -> dict[str, Part]:
+    """Returns the part "discriminator", if `networks` has one."""
+    if networks.discriminator is None:
+        return {}
     return {
-        "coder": Part(coder, own, AdaptiveWeight(ADVERSARIAL, weights[ADVERSARIAL], last_layer(coder, last))),
         "discriminator": Part(
             networks.discriminator,
             {DISCRIMINATOR: 1.0},
-            rate=config.rate,
-            betas=config.betas,
+            rate=networks.config.rate,
+            betas=networks.config.betas,
             averaged=False,
             shard=False,
             fused_on_cpu=False,  # runs begun before parts had this setting go on with the same numbers
-        ),
+        )
     }
 
 

@@ -23,6 +23,7 @@ from ..fields import SiTFieldConfig, sit
 from ..generators.flow import FlowGenerator, FlowGeneratorConfig
 from ..generators.sample import Source, Wanted
 from ..generators.sampling import Sampling
+from ..latents import LatentSpec
 from ..objectives.flow import FlowObjective, FlowSample, flow_sample, velocity_error
 from ..representations import Targets
 from ..train import Fitted, Part, PartTerms, Task, TrainConfig
@@ -102,27 +103,11 @@ class SiTRecipe:
             raise RacError("this recipe trains a generator of latents, and leaves their coder as it is")
         frozen = hub.load(self.coder)
         spec = frozen.spec
-        if (spec.channels, spec.factor) != (self.channels, self.factor):
-            raise RacError(
-                f"{self.coder} has latents of {spec.channels} channels and factor {spec.factor}, not "
-                f"{self.channels} and {self.factor}; give --channels {spec.channels} --factor {spec.factor}"
-            )
-        if self.data.further_sizes:
-            raise RacError("a generator is trained on latents of one size; leave out further_sizes")
-        if self.data.size % (spec.factor * self.field.patch):
-            raise RacError(
-                f"size {self.data.size} must be a multiple of {spec.factor * self.field.patch}, the coder's factor "
-                f"{spec.factor} times the patch {self.field.patch}"
-            )
+        check_sizes(spec, LatentSpec(self.factor, self.channels), self.coder, self.data, self.field.patch)
         targets = self.align.targets(spec.factor * self.field.patch, self.field.depth)
-        torch.manual_seed(runtime.derived_seed(self.train.rng_seed, "weights"))
-        # Names come with the pictures.
-        names = tuple(map(str, range(self.field.classes)))
-        side = self.data.size // spec.factor
-        # Without classes there is nothing to be guided by.
-        sampling = self.sampling if names else replace(self.sampling, guidance=1.0)
-        module = FlowGenerator(FlowGeneratorConfig(spec, side, self.field, names, self.coder, sampling))
-        task = SiTTask(module, frozen, self.objective, self.train.rng_seed, self.align, targets)
+        side, rng_seed = self.data.size // spec.factor, self.train.rng_seed
+        module = new_generator(self.field, spec, side, self.sampling, self.coder, rng_seed)
+        task = SiTTask(module, frozen, self.objective, rng_seed, self.align, targets)
         if self.train.compile:
             (task.aligned or module.field).compile()  # in place; the averaged copy and what is saved stay plain
         return task
@@ -133,13 +118,7 @@ class SiTRecipe:
 
     def costs(self, name: str, side: int) -> list[CostRow]:
         """Counts parameters and MACs of one evaluation of the network, for images of `side` x `side`."""
-        step = self.factor * self.field.patch
-        latent = -(-side // step) * self.field.patch
-        with torch.device("meta"):
-            field = self.field.build(self.channels)
-        cost = count(field, (1, self.channels, latent, latent), (1,))
-        note = f"latents {self.channels} x {latent} x {latent}; per evaluation"
-        return [CostRow(f"{name} field", cost.parameters, cost, note)]
+        return field_costs(name, side, self.field, self.channels, self.factor)
 
     def tiny(self) -> SiTRecipe:
         """Returns the same recipe at a size that runs in seconds on a CPU."""
@@ -168,7 +147,7 @@ class SiTRecipe:
             assert isinstance(task, SiTTask)
             return task.targets
 
-        self._check_classes()
+        check_classes(self.data, self.field.classes)
         return run_recipe(
             self,
             directory,
@@ -180,17 +159,77 @@ class SiTRecipe:
             targets=targets,
         )
 
-    def _check_classes(self) -> None:
-        """Raises `RacError` unless the pictures have as many classes as the field. Looks before crops are prepared."""
-        if not self.field.classes:
-            return
-        found = open_stream(replace(self.data, cached_crops=0), wants={"labels"}).classes
-        if len(found) != self.field.classes:
-            some = ", ".join(found[:3])
-            raise RacError(
-                f"the pictures are of {len(found)} classes ({some}{', ...' if len(found) > 3 else ''}), not of "
-                f"{self.field.classes}; give --field.classes {len(found)}, or choose others with --data.classes"
-            )
+
+def check_sizes(spec: LatentSpec, expected: LatentSpec, name: str, data: DataConfig, patch: int) -> None:
+    """Raises `RacError` unless a generator with patches of `patch` can learn the latents of pictures of one size.
+
+    - `spec`: the latents of the coder.
+    - `expected`: the latents that the recipe is for.
+    - `name`: the name of the coder, for messages.
+    - `data`: says the size of the pictures.
+    - `patch`: the side of the patches.
+    """
+    if (spec.channels, spec.factor) != (expected.channels, expected.factor):
+        raise RacError(
+            f"{name} has latents of {spec.channels} channels and factor {spec.factor}, not {expected.channels} and "
+            f"{expected.factor}; give --channels {spec.channels} --factor {spec.factor}"
+        )
+    if data.further_sizes:
+        raise RacError("a generator is trained on latents of one size; leave out further_sizes")
+    if data.size % (spec.factor * patch):
+        raise RacError(
+            f"size {data.size} must be a multiple of {spec.factor * patch}, the coder's factor {spec.factor} times the "
+            f"patch {patch}"
+        )
+
+
+def check_classes(data: DataConfig, classes: int) -> None:
+    """Raises `RacError` unless the pictures have `classes` classes, if any. Looks before crops are prepared."""
+    if not classes:
+        return
+    found = open_stream(replace(data, cached_crops=0), wants={"labels"}).classes
+    if len(found) != classes:
+        some = ", ".join(found[:3])
+        raise RacError(
+            f"the pictures are of {len(found)} classes ({some}{', ...' if len(found) > 3 else ''}), not of {classes}; "
+            f"give --field.classes {len(found)}, or choose others with --data.classes"
+        )
+
+
+def field_costs(name: str, side: int, config: SiTFieldConfig, channels: int, factor: int) -> list[CostRow]:
+    """Counts parameters and MACs of one evaluation of a field.
+
+    - `name`: the name of the recipe.
+    - `side`: side of the images.
+    - `config`: the configuration of the field.
+    - `channels`, `factor`: those of the latents.
+    """
+    latent = -(-side // (factor * config.patch)) * config.patch
+    with torch.device("meta"):
+        field = config.build(channels)
+    cost = count(field, (1, channels, latent, latent), (1,))
+    note = f"latents {channels} x {latent} x {latent}; per evaluation"
+    return [CostRow(f"{name} field", cost.parameters, cost, note)]
+
+
+def new_generator(
+    config: SiTFieldConfig, spec: LatentSpec, side: int, sampling: Sampling, coder: str | None, rng_seed: int
+) -> FlowGenerator:
+    """Returns a generator with random weights, its classes named by their numbers.
+
+    - `config`: the configuration of the field.
+    - `spec`: the latents.
+    - `side`: height and width of the latents.
+    - `sampling`: the settings it samples with.
+    - `coder`: the name of the coder of the latents.
+    - `rng_seed`: seed of the weights.
+    """
+    torch.manual_seed(runtime.derived_seed(rng_seed, "weights"))
+    # Names come with the pictures.
+    names = tuple(map(str, range(config.classes)))
+    # Without classes there is nothing to be guided by.
+    sampling = sampling if names else replace(sampling, guidance=1.0)
+    return FlowGenerator(FlowGeneratorConfig(spec, side, config, names, coder, sampling))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .coders.rac import DROP_IN, FORMAT, RAC
 from .coders.taesd import TAESD
 from .errors import RacError, WeightsError, check_path
 from .generators.flow import FORMAT as FLOW_GENERATOR
-from .generators.flow import FlowGenerator
+from .generators.flow import OWN_CODER, FlowGenerator
 from .generators.protocol import LatentGenerator
 from .runtime import plain_defaults
 from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
@@ -66,6 +66,7 @@ def load(name_or_dir: str | Path) -> Coder:
       AutoencoderDGAE; with whole or sharded weights, or a variant of them);
     - the directory of a diffusers pipeline, whose `vae` is loaded;
     - the folder of a training run;
+    - the directory of a generator that was trained together with its coder (REPA-E), whose coder is loaded;
     - a TAESD-family .pth file, or a directory with one such pair;
     - a name on the Hugging Face hub (HF_HUB_OFFLINE is respected).
 
@@ -75,6 +76,8 @@ def load(name_or_dir: str | Path) -> Coder:
     path = _found(name_or_dir, "coder", available())
     if (path / "model_index.json").is_file() and (path / "vae").is_dir():
         path = path / "vae"
+    if _kind(path) in GENERATORS and (path / OWN_CODER).is_dir():
+        path = path / OWN_CODER
     with plain_defaults():
         return _loader(path)(path).eval().requires_grad_(False)
 
@@ -183,7 +186,7 @@ def download(name: str) -> Path:
 
     ends = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
     files = [CONFIG, WEIGHTS, *(DIFFUSERS + end for end in ends)]
-    patterns = ["model_index.json", *files, *(f"vae/{file}" for file in files)]
+    patterns = ["model_index.json", *files, *(f"{folder}/{file}" for folder in ("vae", OWN_CODER) for file in files)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the network fails in many ways, all with the same mend

@@ -111,5 +111,14 @@ class KLVAE(DiffusersCoder):
         self.network.register_to_config(scaling_factor=scale, shift_factor=shift, latents_mean=None, latents_std=None)
         self.set_statistics(statistics_of(self.network.config))
 
+    def set_channel_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets statistics of each channel: latent = (raw latent - `mean`) / `std`, both c.
+
+        Raises `RacError` for a std that is not positive, and for another number of channels.
+        """
+        per_channel = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+        self.network.register_to_config(scaling_factor=1.0, shift_factor=None, **per_channel)
+        self.set_statistics(statistics_of(self.network.config))
+
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latent_dist.parameters

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..coders.protocol import Coder
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
 from ..fields import SiTFieldConfig
@@ -24,6 +25,9 @@ FORMAT = "rac flow generator"
 
 VERSION = 1
 """Version of the file format."""
+
+OWN_CODER = "coder"
+"""Name of the folder, within a generator's, of a coder that was trained together with it."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,19 @@ class FlowGenerator(LatentGenerator):
         self.config = config
         self.kind = config.kind()
         self.sampling = config.sampling
-        self.field: nn.Module = config.field.build(config.spec.channels)
+        self.field = config.field.build(config.spec.channels)
 
     def renamed(self, classes: tuple[str, ...]) -> FlowGenerator:
         """Returns a generator of the same weights whose classes have these names."""
+        return self._with(replace(self.config, classes=classes))
+
+    def of_coder(self, coder: Coder) -> FlowGenerator:
+        """Returns a generator of the same weights, whose latents are those of `coder`."""
+        return self._with(replace(self.config, spec=coder.spec))
+
+    def _with(self, config: FlowGeneratorConfig) -> FlowGenerator:
         twin = copy.copy(self)
-        twin.config = replace(self.config, classes=classes)
-        twin.kind = twin.config.kind()
+        twin.config, twin.kind = config, config.kind()
         return twin
 
     @property
@@ -119,6 +129,8 @@ class FlowGenerator(LatentGenerator):
     def load(cls, directory: str | Path) -> FlowGenerator:
         """Reads a directory written by `save`: float32, in evaluation mode, parameters frozen.
 
+        A folder `coder` in it holds the coder of its latents, whatever its configuration names.
+
         Raises `WeightsError` for a directory that does not hold a flow generator, and for weights missing, cut, or of
         another shape.
         """
@@ -132,6 +144,9 @@ class FlowGenerator(LatentGenerator):
                 )
         tensors, source = read_weights(directory)
         with as_weights_error():
-            generator = cls(from_json(FlowGeneratorConfig, data.get("config"), said_by))
+            config = from_json(FlowGeneratorConfig, data.get("config"), said_by)
+            if (directory / OWN_CODER / CONFIG).is_file():
+                config = replace(config, coder=str(directory / OWN_CODER))
+            generator = cls(config)
         fit_tensors(generator, tensors, source)
         return generator.eval().requires_grad_(False)

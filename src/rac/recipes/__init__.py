@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import dgae, klvae, rac, sit
+from . import dgae, klvae, rac, repae, sit
 from .dgae import DGAERecipe
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 from .recipe import Recipe
+from .repae import RepaERecipe
 from .sit import SiTRecipe
 
-__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "Recipe", "SiTRecipe"]
+__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "Recipe", "RepaERecipe", "SiTRecipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -47,10 +48,14 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "nano": _preset(rac.nano),
     "sit-64": _preset(sit.sit_64),
     "sit-128": _preset(sit.sit_128),
+    "sit-128-repa": _preset(sit.sit_128_repa),
     "sit-256": _preset(sit.sit_256),
+    "repae-64": _preset(repae.repae_64),
     "sit-s-2": _preset(sit.sit_s_2),
     "sit-b-2": _preset(sit.sit_b_2),
+    "sit-b-2-repa": _preset(sit.sit_b_2_repa),
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
+    "sit-xl-2-repa": _preset(sit.sit_xl_2_repa),
 }
 """Presets by name: a sentence on the purpose, and the recipe."""

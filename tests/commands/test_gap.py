@@ -74,11 +74,11 @@ def test_every_decoder_decodes_every_kind(run, folder: Path, tmp_path: Path, jud
     assert ran.code == 0, ran
     found = told(out)
     metrics = list(dict.fromkeys(row["metric"] for row in found["rows"]))
-    assert metrics == ["KID-colours", "FID-colours", "accuracy-colours"]
+    assert metrics == ["KID-colours", "FID-colours", "accuracy by inception-768"]
     decoders = ["teacher", "rac, 1 step", "rac, 2 steps", "one-step"]
     assert list(rows(out, "KID-colours")) == decoders
     assert (found["count"], found["size"], found["classes"]) == (10, 16, ["tench", "church"])
-    for metric in ("KID-colours", "accuracy-colours"):
+    for metric in ("KID-colours", "accuracy by inception-768"):
         for row in rows(out, metric).values():
             assert list(row["values"]) == ["reconstructed", "sigma 0.1", "sigma 0.3", "generated"]
             loss = row["values"]["generated"]["value"] - row["values"]["reconstructed"]["value"]
@@ -111,7 +111,14 @@ def test_a_decoder_that_decodes_alike_has_the_same_gap(folder: Path, tmp_path: P
     # Under another name, the same weights are decoded and compared once more.
     decoders = (Decoder("teacher", teacher), Decoder("twin", rac.load(folder / "teacher")))
     experiment = GapExperiment(
-        generator, generator.sampling, teacher, decoders, sets, {"c": Colours(tmp_path / "weights")}, (), tmp_path / "o"
+        generator=generator,
+        sampling=generator.sampling,
+        encoder=teacher,
+        decoders=decoders,
+        sets=sets,
+        judges={"colours": Colours(tmp_path / "weights")},
+        sigmas=(),
+        folder=tmp_path / "out",
     )
     experiment.enter(resume=False)
     assert experiment.work() == 8 * (2 + 2 * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import tyro
 from torch import nn
@@ -133,7 +133,7 @@ class Command:
         check_output(self.out, (*self.data, *self.reference))
 
     def _sampling(self, own: Sampling) -> Sampling:
-        given = {"steps": self.steps, "method": self.method, "guidance": self.guidance}
+        given: dict[str, Any] = {"steps": self.steps, "method": self.method, "guidance": self.guidance}
         return replace(own, **{name: value for name, value in given.items() if value is not None})
 
     def _experiment(self) -> GapExperiment:
@@ -149,19 +149,18 @@ class Command:
         teacher = self._coder(name, generator, "encode")
         decoders = self._decoders(name, teacher, generator)
         generator.to(runtime.pick_device(self.device))
-        judges = {judge: self._judge(judge) for judge in self.judges}
         return GapExperiment(
-            generator,
-            sampling,
-            teacher,
-            decoders,
-            self._sets(generator, labels),
-            judges,
-            self.sigmas,
-            self.out,
-            self.rng_seed,
-            self.batch,
-            {"generator": self.model, "encoder": name},
+            generator=generator,
+            sampling=sampling,
+            encoder=teacher,
+            decoders=decoders,
+            sets=self._sets(generator, labels),
+            judges={str(judge): self._judge(judge) for judge in self.judges},
+            sigmas=self.sigmas,
+            folder=self.out,
+            rng_seed=self.rng_seed,
+            batch=self.batch,
+            names={"generator": self.model, "encoder": name},
         )
 
     def _coder(self, name: str, generator: LatentGenerator, *more: str) -> Coder:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class _Piece(NamedTuple):
     reference: Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GapExperiment:
     """What is decoded, by which decoders, and by which features it is compared.
 
@@ -114,6 +114,11 @@ class GapExperiment:
     def kinds(self) -> tuple[str, ...]:
         """Names of the kinds of latents that every decoder decodes."""
         return (RECONSTRUCTED, *(f"sigma {sigma:g}" for sigma in self.sigmas), GENERATED)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that everything is computed on."""
+        return next(self.encoder.parameters()).device
 
     def settings(self) -> dict[str, Any]:
         """Returns, as JSON, all that kept latents and features depend on and that their names do not say."""
@@ -172,28 +177,24 @@ class GapExperiment:
 
     def _piece(self, piece: _Piece) -> Iterator[int]:
         """Makes what a piece lacks, and yields for each set the number of images made, 0 where they were kept."""
-        device = next(self.encoder.parameters()).device
-        count = len(piece.source.names)
-        for key, part in (("source", piece.source), ("reference", piece.reference)):
-            yield self._made(key, piece, lambda part=part: part.images.to(device), count)
-        wanted = [(kind, decoder) for kind in self.kinds for decoder in self.decoders]
+        yield self._made("source", piece, partial(piece.source.images.to, self.device))
+        yield self._made("reference", piece, partial(piece.reference.images.to, self.device))
         latents: dict[str, Tensor] = {}
-        for kind, decoder in wanted:
+        for kind in self.kinds:
+            for decoder in self.decoders:
+                yield self._made(_key(kind, decoder), piece, partial(self._decoded, kind, decoder, piece, latents))
 
-            def decoded(kind: str = kind, decoder: Decoder = decoder) -> Tensor:
-                if kind not in latents:
-                    latents.update(self._latents(kind, piece))
-                image = decoder.coder.decoded(latents[kind].to(decoder.coder.dtype), decoder.walk).image
-                return _as_files(image, decoder.label)
-
-            yield self._made(_key(kind, decoder), piece, decoded, count)
+    def _decoded(self, kind: str, decoder: Decoder, piece: _Piece, latents: dict[str, Tensor]) -> Tensor:
+        """Decodes the latents of a piece; `latents` keeps those that were made already, by kind."""
+        if kind not in latents:
+            latents.update(self._latents(kind, piece))
+        return _as_files(decoder.coder.decoded(latents[kind], decoder.walk).image, decoder.label)
 
     def _latents(self, kind: str, piece: _Piece) -> dict[str, Tensor]:
         """Returns latents of a piece by kind: the generated ones, or all that are encoded."""
-        device = next(self.encoder.parameters()).device
         if kind == GENERATED:
-            return {GENERATED: self._generated(piece).to(device)}
-        part = piece.source._replace(images=piece.source.images.to(device))
+            return {GENERATED: self._generated(piece).to(self.device)}
+        part = piece.source._replace(images=piece.source.images.to(self.device))
         sigmas = (0.0, *self.sigmas)
         return dict(zip(self.kinds, noised_latents(self.encoder, part, sigmas, self.rng_seed), strict=False))
 
@@ -212,9 +213,9 @@ class GapExperiment:
         _write(path, {"latent": latent})
         return latent
 
-    def _made(self, key: str, piece: _Piece, make: Callable[[], Tensor], count: int) -> int:
+    def _made(self, key: str, piece: _Piece, make: Callable[[], Tensor]) -> int:
         """Makes the features of a piece of the set `key` unless they are kept; returns the number made."""
-        path = self._file(key, piece.number)
+        path, count = self._file(key, piece.number), len(piece.source.names)
         kept = _read(path)
         if all(name in kept and len(kept[name]) == count for name in self.judges):
             return 0
@@ -253,13 +254,13 @@ class GapExperiment:
             raise RacError(f"the features of {key} in {self.folder} are not complete; finish the measurement first")
         return found
 
-    def pictures(self, key: str) -> Tensor:
-        """Returns the first images of a set, B 3 H W in [-1, 1]."""
-        return from_pixels(_read(self._file(key, 0))["pictures"])
+    def originals(self) -> Tensor:
+        """Returns the first images that were encoded, B 3 H W in [-1, 1]."""
+        return from_pixels(_read(self._file("source", 0))["pictures"])
 
-    def key(self, kind: str, decoder: Decoder) -> str:
-        """Returns the name that the set of a kind and a decoder is kept under."""
-        return _key(kind, decoder)
+    def pictures(self, kind: str, decoder: Decoder) -> Tensor:
+        """Returns the first images that a decoder made of one kind of latents, B 3 H W in [-1, 1]."""
+        return from_pixels(_read(self._file(_key(kind, decoder), 0))["pictures"])
 
     # ------------------------------------------------------------------------------------------ judging
 
@@ -269,17 +270,18 @@ class GapExperiment:
         count = len(self.sets)
         drawn = {name: resamples(count, number, self.rng_seed, name) for name in ("source", "reference", GENERATED)}
         for name, judge in self.judges.items():
-            label = judge.label or "2048"
             reference = self.features("reference", name)
             axes = min(AXES, reference.shape[1])
             kernel = KernelDistances(reference, drawn["reference"])
-            rows += self._rows(metric_name("KID", label), name, kernel, drawn)
+            rows += self._rows(metric_name("KID", judge.label), name, kernel, drawn)
             if count > axes:
                 frechet = FrechetDistances(reference, drawn["reference"], axes)
-                on_axes = f"{metric_name('FID', label)} on {axes} axes" if axes < reference.shape[1] else None
-                rows += self._rows(on_axes or metric_name("FID", label), name, frechet, drawn)
+                title = metric_name("FID", judge.label)
+                if axes < reference.shape[1]:
+                    title += f" on {axes} axes"
+                rows += self._rows(title, name, frechet, drawn)
             if self._told and self.kept("source", f"{name} logits") is not None:
-                rows += self._accuracy(f"accuracy-{label}", name, drawn)
+                rows += self._accuracy(f"accuracy by {name}", name, drawn)
         return GapResult(
             generator=self.names.get("generator", ""),
             encoder=self.names.get("encoder", ""),

@@ -72,9 +72,9 @@ def _series(coder: str, rows: Sequence[GapRow], colour: str) -> Series:
 def pictures(experiment: GapExperiment) -> Image.Image:
     """Draws the first images of each kind, one row for each latent and one column for each decoder."""
     strips = []
-    originals = experiment.pictures("source")
+    originals = experiment.originals()
     for kind in experiment.kinds:
-        columns = [experiment.pictures(experiment.key(kind, decoder)) for decoder in experiment.decoders]
+        columns = [experiment.pictures(kind, decoder) for decoder in experiment.decoders]
         for place in range(len(originals) if kind in (RECONSTRUCTED, GENERATED) else 1):
             panels = [Panel(originals[place], "original")] if kind != GENERATED else []
             panels += [
@@ -111,7 +111,7 @@ def _number(value: float, digits: int) -> str:
 
 
 _LEGEND = """- Distances compare images with the references: decoded ones, and as `real` the originals. Less is better.
-- `accuracy` is the share of images whose class EfficientNet-Lite0 tells among those of the data. More is better.
+- `accuracy` is the share of images whose class that network tells among those of the data. More is better.
 - `gap` is how much worse images of generated latents are than images of encoded ones, by the same decoder.
 - `of teacher's` is the gap over that of the first decoder, the teacher's.
 - Intervals hold 95 % of {resamples:,} resamples of the images, which all decoders share.

@@ -159,6 +159,12 @@ def test_it_is_broken_off_and_goes_on(run, folder, tmp_path, judge, monkeypatch)
     other = gap(run, folder, out, "--count", 6, "--resume", "--guidance", 3)
     assert other.code == 2
     assert "was begun otherwise: sampling.guidance 3.0, was 1.0" in other.err
+    turned = gap(run, folder, out, "--count", 6, "--resume", "--classes", "church", "tench")
+    assert "was begun otherwise: classes" in turned.err
+    judge.seen = 0
+    assert gap(run, folder, out, "--count", 5, "--coders", folder / "rac", "--resume").code == 0
+    assert judge.seen == 0
+    assert told(out)["count"] == 5
 
 
 def test_decoders_sigmas_and_images_are_added(run, folder, tmp_path, judge) -> None:  # type: ignore[no-untyped-def]

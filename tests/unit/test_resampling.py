@@ -43,6 +43,14 @@ def test_a_resample_is_the_distance_of_what_was_drawn() -> None:
     assert float(KernelDistances(other, theirs)(one, weights)[2]) == pytest.approx(float(expected))
 
 
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = points(12, 3, 0, 0.3), points(11, 3, 1)
+    weights, theirs = resamples(12, 3, 0, "one"), resamples(11, 3, 0, "other")
+    whole = KernelDistances(other, theirs)(one, weights)
+    monkeypatch.setattr("rac.evaluate.resampling.CHUNK", 5)
+    torch.testing.assert_close(KernelDistances(other, theirs)(one, weights), whole)
+
+
 def test_fewer_axes_are_those_of_the_references() -> None:
     """Sets that differ along axes in which the references hardly vary come out alike."""
     scale = torch.tensor([3.0, 2.0, 1e-3, 1e-3], dtype=torch.float64)

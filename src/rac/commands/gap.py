@@ -15,8 +15,7 @@ from ..coders.protocol import Coder
 from ..errors import RacError
 from ..evaluate.comparison import coder_titles
 from ..evaluate.matched_sets import MatchedSets, matched_sets
-from ..evaluate.result import command_line
-from ..experiments.gap import Decoder, GapExperiment
+from ..experiments.gap import AXES, Decoder, GapExperiment
 from ..experiments.gap_report import markdown, pictures, plot, table
 from ..files import check_output, write_bytes
 from ..flow.grid import check_steps
@@ -103,9 +102,11 @@ class Command:
             note(f"{new:,} images were made anew")
         result = experiment.result(RESAMPLES)
         result.save(self.out / "gap.json")
-        write_bytes(self.out / "gap.md", utf8(markdown(result, command_line())))
+        write_bytes(self.out / "gap.md", utf8(markdown(result)))
         write_picture(plot(result), self.out / "gap.png")
         write_picture(pictures(experiment), self.out / "pictures.png")
+        if result.count <= AXES:
+            note(f"Frechet distances are left out, since they need more than {AXES} images a set")
         show(table(result), f"{result.count} images a set, {result.size} x {result.size}, latents of {result.encoder}")
         say(f"{self.out}: gap.md, gap.json, gap.png and pictures.png")
         return 0

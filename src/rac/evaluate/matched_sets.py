@@ -25,6 +25,8 @@ class MatchedSets:
 
     source: ImageSet
     reference: ImageSet
+    labels: tuple[int, ...]
+    """Labels of the classes to generate, in the order of their turns; empty for a generator without classes."""
     source_classes: tuple[int, ...] | None
     """Label of each image of `source` among the generator's classes; None where there are none."""
     generated_classes: tuple[int, ...] | None
@@ -95,6 +97,7 @@ def matched_sets(
     return MatchedSets(
         read(groups, data),
         read(compared, reference or data),
+        tuple(labels),
         own if known else None,
         tuple(labels[place % len(labels)] for place in range(number)) if labels else None,
         _imagenet(generator, turns if known else ()),

@@ -17,6 +17,9 @@ from ..runtime import generator
 AT_ONCE = 64
 """Number of resamples whose covariances are held at once."""
 
+CHUNK = 2048
+"""Number of rows of a matrix of pairs that are held at once."""
+
 
 def resamples(count: int, number: int, rng_seed: int, *stream: str) -> Tensor:
     """Returns weights (number + 1) x count, float64: a first row of ones, then draws of `count` with replacement.
@@ -45,7 +48,7 @@ class KernelDistances:
     def __call__(self, features: Tensor, weights: Tensor) -> Tensor:
         """Returns the distances, R, of features N D with weights R N; the first is `kernel_distance`."""
         features = features.double()
-        across = ((weights @ _kernel(features, self._reference)) * self._weights).sum(dim=1)
+        across = _kernel_sum(features, self._reference, weights, self._weights)
         pairs = features.shape[0] * self._reference.shape[0]
         return _within(features, weights) + self._within - 2 * across / pairs
 
@@ -109,15 +112,23 @@ def centred(values: Tensor) -> Tensor:
     return torch.cat([values[:1], drawn - drawn.mean() + values[0]])
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def _kernel(products: Tensor, width: int) -> Tensor:
+    return (products / width + 1) ** 3
+
+
+def _kernel_sum(x: Tensor, y: Tensor, x_weights: Tensor, y_weights: Tensor) -> Tensor:
+    """Returns the sums of the kernel over all pairs of N D and M D points, R, with weights R N and R M."""
+    parts = zip(x.split(CHUNK), x_weights.split(CHUNK, dim=1), strict=True)
+    return torch.stack(
+        [((weights @ _kernel(part @ y.T, y.shape[1])) * y_weights).sum(dim=1) for part, weights in parts]
+    ).sum(dim=0)
 
 
 def _within(points: Tensor, weights: Tensor) -> Tensor:
     """Returns the mean kernel of pairs of two different images, R."""
-    kernel = _kernel(points, points)
-    sums = ((weights @ kernel) * weights).sum(dim=1) - weights.square() @ kernel.diagonal()
-    return sums / (len(points) ** 2 - weights.square().sum(dim=1))
+    own = weights.square() @ _kernel(points.square().sum(dim=1), points.shape[1])
+    pairs = len(points) ** 2 - weights.square().sum(dim=1)
+    return (_kernel_sum(points, points, weights, weights) - own) / pairs
 
 
 def _moments(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from ..evaluate.comparison import steps_in_words
 from ..evaluate.image_sets import Batch
 from ..evaluate.matched_sets import MatchedSets
 from ..evaluate.resampling import Estimate, FrechetDistances, KernelDistances, centred, resamples
+from ..evaluate.result import command_line, versions
 from ..evaluate.robustness import noised_latents
 from ..files import MARKER, make_folder, make_output, write_bytes
 from ..flow import Walk
@@ -126,7 +127,7 @@ class GapExperiment:
             "generator": weights_hash(self.generator.state_dict()),
             "encoder": weights_hash(self.encoder.state_dict()),
             "sampling": to_json(self.sampling),
-            "classes": sorted(set(self.sets.generated_classes or ())),
+            "classes": list(self.sets.labels),
             "pictures": [print_.hash for print_ in self.sets.fingerprints],
             "judges": {name: _file_hash(judge.path) for name, judge in self.judges.items()},
             "rng_seed": self.rng_seed,
@@ -201,8 +202,8 @@ class GapExperiment:
     def _generated(self, piece: _Piece) -> Tensor:
         path, count = self._file("latents", piece.number), len(piece.source.names)
         kept = _read(path)
-        if "latent" in kept and len(kept["latent"]) == count:
-            return kept["latent"]
+        if "latent" in kept and len(kept["latent"]) >= count:
+            return kept["latent"][:count]
         labels = self.sets.generated_classes
         wanted = [
             Wanted(number, None if labels is None else labels[number])
@@ -217,7 +218,7 @@ class GapExperiment:
         """Makes the features of a piece of the set `key` unless they are kept; returns the number made."""
         path, count = self._file(key, piece.number), len(piece.source.names)
         kept = _read(path)
-        if all(name in kept and len(kept[name]) == count for name in self.judges):
+        if all(name in kept and len(kept[name]) >= count for name in self.judges):
             return 0
         images = make()
         tensors: dict[str, Tensor] = {}
@@ -245,7 +246,9 @@ class GapExperiment:
         """Returns one tensor of all pieces of the set `key`, joined; None where they hold none of that name."""
         pieces = range(-(-len(self.sets) // self.batch))
         found = [_read(self._file(key, number)).get(name) for number in pieces]
-        return None if any(one is None for one in found) else torch.cat([one for one in found if one is not None])
+        there = [one for one in found if one is not None]
+        # The last piece may be of a time when more images were asked for.
+        return torch.cat(there)[: len(self.sets)] if len(there) == len(found) else None
 
     def features(self, key: str, judge: str) -> Tensor:
         """Returns the features of all images of a set, N D. Raises `RacError` where the work is not done."""
@@ -265,7 +268,10 @@ class GapExperiment:
     # ------------------------------------------------------------------------------------------ judging
 
     def result(self, number: int = 1000) -> GapResult:
-        """Compares all sets, by every judge, with intervals from `number` resamples that all decoders share."""
+        """Compares all sets, by every judge, with intervals from `number` resamples that all decoders share.
+
+        Raises `RacError` where the work is not done.
+        """
         rows: list[GapRow] = []
         count = len(self.sets)
         drawn = {name: resamples(count, number, self.rng_seed, name) for name in ("source", "reference", GENERATED)}
@@ -292,8 +298,10 @@ class GapExperiment:
             sampling=to_json(self.sampling),
             rng_seed=self.rng_seed,
             resamples=number,
-            classes=[self.generator.classes[label] for label in sorted(set(self.sets.generated_classes or ()))],
+            classes=[self.generator.classes[label] for label in self.sets.labels],
             settings=self.settings(),
+            versions=versions(),
+            command=command_line(),
             rows=tuple(rows),
         )
 
@@ -392,6 +400,9 @@ class GapResult:
     resamples: int
     classes: list[str]
     settings: dict[str, Any]
+    """Hashes of weights and pictures, and whatever else the numbers depend on."""
+    versions: dict[str, str]
+    command: str
     rows: tuple[GapRow, ...]
 
     @property

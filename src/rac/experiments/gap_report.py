@@ -27,7 +27,7 @@ def table(result: GapResult) -> Table:
     return Table(columns, tuple(rows))
 
 
-def markdown(result: GapResult, command: str) -> str:
+def markdown(result: GapResult) -> str:
     """Returns the table with the words that it needs to be understood."""
     sampling = result.sampling
     classes = f" of {', '.join(result.classes[:10])}" if result.classes else ""
@@ -37,7 +37,7 @@ def markdown(result: GapResult, command: str) -> str:
         f"by {result.generator}: {sampling['method']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}, "
         f"rng_seed {result.rng_seed}.\n"
         f"Reconstructed: {result.source}. Compared with: {result.reference}, other pictures, as many.\n\n"
-        f"`{command}`\n\n{table(result).to_markdown()}\n{_LEGEND.format(resamples=result.resamples)}"
+        f"`{result.command}`\n\n{table(result).to_markdown()}\n{_LEGEND.format(resamples=result.resamples)}"
     )
 
 

@@ -32,6 +32,7 @@ VERBS = {
     "cache": "prepare crops and a teacher's latents of them, to train on",
     "train": "train a coder or a generator: rac train RECIPE --out FOLDER",
     "generate": "generate images of classes: rac generate MODEL --classes A B --out FOLDER",
+    "gap": "measure how much worse generated latents decode than encoded ones, by decoder",
     "evaluate": "measure a coder on images under a named protocol",
     "compare": "compare coders: quality, cost, speed, and pictures of where they differ",
     "smoothness": "measure how evenly decoded images move with the latent, coder against coder",

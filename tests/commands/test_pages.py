@@ -36,6 +36,7 @@ QUICK = {
     "compare": "--robustness 0 --count 2 --steps 1 2",
     "export": "--size 32",
     "generate": "--count 2 --steps 2",
+    "gap": "--count 4 --steps 2 --decode-steps 1 2",
 }
 """What makes a verb quick without changing what it does."""
 

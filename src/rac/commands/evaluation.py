@@ -31,8 +31,9 @@ class EvaluationOptions:
     data: tuple[Path, ...] = ()
     """Folders of pictures, tar files, or single pictures. None: scikit-image's photographs."""
     protocol: str = "pixels-64"
-    """Protocol: pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file with a
-    protocol, or with a result, which is repeated on the same images."""
+    """Protocol: pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256; for generated images also
+    generated-64, generated-128, both also with -lite, generated-256; or a JSON file with a protocol, or with a result,
+    which is repeated on the same images."""
     reference: Path | None = None
     """Images that FID and other metrics of sets compare with: pictures, or an .npz file of moments (mu, sigma), such as
     ADM's of ImageNet. None: the images themselves."""

@@ -105,7 +105,7 @@ def candidates(
     if not coders or not latents:
         raise RacError("a comparison needs at least one coder and one source of latents, own or teacher")
     names = [str(name) for name in coders]
-    titles = titles or _titles(names)
+    titles = titles or coder_titles(names)
     loaded = dict(coders) if isinstance(coders, Mapping) else {name: _load(name, device) for name in names}
     found_teachers = _teachers(loaded, teachers or {}, device)
     if tuple(latents) != ("own",) and not found_teachers:
@@ -403,7 +403,7 @@ def teachers_of(field: Iterable[Candidate]) -> dict[str, Coder]:
     }
 
 
-def _titles(names: Sequence[str]) -> dict[str, str]:
+def coder_titles(names: Sequence[str]) -> dict[str, str]:
     """Returns a short name for each coder, or the full one where short ones collide.
 
     Raises `RacError` for a name given twice.

@@ -96,16 +96,21 @@ class LatentGenerator(nn.Module, ABC):
         """
         if not self.classes:
             raise RacError(f"class {name!r} cannot be asked for: this generator knows no classes; leave classes out")
-        names = {_plain(one): label for label, one in enumerate(self.classes)}
-        if (found := names.get(_plain(name))) is not None:
+        if (found := self.find_label(name)) is not None:
             return found
-        if re.fullmatch(r"\d{1,9}", name) and int(name) < len(self.classes):
-            return int(name)
+        names = {_plain(one): label for label, one in enumerate(self.classes)}
         near = difflib.get_close_matches(_plain(name), names, n=3, cutoff=0.5)
         hint = (
             f"did you mean {' or '.join(self.classes[names[one]] for one in near)}?" if near else self._some_classes()
         )
         raise RacError(f"no class {name!r}; {hint}")
+
+    def find_label(self, name: str) -> int | None:
+        """Returns the label of a class as `label` does, or None for an unknown class."""
+        names = {_plain(one): label for label, one in enumerate(self.classes)}
+        if (found := names.get(_plain(name))) is not None:
+            return found
+        return int(name) if re.fullmatch(r"\d{1,9}", name) and int(name) < len(self.classes) else None
 
     def _some_classes(self) -> str:
         shown = ", ".join(self.classes[:10])

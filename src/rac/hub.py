@@ -93,6 +93,14 @@ def load_generator(name_or_dir: str | Path) -> LatentGenerator:
         return GENERATORS[kind](path)
 
 
+def is_generator(name_or_dir: str | Path) -> bool:
+    """Returns whether a name or a directory is that of a generator, which `load_generator` loads, not of a coder.
+
+    Raises `WeightsError` if there is neither of this name.
+    """
+    return _kind(_found(name_or_dir, "model", sorted([*available(), *available_generators()]))) in GENERATORS
+
+
 def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
     """Returns the folder, or the file, of a coder or a generator, downloaded if the hub has it.
 
@@ -103,7 +111,7 @@ def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
             f"expected the name or the directory of a {what}, not {name_or_dir!r:.80}; {_listed(what, shipped)}"
         )
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
-    if name in shipped and not path.exists():
+    if not path.exists() and any(name == folder.name for folder in _shipped()):
         path = SHIPPED / name
     elif not path.exists() and _on_hub(name):
         path = download(name)

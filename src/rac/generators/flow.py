@@ -70,12 +70,24 @@ class FlowGenerator(LatentGenerator):
         self.sampling = config.sampling
         self.field: nn.Module = config.field.build(config.spec.channels)
 
+    @classmethod
+    def of(cls, generator: LatentGenerator) -> FlowGenerator:
+        """Returns `generator` if it is a flow generator. Raises `RacError` for another kind."""
+        if not isinstance(generator, FlowGenerator):
+            raise RacError(f"a flow generator is needed, such as SiT, and this is a {type(generator).__name__}")
+        return generator
+
     def renamed(self, classes: tuple[str, ...]) -> FlowGenerator:
         """Returns a generator of the same weights whose classes have these names."""
         twin = copy.copy(self)
         twin.config = replace(self.config, classes=classes)
         twin.kind = twin.config.kind()
         return twin
+
+    @property
+    def network(self) -> nn.Module:
+        """The velocity network."""
+        return self.field
 
     @property
     def multiple(self) -> int:

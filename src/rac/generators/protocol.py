@@ -184,6 +184,11 @@ class LatentGenerator(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def network(self) -> nn.Module:
+        """The network, which maps states B c h w and times B to velocities."""
+
+    @property
+    @abstractmethod
     def multiple(self) -> int:
         """The number that the sides of latents must be multiples of."""
 

@@ -70,6 +70,16 @@ class Sampling:
         """Whether there is any guidance."""
         return self.guidance != 1
 
+    def in_words(self) -> str:
+        """Returns method, steps, guidance and shift as words, such as "25 euler steps, guidance 2"."""
+        words = [f"{self.steps} {self.method} step{'' if self.steps == 1 else 's'}"]
+        if self.guides:
+            within = "" if self.interval == (0.0, 1.0) else f" from {self.interval[0]:g} to {self.interval[1]:g}"
+            words.append(f"guidance {self.guidance:g}{within}")
+        if self.shift != 1:
+            words.append(f"shift {self.shift:g}")
+        return ", ".join(words)
+
     def walk(self, noise: SampleNoise) -> Walk:
         """Returns the time grid and the solver; the SDE's random numbers come from `noise`."""
         if self.method == "sde":

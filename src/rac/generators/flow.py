@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,12 @@ from ..errors import RacError, WeightsError
 from ..fields import SiTFieldConfig
 from ..flow import Conditioned, Field, Guided, integrate
 from ..latents import LatentSpec
-from ..storage import CONFIG, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
+from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
 from .protocol import Generated, LatentGenerator, LatentKind
 from .sampling import SampleNoise, Sampling
+
+DROP_IN = "FlowGeneratorModel"
+"""Value of `_class_name` in the config.json of `rac.integrations.generation.FlowGeneratorModel`, a diffusers model."""
 
 FORMAT = "rac flow generator"
 """Value of `format` in the config.json of a flow generator."""
@@ -143,7 +148,20 @@ class FlowGenerator(LatentGenerator):
                     "or version"
                 )
         tensors, source = read_weights(directory)
+        return cls._built(data.get("config"), tensors, said_by, source)
+
+    @classmethod
+    def load_drop_in(cls, directory: str | Path) -> FlowGenerator:
+        """Reads a directory written by `FlowGeneratorModel.save_pretrained`. Raises `WeightsError` as `load`."""
+        directory = Path(directory)
+        data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
+        tensors = {name.removeprefix("generator."): tensor for name, tensor in found.items()}
+        return cls._built(data.get("rac"), tensors, str(directory / CONFIG), source)
+
+    @classmethod
+    def _built(cls, config: Any, tensors: Mapping[str, Tensor], said_by: str, source: str) -> FlowGenerator:
+        """Returns a frozen generator from the JSON of its configuration and its weights; errors name both files."""
         with as_weights_error():
-            generator = cls(from_json(FlowGeneratorConfig, data.get("config"), said_by))
+            generator = cls(from_json(FlowGeneratorConfig, config, said_by))
         fit_tensors(generator, tensors, source)
         return generator.eval().requires_grad_(False)

@@ -82,8 +82,9 @@ def load_generator(name_or_dir: str | Path) -> LatentGenerator:
     """Loads a generator of latents, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
     `name_or_dir` is a name in `available_generators()`, a directory that a generator's `save` wrote, the folder of a
-    training run, the directory of a `FlowGeneratorPipeline`, or a name on the Hugging Face hub. Raises `WeightsError` for an unknown name (naming similar ones), a
-    directory that holds no generator, and weights that are missing or do not fit.
+    training run, the directory of a `FlowGeneratorPipeline`, or a name on the Hugging Face hub. Raises `WeightsError`
+    for an unknown name (naming similar ones), a directory that holds no generator, and weights that are missing or do
+    not fit.
     """
     path = _part(_found(name_or_dir, "generator", available_generators()), "transformer")
     kind = _kind(path)

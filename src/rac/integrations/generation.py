@@ -1,9 +1,9 @@
 """Generators of latents in diffusers' form: a model, and a pipeline of generator and decoder.
 
 A pipeline is saved as diffusers saves them: model_index.json, a generator in `transformer`, an autoencoder in `vae`.
-diffusers (0.42) looks for pipelines among its own classes, so load one with `FlowGeneratorPipeline.from_pretrained`, not
-with `DiffusionPipeline`; no `trust_remote_code` is needed, since no code is saved. Nothing here has a scheduler: the
-steps are those of `rac.generators.sampling.Sampling`.
+diffusers (0.42) looks for pipelines among its own classes, so load one with `FlowGeneratorPipeline.from_pretrained` and
+not with `DiffusionPipeline`; no `trust_remote_code` is needed, since no code is saved. Nothing here has a scheduler:
+the steps are those of `rac.generators.sampling.Sampling`.
 """
 
 from __future__ import annotations

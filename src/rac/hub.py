@@ -15,6 +15,7 @@ from .coders.protocol import Coder
 from .coders.rac import DROP_IN, FORMAT, RAC
 from .coders.taesd import TAESD
 from .errors import RacError, WeightsError, check_path
+from .generators.flow import DROP_IN as FLOW_DROP_IN
 from .generators.flow import FORMAT as FLOW_GENERATOR
 from .generators.flow import OWN_CODER, FlowGenerator
 from .generators.protocol import LatentGenerator
@@ -38,8 +39,11 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
 }
 """The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 
-GENERATORS: dict[str, Callable[[Path], LatentGenerator]] = {FLOW_GENERATOR: FlowGenerator.load}
-"""The function that reads a generator's directory, by the `format` in its config.json."""
+GENERATORS: dict[str, Callable[[Path], LatentGenerator]] = {
+    FLOW_GENERATOR: FlowGenerator.load,
+    FLOW_DROP_IN: FlowGenerator.load_drop_in,
+}
+"""The function that reads a generator's directory, by the `format` or `_class_name` in its config.json."""
 
 
 def available() -> list[str]:
@@ -73,9 +77,7 @@ def load(name_or_dir: str | Path) -> Coder:
     Raises `WeightsError` for an unknown name (naming similar ones), a directory without weights, and weights that do
     not fit.
     """
-    path = _found(name_or_dir, "coder", available())
-    if (path / "model_index.json").is_file() and (path / "vae").is_dir():
-        path = path / "vae"
+    path = _part(_found(name_or_dir, "coder", available()), "vae")
     if _kind(path) in GENERATORS and (path / OWN_CODER).is_dir():
         path = path / OWN_CODER
     with plain_defaults():
@@ -86,10 +88,11 @@ def load_generator(name_or_dir: str | Path) -> LatentGenerator:
     """Loads a generator of latents, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
     `name_or_dir` is a name in `available_generators()`, a directory that a generator's `save` wrote, the folder of a
-    training run, or a name on the Hugging Face hub. Raises `WeightsError` for an unknown name (naming similar ones), a
-    directory that holds no generator, and weights that are missing or do not fit.
+    training run, the directory of a `FlowGeneratorPipeline`, or a name on the Hugging Face hub. Raises `WeightsError`
+    for an unknown name (naming similar ones), a directory that holds no generator, and weights that are missing or do
+    not fit.
     """
-    path = _found(name_or_dir, "generator", available_generators())
+    path = _part(_found(name_or_dir, "generator", available_generators()), "transformer")
     kind = _kind(path)
     if kind not in GENERATORS:
         raise WeightsError(
@@ -97,6 +100,14 @@ def load_generator(name_or_dir: str | Path) -> LatentGenerator:
         )
     with plain_defaults():
         return GENERATORS[kind](path)
+
+
+def is_generator(name_or_dir: str | Path) -> bool:
+    """Returns whether a name or a directory is that of a generator, which `load_generator` loads, not of a coder.
+
+    Raises `WeightsError` if there is neither of this name.
+    """
+    return _kind(_found(name_or_dir, "model", sorted([*available(), *available_generators()]))) in GENERATORS
 
 
 def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
@@ -109,7 +120,7 @@ def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
             f"expected the name or the directory of a {what}, not {name_or_dir!r:.80}; {_listed(what, shipped)}"
         )
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
-    if name in shipped and not path.exists():
+    if not path.exists() and any(name == folder.name for folder in _shipped()):
         path = SHIPPED / name
     elif not path.exists() and _on_hub(name):
         path = download(name)
@@ -121,6 +132,11 @@ def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
             f"{hint}"
         )
     return product(path)
+
+
+def _part(path: Path, name: str) -> Path:
+    """Returns the folder of a part of a diffusers pipeline; `path` itself, if it is no pipeline that has this part."""
+    return path / name if (path / "model_index.json").is_file() and (path / name).is_dir() else path
 
 
 def _listed(what: str, shipped: list[str]) -> str:
@@ -186,7 +202,8 @@ def download(name: str) -> Path:
 
     ends = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
     files = [CONFIG, WEIGHTS, *(DIFFUSERS + end for end in ends)]
-    patterns = ["model_index.json", *files, *(f"{folder}/{file}" for folder in ("vae", OWN_CODER) for file in files)]
+    parts = ("vae", "transformer", OWN_CODER)
+    patterns = ["model_index.json", *files, *(f"{part}/{file}" for part in parts for file in files)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the network fails in many ways, all with the same mend

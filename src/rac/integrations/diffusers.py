@@ -163,7 +163,7 @@ class CoderModel(ModelMixin, ConfigMixin):
         coder = self.coder if self._tiling is None else tiled(self.coder, *self._tiling)
         if self._slicing:
             coder = sliced(coder)
-        mixed = coder.with_networks(lambda network: Pieces(network.module, _in_own_precision), torch.float32)
+        mixed = coder.with_networks(lambda network: Pieces(network.module, in_own_precision), torch.float32)
         self._working = [mixed]  # in a list, so that its weights are not counted twice
 
     def to(self, *args: Any, **options: Any) -> Self:
@@ -512,12 +512,12 @@ def _names_modules(record: logging.LogRecord) -> bool:
     return "kept in float32: []" not in record.getMessage()
 
 
-def _in_own_precision(network: nn.Module) -> Function:
+def in_own_precision(network: nn.Module) -> Function:
     """Returns the network called in its own precision; its result has the precision of the state it is given."""
 
-    def call(state: Tensor, *others: Tensor) -> Tensor:
+    def call(state: Tensor, *others: Tensor, **conditions: Tensor) -> Tensor:
         # The first argument is the state; times keep their precision, which matters for thirds and the like.
-        return network(state.to(next(network.parameters()).dtype), *others).to(state.dtype)
+        return network(state.to(next(network.parameters()).dtype), *others, **conditions).to(state.dtype)
 
     return call
 

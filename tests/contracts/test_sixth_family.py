@@ -42,7 +42,7 @@ class Drift(nn.Module):
 
 
 class FromNoise(Coder):
-    """Encodes at once, and decodes by a flow that starts at noise and ends at the image."""
+    """Encodes in one pass, and decodes by a flow that starts at noise and ends at the image."""
 
     def __init__(self) -> None:
         super().__init__(LatentSpec(FACTOR, CHANNELS))

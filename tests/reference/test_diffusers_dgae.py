@@ -60,7 +60,7 @@ def test_steps_are_those_of_decoding(vae: AutoencoderDGAE) -> None:
     assert vae.num_inference_steps == 3
     assert torch.equal(three, vae.decode(raw_latent, num_inference_steps=3).sample)
     assert not torch.equal(three, one)
-    vae.encode(smooth_images(1, 16, 16), num_inference_steps=5)  # taken at once
+    vae.encode(smooth_images(1, 16, 16), num_inference_steps=5)  # in one pass
 
 
 def test_saved_by_either_and_read_by_either(coder: DGAE, vae: AutoencoderDGAE, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def versions_html(image: Tensor, versions: Sequence[Reconstruction]) -> str:
 def pictures_html(cells: Sequence[Cell], columns: int) -> str:
     """Lays out pictures in so many columns; zoomed, they show the same part."""
     figures = "".join(
-        f"<figure><div class='rac-lens'><img src='{_png(picture)}' alt='{escape(name)}'></div>"
+        f"<figure><div class='rac-lens'><img src='{_png(picture)}' alt='{escape(name)}, {escape(note)}'></div>"
         f"<figcaption><b>{escape(name)}</b><span>{escape(note)}</span></figcaption></figure>"
         for name, note, picture in cells
     )

@@ -212,6 +212,16 @@ def test_numbers_answer_the_keyboard(page) -> None:  # type: ignore[no-untyped-d
     assert len(numbers) == 6
 
 
+def test_another_generator_brings_its_own_classes_and_coders(page) -> None:  # type: ignore[no-untyped-def]
+    choose = next(one.fn for one in page.blocks.fns.values() if one.fn is not None and one.fn.__name__ == "choose")
+    classes, coders = choose("bare")
+    assert [value for _, value in classes.choices] == [""]
+    assert (classes.value, coders.value) == ("", "rac")
+    classes, coders = choose("sit")
+    assert [value for _, value in classes.choices] == ["", "cat", "golf ball"]
+    assert [value for _, value in coders.choices] == ["rac", "teacher"]
+
+
 def test_the_tab_answers_and_refuses(page, capfd) -> None:  # type: ignore[no-untyped-def]
     from gradio_client import Client
 

@@ -299,7 +299,7 @@ class RepaETask:
 
 
 def repae_64() -> RepaERecipe:
-    """klvae-f8d4 and the SiT of sit-64 trained together (REPA-E), with EfficientNet-Lite0; needs LPIPS's weights."""
+    """klvae-f8d4 and the SiT of sit-64 trained together (REPA-E); hours on one core; needs LPIPS's weights."""
     alone = sit_64()
     return RepaERecipe(
         start="klvae-f8d4",
@@ -310,5 +310,5 @@ def repae_64() -> RepaERecipe:
         objective=alone.objective,
         sampling=alone.sampling,
         data=alone.data,
-        train=alone.train,
+        train=replace(alone.train, iterations=4_000, batch=32),
     )

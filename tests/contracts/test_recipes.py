@@ -21,6 +21,7 @@ from rac.data import Batch
 from rac.draws import Draws
 from rac.errors import WeightsError
 from rac.recipes import RECIPES, Recipe
+from rac.recipes.ddt import PUBLISHED_CODER
 from rac.representations.lpips import FILES
 from rac.representations.weight_files import find_weights
 from rac.train import log
@@ -40,6 +41,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
         "taef2_decoder.pth": TAESD(TAESDConfig(latent_channels=32, pooled=True)),
         "klvae-128": KLVAEConfig(latent_channels=4).build(),
+        "rae-128": KLVAEConfig(widths=(8,) * 5, latent_channels=112).build(),
+        PUBLISHED_CODER: KLVAEConfig(widths=(8,) * 5, latent_channels=768).build(),
     }
     for number, coder in enumerate(coders.values()):
         rac.save(coder, folder / str(number))

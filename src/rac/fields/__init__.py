@@ -6,17 +6,24 @@ kind of field is entered in `FieldConfig`, the union that config.json files and 
 
 from .carriers import CarriersField, CarriersFieldConfig
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
+from .ddt import DDTField, DDTFieldConfig, ddt
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
 from .sit import SiTField, SiTFieldConfig, sit
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | SiTFieldConfig
+LatentFieldConfig = SiTFieldConfig | DDTFieldConfig
+"""Configurations of fields over latents, whose conditions are labels."""
+
+FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | LatentFieldConfig
 
 __all__ = [
     "CarriersField",
     "CarriersFieldConfig",
     "ConvField",
+    "DDTField",
+    "DDTFieldConfig",
     "FieldConfig",
+    "LatentFieldConfig",
     "LdmFieldConfig",
     "LocalField",
     "LocalFieldConfig",
@@ -24,5 +31,6 @@ __all__ = [
     "SiTField",
     "SiTFieldConfig",
     "TinyFieldConfig",
+    "ddt",
     "sit",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import klvae, rac, sit
+from . import ddt, klvae, rac, sit
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 from .recipe import Recipe
@@ -51,5 +51,10 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "sit-b-2": _preset(sit.sit_b_2),
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
+    "dit-dh-128": _preset(ddt.dit_dh_128),
+    "dit-dh-s": _preset(ddt.dit_dh_s),
+    "dit-dh-b": _preset(ddt.dit_dh_b),
+    "dit-dh-l": _preset(ddt.dit_dh_l),
+    "dit-dh-xl": _preset(ddt.dit_dh_xl),
 }
 """Presets by name: a sentence on the purpose, and the recipe."""

@@ -1,4 +1,4 @@
-"""Training of a SiT on the latents of a frozen coder: the recipe, its task, and its presets."""
+"""Training of a SiT, or of a DiT^DH, on the latents of a frozen coder: the recipe, its task, and presets of SiT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..data.stream import Want
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.cost import CostRow, count
-from ..fields import SiTFieldConfig, sit
+from ..fields import LatentFieldConfig, sit
 from ..generators.flow import FlowGenerator, FlowGeneratorConfig
 from ..generators.sample import Source, Wanted
 from ..generators.sampling import Sampling
@@ -46,7 +46,7 @@ HELD_OUT_DRAWS = 8
 
 @dataclass(frozen=True)
 class SiTRecipe:
-    """Recipe that trains a SiT on the latents of a coder, and the labels of their pictures.
+    """Recipe that trains a SiT or a DiT^DH on the latents of a coder, and the labels of their pictures.
 
     Latents have to be prepared: by `rac cache`, or by `data.cached_crops`.
     """
@@ -56,7 +56,7 @@ class SiTRecipe:
 
     coder: str
     """The coder of the latents: a shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
-    field: SiTFieldConfig
+    field: LatentFieldConfig
     """The network; its number of classes must be that of the pictures, or 0 to leave their labels alone."""
     channels: int = 4
     """Channels of the coder's latents."""
@@ -135,7 +135,7 @@ class SiTRecipe:
         """Returns the same recipe at a size that runs in seconds on a CPU."""
         return replace(
             self,
-            field=replace(self.field, depth=2, width=32, heads=2),
+            field=self.field.tiny(),
             sampling=replace(self.sampling, steps=2),
             data=replace(tiny_data(self.data), cached_crops=8),
             train=tiny_train(self.train),
@@ -179,7 +179,7 @@ class SiTRecipe:
 
 @dataclass
 class SiTTask:
-    """Task that trains a SiT on the latents of a frozen coder."""
+    """Task that trains a velocity field on the latents of a frozen coder."""
 
     module: FlowGenerator
     coder: Coder

@@ -1,4 +1,7 @@
-"""Networks that extract features from images, by which sets of images are compared, and the names of such metrics.
+"""Frozen networks that look at images: extractors of features, by which sets are compared, and representations.
+
+An extractor sums an image up; a representation describes every place of it, and generators are aligned with it (REPA)
+or made of it (RAE).
 
 A metric carries the name of its features: only the 2048 features of the Inception graph of 2015-12-05 make an FID, all
 others append what they are, as in FID-768 and FID-EffNetLite0.
@@ -10,10 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import RacError, WeightsError
-from .efficientnet import EfficientNetLite0
+from .efficientnet import EfficientNetLite0, EfficientNetTokens
 from .extractor import Extractor, Features, extract, join, metric_name
 from .inception import INCEPTION, INCEPTION_TO_MIXED_8, Inception768, Inception2048
 from .lpips import FILES
+from .representation import Representation
+from .vit import PUBLISHED, VisionTransformer
 from .weight_files import WeightFile, find_weights
 
 __all__ = [
@@ -24,9 +29,11 @@ __all__ = [
     "Features",
     "Inception768",
     "Inception2048",
+    "Representation",
     "extract",
     "join",
     "load_extractor",
+    "load_representation",
     "metric_name",
 ]
 
@@ -57,3 +64,30 @@ def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Ex
     if name == "inception-768":
         return Inception768(find_weights(weights, INCEPTION_TO_MIXED_8))
     raise RacError(f"extractor {name!r} is not known; expected inception-2048, inception-768 or efficientnet-lite0")
+
+
+EFFICIENTNET = "efficientnet-lite0"
+
+REPRESENTATIONS: tuple[str, ...] = (EFFICIENTNET, *PUBLISHED)
+"""Short names that `load_representation` takes."""
+
+
+def load_representation(name_or_dir: str | Path, *, affine: bool = True) -> Representation:
+    """Loads a representation: float32, on the CPU, always in evaluation mode, frozen.
+
+    - `name_or_dir`: `efficientnet-lite0`, whose weights the extra `metrics` brings; one of the vision transformers
+      `dinov2-s`, `dinov2-b`, `dinov2-l` (all with registers), `siglip2-b` and `mae-b`, from the Hugging Face hub; or a
+      directory or hub name of such a model, as transformers saves it.
+    - `affine`: keep scale and shift of a transformer's final layer norm, as REPA does and RAE does not.
+
+    Raises `WeightsError` if a package it needs is not installed, and if there is no such model.
+    """
+    if str(name_or_dir) == EFFICIENTNET:
+        return EfficientNetTokens()
+    # What is neither a directory nor a name on the hub, organisation/name, is a slip of the pen.
+    if str(name_or_dir) not in PUBLISHED and "/" not in str(name_or_dir) and not Path(name_or_dir).is_dir():
+        raise WeightsError(
+            f"there is no representation {str(name_or_dir)!r}: it is not a directory, a hub name (organisation/name) "
+            f"or one of {', '.join(REPRESENTATIONS)}"
+        )
+    return VisionTransformer.load(name_or_dir, affine=affine)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: the extractor whose weights pip brings, so that sets of images can be compared anywhere.
+"""EfficientNet-Lite0, whose weights pip brings, so that images can be compared and generators aligned anywhere.
 
 Tan and Le, EfficientNet (arXiv 1905.11946), without squeeze-and-excitation and with ReLU6; ImageNet-1k, Apache-2.0.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import WeightsError, install_extra
 from ..storage import fit_tensors
 from .extractor import Features
+from .representation import Representation
 
 SIDE = 224
 """Side of the images that the network sees."""
@@ -43,6 +44,27 @@ class EfficientNetLite0(nn.Module):
         pixels = (image + 1) * 127.5
         pooled = self.network.extract_features((pixels - 127) / 128).mean(dim=(2, 3))
         return Features(pooled, logits=self.network._fc(pooled))
+
+
+class EfficientNetTokens(Representation):
+    """Representation by the 112 channels of the last blocks at stride 16, before the network ends in classes.
+
+    Raises `WeightsError` if the packages with its code and its weights are not installed.
+    """
+
+    last = 10
+    """Place of the last block at stride 16."""
+
+    def __init__(self) -> None:
+        super().__init__(112, 16, ((127 / 255,) * 3, (128 / 255,) * 3))
+        self.network, self.path = _pretrained()
+
+    def _tokens(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        network = self.network
+        x = network._swish(network._bn0(network._conv_stem(pixels)))
+        for block in network._blocks[: self.last + 1]:
+            x = block(x)
+        return x
 
 
 def _pretrained() -> tuple[Any, Path]:

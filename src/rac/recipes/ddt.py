@@ -64,7 +64,7 @@ def _published(size: str, epochs: int = 800) -> SiTRecipe:
 
 
 def dit_dh_s() -> SiTRecipe:
-    """DiT^DH-S for 14 epochs, the published weaker model of autoguidance. Give a folder of rac cache as --data.paths."""
+    """DiT^DH-S for 14 epochs, the published guide of the larger ones. Give a folder of rac cache as --data.paths."""
     return _published("S", 14)
 
 

@@ -12,6 +12,9 @@ from .coders.adapter import DeepCompressionCoder, TinyCoder
 from .coders.klvae import KLVAE
 from .coders.protocol import Coder
 from .coders.rac import DROP_IN, FORMAT, RAC
+from .coders.rae import FORMAT as RAE_FORMAT
+from .coders.rae import RAE
+from .coders.rae_public import DIFFUSERS_CLASS, load_diffusers
 from .coders.taesd import TAESD
 from .errors import RacError, WeightsError, check_path
 from .generators.flow import FORMAT as FLOW_GENERATOR
@@ -32,6 +35,8 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
     "AutoencoderTiny": TinyCoder.load,
     "AutoencoderDC": DeepCompressionCoder.load,
     "TAESD": TAESD.load,
+    RAE_FORMAT: RAE.load,
+    DIFFUSERS_CLASS: load_diffusers,
 }
 """The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 
@@ -59,7 +64,8 @@ def load(name_or_dir: str | Path) -> Coder:
     `name_or_dir` is one of:
 
     - a name in `available()`;
-    - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC;
+    - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC,
+      AutoencoderRAE;
       with whole or sharded weights, or a variant of them);
     - the directory of a diffusers pipeline, whose `vae` is loaded;
     - the folder of a training run;

@@ -254,6 +254,31 @@ class Block(nn.Module):
         return x + mlp_gate * self.mlp(modulate(self.before_mlp(x), mlp_shift, mlp_scale))
 
 
+class PlainBlock(nn.Module):
+    """Block of a vision transformer, without a condition: layer norm with weights, and GELU in its exact form.
+
+    Args:
+        width: channels of the tokens; `heads` must divide it.
+        heads: heads of the attention.
+        hidden: channels between the two layers of the network.
+        epsilon: number that norms add to the variance.
+        gelu: form of GELU, `none` (exact) or `tanh`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, epsilon: float, gelu: Literal["none", "tanh"] = "none"
+    ) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(gelu), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens B N D to the same shape."""
+        x = x + self.attention(self.before_attention(x))
+        return x + self.mlp(self.before_mlp(x))
+
+
 class Head(nn.Module):
     """Last layer: tokens B N D to the numbers of their patches, B N `out`, modulated by the condition."""
 

@@ -46,7 +46,19 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     for number, coder in enumerate(coders.values()):
         rac.save(coder, folder / str(number))
-    return {name: str(folder / str(number)) for number, name in enumerate(coders)}
+    found = {name: str(folder / str(number)) for number, name in enumerate(coders)}
+    return {**found, "dinov2-b": str(small_dinov2(folder / "dinov2-b"))}
+
+
+def small_dinov2(folder: Path) -> Path:
+    """One block of DINOv2 of size B; where transformers is missing, an empty folder, and tests that load it fail."""
+    try:
+        import transformers
+    except ImportError:
+        return folder
+    config = transformers.Dinov2WithRegistersConfig(num_hidden_layers=1, mlp_ratio=1, image_size=28)
+    transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +112,7 @@ def test_it_says_what_it_depends_on(name: str) -> None:
     assert json.dumps(from_json(type(recipe), to_json(recipe)).prepares()) == prepared
     assert json.dumps(replace(recipe, train=replace(recipe.train, lr=0.5, iterations=7)).prepares()) == prepared
     assert json.dumps(replace(recipe, train=replace(recipe.train, rng_seed=99)).prepares()) != prepared
-    assert json.dumps(replace(recipe, data=replace(recipe.data, flip=False)).prepares()) != prepared
+    assert json.dumps(replace(recipe, data=replace(recipe.data, flip=not recipe.data.flip)).prepares()) != prepared
     assert (recipe.latents_of is None) or recipe.latents_of in prepared
     if recipe.steps_field is not None:
         assert getattr(recipe, recipe.steps_field) >= 1

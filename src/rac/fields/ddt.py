@@ -137,8 +137,8 @@ class DDTField(nn.Module):
         initialise(self, "torch")
         if self.interval is not None:
             # A mean velocity begins as the velocity, whatever the interval.
-            nn.init.zeros_(self.interval[2].weight)
-            nn.init.zeros_(self.interval[2].bias)
+            for parameter in self.interval[2].parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def null(self) -> int:

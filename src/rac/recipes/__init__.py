@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import ddt, klvae, rac, sit
+from . import ddt, klvae, rac, rae, sit
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
+from .rae import RAERecipe
 from .recipe import Recipe
 from .sit import SiTRecipe
 
-__all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "Recipe", "SiTRecipe"]
+__all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "RAERecipe", "Recipe", "SiTRecipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -51,6 +52,11 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "sit-b-2": _preset(sit.sit_b_2),
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
+    "rae-128": _preset(rae.rae_128),
+    "rae-b": _preset(rae.rae_b),
+    "rae-l": _preset(rae.rae_l),
+    "rae-xl": _preset(rae.rae_xl),
+    "rae-xl-512": _preset(rae.rae_xl_512),
     "dit-dh-128": _preset(ddt.dit_dh_128),
     "dit-dh-s": _preset(ddt.dit_dh_s),
     "dit-dh-b": _preset(ddt.dit_dh_b),

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import smooth_images
 
 import rac
 from rac import hub
 from rac.coders.adapter import TinyCoder
 from rac.coders.klvae import KLVAEConfig
+from rac.coders.protocol import Coder
+from rac.coders.rae import RAEConfig, ViTDecoderConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.config import from_json, to_json
 from rac.data import Batch
@@ -41,13 +44,23 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
         "taef2_decoder.pth": TAESD(TAESDConfig(latent_channels=32, pooled=True)),
         "klvae-128": KLVAEConfig(latent_channels=4).build(),
-        "rae-128": KLVAEConfig(widths=(8,) * 5, latent_channels=112).build(),
+        "rae-128": small_rae(),
         PUBLISHED_CODER: KLVAEConfig(widths=(8,) * 5, latent_channels=768).build(),
     }
     for number, coder in enumerate(coders.values()):
         rac.save(coder, folder / str(number))
     found = {name: str(folder / str(number)) for number, name in enumerate(coders)}
     return {**found, "dinov2-b": str(small_dinov2(folder / "dinov2-b"))}
+
+
+def small_rae() -> Coder:
+    """An RAE of EfficientNet-Lite0, or, where that is missing, another coder of as many channels."""
+    try:
+        coder = RAEConfig("efficientnet-lite0", ViTDecoderConfig(1, 32, 2, 64)).build()
+    except WeightsError:
+        return KLVAEConfig(widths=(8,) * 5, latent_channels=112).build()
+    coder.fit_statistics([smooth_images(8, 32, 32)])
+    return coder
 
 
 def small_dinov2(folder: Path) -> Path:

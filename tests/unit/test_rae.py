@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import rac
+from rac.coders.rac import RAC, RACConfig
 from rac.coders.rae import RAE, RAEConfig, ViTDecoder, ViTDecoderConfig, vit_decoder
 from rac.coders.rae_public import from_public
 from rac.errors import RacError, WeightsError
 from rac.evaluate.cost import count
+from rac.fields import LocalFieldConfig
 from rac.fields.transformer import positions
 from rac.latents import Moments, Statistics
+from rac.recipes import RECIPES
 from rac.representations import Representation
+from rac.states import StateSpec, contract, expand
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="the metrics extra is not installed")
 
@@ -350,3 +354,53 @@ def test_it_is_a_coder_of_a_representation(coder):
     assert isinstance(coder.encoder, Representation)
     assert (coder.spec.factor, coder.spec.channels) == (16, 112)
     assert isinstance(coder.statistics, Statistics)
+
+
+# ------------------------------------------------------------------------------------------------ as a RAC's teacher
+
+
+@pytest.mark.parametrize(
+    ("channels", "state_channels", "spread", "free"),
+    [
+        (768, 3, "shuffle", 0),
+        (1024, 4, "shuffle", 0),
+        (384, 3, "shuffle", 384),
+        (112, 3, "shuffle", 656),
+        (768, 6, "beside", 768),
+        (112, 4, "beside", 912),
+    ],
+)
+def test_tokens_fit_into_few_channels_of_a_state(channels, state_channels, spread, free):
+    spec = StateSpec(16, channels, state_channels, spread)
+    slots = spec.slots()
+    assert len(set(slots)) == channels
+    assert state_channels * 256 - len(slots) == free
+    latent = torch.randn(2, channels, 3, 2)
+    state = expand(latent, spec)
+    assert state.shape == (2, state_channels, 48, 32)
+    assert torch.equal(contract(state, spec), latent)
+    # The seed is spread over all of its channels alike, and weighs as much as an image.
+    if not free:
+        assert state.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_step_of_the_rac_of_its_latents_costs_what_the_decoder_does():
+    field = RECIPES["rac-rae-128"][1].field.build(4, 16)
+    decoder = ViTDecoder(RECIPES["rae-128"][1].decoder, 112)
+    one, other = count(field, (1, 4, 128, 128), (1,)), count(decoder, (1, 112, 8, 8))
+    assert one.gmacs == pytest.approx(other.gmacs, rel=0.05)
+
+
+@pytest.mark.parametrize("spread", ["shuffle", "beside"])
+def test_a_rac_walks_between_images_and_its_latents(coder, images, spread):
+    widths = {"widths": (8,) * 4, "blocks": (1,) * 4, "down": (8,) * 3, "down_blocks": (0,) * 3}
+    field = LocalFieldConfig(**widths, carrier=spread == "beside", embedding=8)
+    torch.manual_seed(0)
+    walker = RAC(RACConfig(coder.spec, field, 4, spread, teacher="rae"), coder.statistics).eval()
+    image = images(2, 64, 96, 8)
+    latent = coder.encode(image)
+    assert walker.spec == coder.spec
+    assert walker.decode(latent).shape == image.shape
+    assert walker.encode(image).shape == latent.shape
+    # The state of the decoding flow holds the teacher's latent exactly.
+    torch.testing.assert_close(walker.contract(walker.seed_state(latent)), latent)

@@ -53,6 +53,8 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
     "rae-128": _preset(rae.rae_128),
+    "rac-rae-128": _preset(rac.rac_rae_128),
+    "rac-rae-128-rollout": _preset(rac.rac_rae_128_rollout),
     "rae-b": _preset(rae.rae_b),
     "rae-l": _preset(rae.rae_l),
     "rae-xl": _preset(rae.rae_xl),

@@ -57,8 +57,9 @@ class RAERecipe:
     """Channels of the representation's tokens."""
     decoder: ViTDecoderConfig = dataclasses.field(default_factory=ViTDecoderConfig)
     tau: float = 0.8
-    """Largest deviation of the noise on raw latents in training. Above 0 the decoder forgives errors of a generator,
-    and reconstructs a little less exactly."""
+    """Largest deviation of the noise on raw latents in training, in their own units: tokens of transformers have a
+    deviation of 1, those of efficientnet-lite0 one of about 7. Above 0 the decoder forgives errors of a generator, and
+    reconstructs a little less exactly."""
     weights: RAEWeights = dataclasses.field(default_factory=RAEWeights)
     perceptual_start: int = 0
     """Number of iterations before the perceptual term is used, which costs more than a small decoder."""
@@ -271,11 +272,12 @@ def rae_128() -> RAERecipe:
     """An RAE of EfficientNet-Lite0 at 128 pixels, whose representation every machine has; two hours on one core."""
     return RAERecipe(
         decoder=vit_decoder("XS"),
+        tau=5.8,  # the paper's .8 of the tokens' deviation
         perceptual_start=6_000,
-        discriminator=FeatureDiscriminatorConfig("efficientnet-lite0", start=8_000, decoder_start=8_400),
+        discriminator=FeatureDiscriminatorConfig("efficientnet-lite0", start=7_600, decoder_start=7_800),
         statistics_images=5_000,
         data=DataConfig(size=128, smallest_crop=192, held_out=32, keep_mb=1_024),
         train=replace(
-            ONE_CORE, iterations=10_000, batch=16, lr=8e-4, betas=(0.9, 0.95), warmup=200, final_lr=0.05, ema=0.9978
+            ONE_CORE, iterations=8_500, batch=16, lr=8e-4, betas=(0.9, 0.95), warmup=200, final_lr=0.05, ema=0.9978
         ),
     )

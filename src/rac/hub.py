@@ -13,6 +13,9 @@ from .coders.adapter import DeepCompressionCoder, TinyCoder
 from .coders.klvae import KLVAE
 from .coders.protocol import Coder
 from .coders.rac import DROP_IN, FORMAT, RAC
+from .coders.rae import FORMAT as RAE_FORMAT
+from .coders.rae import RAE
+from .coders.rae_public import DIFFUSERS_CLASS, load_diffusers
 from .coders.taesd import TAESD
 from .errors import RacError, WeightsError, check_path
 from .generators.flow import DROP_IN as FLOW_DROP_IN
@@ -36,6 +39,8 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
     "TAESD": TAESD.load,
     dgae.FORMAT: dgae.DGAE.load,
     dgae.DROP_IN: dgae.DGAE.load_drop_in,
+    RAE_FORMAT: RAE.load,
+    DIFFUSERS_CLASS: load_diffusers,
 }
 """The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 
@@ -67,7 +72,7 @@ def load(name_or_dir: str | Path) -> Coder:
 
     - a name in `available()`;
     - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC,
-      AutoencoderDGAE; with whole or sharded weights, or a variant of them);
+      AutoencoderDGAE, AutoencoderRAE; with whole or sharded weights, or a variant of them);
     - the directory of a diffusers pipeline, whose `vae` is loaded;
     - the folder of a training run;
     - the directory of a generator that was trained together with its coder (REPA-E), whose coder is loaded;

@@ -123,6 +123,45 @@ class Statistics(nn.Module):
         return self
 
 
+class Moments:
+    """Running mean and variance of raw latents, for each channel and position.
+
+    They are those of all latents together, in float64, and so do not depend on how these come in batches, nor on their
+    order (Chan, Golub and LeVeque, 1979).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Number of latents so far."""
+        self.mean: Tensor = torch.zeros((), dtype=torch.float64)
+        """Their mean, c h w."""
+        self._squares: Tensor = torch.zeros((), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, raw_latents: Tensor) -> None:
+        """Adds raw latents B c h w. Raises `RacError` if they have another shape than those before."""
+        added = raw_latents.detach().to("cpu", torch.float64)
+        if self.count and added.shape[1:] != self.mean.shape:
+            raise RacError(
+                f"latents of {tuple(added.shape[1:])} cannot be added to those of {tuple(self.mean.shape)}; statistics "
+                "for each position need images of one size"
+            )
+        if not len(added):
+            return
+        mean = added.mean(dim=0)
+        total = self.count + len(added)
+        apart = mean - self.mean
+        self._squares = self._squares + (added - mean).square().sum(dim=0)
+        self._squares = self._squares + apart.square() * (self.count * len(added) / total)
+        self.mean = self.mean + apart * (len(added) / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of the latents so far, c h w."""
+        return self._squares / max(1, self.count)
+
+
 def _fitted(values: Tensor, latent: Tensor) -> Tensor:
     """Returns statistics of shape (), (c) or (c, h, w) in a shape that broadcasts against a latent B c h w."""
     if values.ndim == 0:

@@ -18,6 +18,7 @@ import rac
 from rac.coders.adapter import DeepCompressionCoder, TinyCoder
 from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.coders.protocol import WAYS, Coder, Way
+from rac.coders.rae import RAE, RAEConfig, ViTDecoderConfig
 from rac.coders.taesd import TAESD, TAESDConfig
 from rac.coders.tiling import exact, sliced, tiled
 from rac.errors import RacError
@@ -53,6 +54,14 @@ def deep_compression() -> DeepCompressionCoder:
     return DeepCompressionCoder.from_config({**shared, **encoder, **decoder, **blocks, **scales, **norms})
 
 
+def rae() -> RAE:
+    """Statistics for each position of a grid that no test uses alone, so that they are interpolated as well."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the metrics extra is not installed")
+    coder = RAEConfig("efficientnet-lite0", ViTDecoderConfig(2, 16, 2, 32)).build()
+    coder.fit_statistics([smooth_images(8, 32, 32, 1)])
+    return coder
+
+
 FAMILIES: dict[str, Callable[[], Coder]] = {
     "rac nearest": lambda: untrained_rac(0.05, statistics=PER_CHANNEL),
     "rac centre": lambda: untrained_rac(0.05, spread="centre", field=LDM),
@@ -67,6 +76,7 @@ FAMILIES: dict[str, Callable[[], Coder]] = {
     "taesd pooled": lambda: TAESD(TAESDConfig(4, True, 8)),
     "AutoencoderTiny": autoencoder_tiny,
     "AutoencoderDC": deep_compression,
+    "rae": rae,
     "sixth": AffineCoder,
 }
 SIXTEEN = 16  # pixels: twice the largest factor

@@ -13,6 +13,7 @@ from rac.config import from_json, to_json
 from rac.errors import RacError
 from rac.fields import (
     CarriersFieldConfig,
+    DDTFieldConfig,
     FieldConfig,
     LdmFieldConfig,
     LocalFieldConfig,
@@ -27,6 +28,7 @@ FACTOR, CHANNELS = 4, 5
 _LOCAL = {"widths": (8, 8), "blocks": (1, 1), "down": (8,), "down_blocks": (1,), "embedding": 8}
 _UNET = UNetConfig(width=8, multiples=(1, 2, 1, 2), blocks=1, norm_groups=4)
 _SIT = {"depth": 2, "width": 16, "heads": 2, "patch": FACTOR}
+_DDT = {**_SIT, "head_depth": 1, "head_width": 24, "head_heads": 3}
 _CARRIERS = {"latent_channels": 7, "width": 8, "blocks": (1, 1, 1), "down_blocks": (1, 1, 1), "embedding": 8}
 FIELDS: dict[str, FieldConfig] = {
     "tiny": TinyFieldConfig(widths=(8, 8, 8), blocks=(1, 1, 1)),
@@ -47,6 +49,8 @@ FIELDS: dict[str, FieldConfig] = {
     "sit": SiTFieldConfig(**_SIT, classes=3),
     "sit, interval": SiTFieldConfig(**_SIT, interval=True),
     "sit, rms": SiTFieldConfig(**_SIT, style="rms"),
+    "ddt": DDTFieldConfig(**_DDT, classes=3),
+    "ddt, interval": DDTFieldConfig(**_DDT, interval=True),
 }
 
 

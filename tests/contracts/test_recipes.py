@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import smooth_images
 
 import rac
 from rac import hub
 from rac.coders.adapter import TinyCoder
 from rac.coders.klvae import KLVAEConfig
+from rac.coders.protocol import Coder
+from rac.coders.rae import RAEConfig, ViTDecoderConfig
 from rac.config import from_json, to_json
 from rac.data import Batch
 from rac.draws import Draws
 from rac.errors import WeightsError
 from rac.recipes import RECIPES, Recipe
+from rac.recipes.ddt import PUBLISHED_CODER
 from rac.representations.lpips import FILES
 from rac.representations.weight_files import find_weights
 from rac.train import log
@@ -39,6 +43,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "stabilityai/sd-vae-ft-ema": KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(),
         "madebyollin/taesd": TinyCoder(AutoencoderTiny(**small)),
         "klvae-128": KLVAEConfig(latent_channels=4).build(),
+        "rae-128": small_rae(),
+        PUBLISHED_CODER: KLVAEConfig(widths=(8,) * 5, latent_channels=768).build(),
     }
     for number, coder in enumerate(coders.values()):
         rac.save(coder, folder / str(number))
@@ -49,7 +55,28 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
         Dinov2Model(Dinov2Config(**small, image_size=56)).save_pretrained(folder / "dinov2")
         found["facebook/dinov2-base"] = str(folder / "dinov2")
-    return found
+    return {**found, "dinov2-b": str(small_dinov2(folder / "dinov2-b"))}
+
+
+def small_rae() -> Coder:
+    """An RAE of EfficientNet-Lite0, or, where that is missing, another coder of as many channels."""
+    try:
+        coder = RAEConfig("efficientnet-lite0", ViTDecoderConfig(1, 32, 2, 64)).build()
+    except WeightsError:
+        return KLVAEConfig(widths=(8,) * 5, latent_channels=112).build()
+    coder.fit_statistics([smooth_images(8, 32, 32)])
+    return coder
+
+
+def small_dinov2(folder: Path) -> Path:
+    """One block of DINOv2 of size B; where transformers is missing, an empty folder, and tests that load it fail."""
+    try:
+        import transformers
+    except ImportError:
+        return folder
+    config = transformers.Dinov2WithRegistersConfig(num_hidden_layers=1, mlp_ratio=1, image_size=28)
+    transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +133,7 @@ def test_it_says_what_it_depends_on(name: str) -> None:
     assert json.dumps(from_json(type(recipe), to_json(recipe)).prepares()) == prepared
     assert json.dumps(replace(recipe, train=replace(recipe.train, lr=0.5, iterations=7)).prepares()) == prepared
     assert json.dumps(replace(recipe, train=replace(recipe.train, rng_seed=99)).prepares()) != prepared
-    assert json.dumps(replace(recipe, data=replace(recipe.data, flip=False)).prepares()) != prepared
+    assert json.dumps(replace(recipe, data=replace(recipe.data, flip=not recipe.data.flip)).prepares()) != prepared
     assert (recipe.latents_of is None) or recipe.latents_of in prepared
     if recipe.steps_field is not None:
         assert getattr(recipe, recipe.steps_field) >= 1

@@ -42,7 +42,8 @@ MAY_IMPORT = {
     # The stations see only those before them; a latent's spec is read from JSON.
     **{name: {*BASE, *STATIONS[:place]} for place, name in enumerate(STATIONS)},
     "latents": {*BASE, "images", "config"},
-    "representations": {*BASE, "config", "runtime", "storage"},
+    # The parts of transformers are the fields'.
+    "representations": {*BASE, "config", "runtime", "storage", "fields"},
     "images": {*BASE, "rgb"},
     "coders": CODERS,
     "generators": {*CODERS, "coders"},

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import rac
 from rac.coders.rac import RAC
 from rac.errors import WeightsError
+from rac.fields import DDTFieldConfig
 from rac.fields.transformer import positions
 from rac.generators.convert import from_public, read_public, to_public, turned
-from rac.generators.flow import FlowGenerator
+from rac.generators.flow import FlowGenerator, FlowGeneratorConfig
 from rac.latents import LatentSpec
 
 WIDTH, HEADS, DEPTH, CHANNELS, SIDE, CLASSES = 24, 2, 2, 4, 8, 5
@@ -242,3 +243,9 @@ def test_networks_of_other_kinds_are_refused(coder, make_rac):
             from_public(tensors, coder, **{"heads": HEADS, **given})
     with pytest.raises(WeightsError, match="4 channels, the coder's have 3"):
         from_public(public, make_rac(spec=LatentSpec(4, 3)), heads=HEADS)
+
+
+def test_a_wide_head_is_refused_by_code_that_has_none(coder):
+    config = FlowGeneratorConfig(coder.spec, 4, DDTFieldConfig().tiny())
+    with pytest.raises(WeightsError, match="a ddt, which code of SiT"):
+        to_public(FlowGenerator(config))

@@ -34,6 +34,9 @@ class EvaluationOptions:
     """Protocol: pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256; for generated images also
     generated-64, generated-128, both also with -lite, generated-256; or a JSON file with a protocol, or with a result,
     which is repeated on the same images."""
+    metrics: tuple[str, ...] = ()
+    """Further metrics, beside those of the protocol: `probe` is how well a linear classifier finds the classes of the
+    images in their latents, pooled and at single places; classes are the folders above the pictures."""
     reference: Path | None = None
     """Images that FID and other metrics of sets compare with: pictures, or an .npz file of moments (mu, sigma), such as
     ADM's of ImageNet. None: the images themselves."""
@@ -91,7 +94,8 @@ class EvaluationOptions:
         if not self.steps or not self.latents:
             raise RacError("--steps and --latents need at least one value each, such as --steps 1 2 4 8 --latents own")
         chosen = protocol_named(self.protocol)
-        return chosen if self.count is None else replace(chosen, count=self.count)
+        metrics = tuple(dict.fromkeys((*chosen.metrics, *self.metrics)))
+        return replace(chosen, metrics=metrics, count=chosen.count if self.count is None else self.count)
 
     def _images(self, protocol: Protocol) -> tuple[ImageSet, ImageSet | FeatureMoments | None]:
         reference = None

@@ -15,7 +15,7 @@ from ..errors import RacError
 from ..flow.solvers import SOLVERS, SolverName
 from ..representations import ExtractorName
 from .image_sets import Preprocessing
-from .suite import IMAGE_METRICS, LATENT_METRICS, SET_METRICS, SHORTEST_SIDE
+from .suite import CLASS_METRICS, IMAGE_METRICS, LATENT_METRICS, SET_METRICS, SHORTEST_SIDE
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Protocol:
     reference: str | None = None
     """Hash of the only set of reference images that the protocol is meant for (`ImageSet.hash`); None: any set."""
     metrics: tuple[str, ...] = ("psnr", "ssim")
-    """Names of metrics, from `IMAGE_METRICS`, `SET_METRICS` and `LATENT_METRICS`."""
+    """Names of metrics, from `IMAGE_METRICS`, `SET_METRICS`, `LATENT_METRICS` and `CLASS_METRICS`."""
     extractor: ExtractorName | None = None
     """Name of the network whose features metrics of sets compare."""
     latents: Literal["own", "teacher"] = "own"
@@ -58,7 +58,7 @@ class Protocol:
     """Round reconstructions to 8 bits first, so that metrics are those of the written files."""
 
     def __post_init__(self) -> None:
-        known = (*IMAGE_METRICS, *SET_METRICS, *LATENT_METRICS)
+        known = (*IMAGE_METRICS, *SET_METRICS, *LATENT_METRICS, *CLASS_METRICS)
         for metric in self.metrics:
             if metric not in known:
                 raise RacError(f"metric {metric!r} is not known; expected some of {', '.join(known)}")

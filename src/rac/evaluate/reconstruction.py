@@ -23,6 +23,7 @@ from .feature_cache import FeatureCache
 from .image_metrics import psnr
 from .image_sets import Batch, FeatureMoments, ImageSet, digest
 from .latent_metrics import LatentAgreement
+from .probe import LinearProbe, check_classes, check_labels
 from .protocol import Protocol
 from .result import Result, command_line, versions
 from .suite import MetricSuite
@@ -111,7 +112,7 @@ class Reconstructor:
             if "state-round-trip" in metrics and coded is not None and coded.flow is not None and walk is not None:
                 state_round_trip = crop(self.coder.state_round_trip(coded.flow, walk).float(), size)
         own_latent = None if coded is None else coded.latent.float()
-        return Pass(self._as_file(reconstruction), own_latent, teacher_latent, state_round_trip, seconds)
+        return Pass(self._as_file(reconstruction), latent, own_latent, teacher_latent, state_round_trip, seconds)
 
     def _source(self, batch: Batch) -> tuple[Tensor, Coded | None, Tensor | None]:
         """Returns the latent to decode, and the results of the coder or the teacher on the way to it."""
@@ -153,6 +154,8 @@ class Pass(NamedTuple):
 
     images: Tensor
     """The reconstructions, B 3 H W in [-1, 1], rounded to 8 bits if the protocol says so."""
+    latent: Tensor
+    """The latent that was decoded, B c h w."""
     own_latent: Tensor | None
     """The coder's own latent, B c h w; None if no metric needs it."""
     teacher_latent: Tensor | None
@@ -264,7 +267,7 @@ def measure(
     for part in images.batches(batch):
         part = part._replace(images=part.images.to(device))
         passed = reconstructor.one_pass(part)
-        tally.add(part.images, passed)
+        tally.add(part, passed)
         seconds, done = seconds + passed.seconds, done + len(part.names)
         if progress is not None:
             progress(done, len(images))
@@ -306,6 +309,9 @@ def _check(
         raise RacError(
             f"a {type(coder).__name__} has no flow whose states could make a round trip; leave state-round-trip out"
         )
+    if "probe" in protocol.metrics:
+        check_labels(images.labels)
+        check_classes(images.labels or ())
     if suite.metrics != protocol.metrics:
         raise RacError(
             f"the suite has the metrics {suite.metrics}, but the protocol asks for {protocol.metrics}; load the suite "
@@ -331,8 +337,10 @@ class _Tally:
         self._per_image: dict[str, list[Tensor]] = {}
         self._features: list[Features] = []
         self._agreement = LatentAgreement()
+        self._probe = LinearProbe()
 
-    def add(self, image: Tensor, passed: Pass) -> None:
+    def add(self, part: Batch, passed: Pass) -> None:
+        image = part.images
         values = self._suite.of_images(passed.images, image)
         if passed.state_round_trip is not None:
             values["psnr, state round trip"] = psnr(passed.state_round_trip, image).cpu()
@@ -348,6 +356,8 @@ class _Tally:
             assert passed.own_latent is not None
             assert passed.teacher_latent is not None
             self._agreement.update(passed.own_latent, passed.teacher_latent)
+        if "probe" in self._protocol.metrics:
+            self._probe.update(passed.latent, image, part.labels)
 
     def features(self) -> Features:
         assert self._cache is not None
@@ -358,9 +368,10 @@ class _Tally:
         return {metric: float(torch.cat(values).double().mean()) for metric, values in self._per_image.items()}
 
     def latent_means(self) -> dict[str, float]:
-        if "explained-variance" not in self._protocol.metrics:
-            return {}
-        return {"explained variance": float(self._agreement.explained_variance().mean())}
+        metrics, found = self._protocol.metrics, {}
+        if "explained-variance" in metrics:
+            found["explained variance"] = float(self._agreement.explained_variance().mean())
+        return {**found, **self._probe.accuracies()} if "probe" in metrics else found
 
     def per_image(self) -> dict[str, tuple[float, ...]]:
         return {metric: tuple(torch.cat(values).double().tolist()) for metric, values in self._per_image.items()}

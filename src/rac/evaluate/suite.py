@@ -35,9 +35,13 @@ LatentMetric = Literal["explained-variance", "state-round-trip"]
 They are their agreement with the teacher's, and the PSNR of encoding and decoding without contraction.
 """
 
+ClassMetric = Literal["probe"]
+"""Names of metrics of latents and the classes of their images: the accuracy of a linear probe, pooled and per token."""
+
 IMAGE_METRICS: tuple[ImageMetric, ...] = get_args(ImageMetric)
 SET_METRICS: tuple[SetMetric, ...] = get_args(SetMetric)
 LATENT_METRICS: tuple[LatentMetric, ...] = get_args(LatentMetric)
+CLASS_METRICS: tuple[ClassMetric, ...] = get_args(ClassMetric)
 
 SHORTEST_SIDE: dict[str, int] = {"ssim": SSIM_WINDOW, "ms-ssim": MS_SSIM_SIDE, "lpips-alex": 31, "lpips-vgg16": 16}
 """Shortest side, in pixels, of the images that a metric applies to."""

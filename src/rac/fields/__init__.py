@@ -6,20 +6,27 @@ kind of field is entered in `FieldConfig`, the union that config.json files and 
 
 from .carriers import CarriersField, CarriersFieldConfig
 from .conv import ConvField, LdmFieldConfig, TinyFieldConfig
+from .ddt import DDTField, DDTFieldConfig, ddt
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
 from .sit import SiTField, SiTFieldConfig, sit
 from .unet import UNet, UNetConfig, UNetField, UNetFieldConfig
 
+LatentFieldConfig = SiTFieldConfig | DDTFieldConfig
+"""Configurations of fields over latents, whose conditions are labels."""
+
 FieldConfig = (
-    TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | UNetFieldConfig | SiTFieldConfig
+    TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | UNetFieldConfig | LatentFieldConfig
 )
 
 __all__ = [
     "CarriersField",
     "CarriersFieldConfig",
     "ConvField",
+    "DDTField",
+    "DDTFieldConfig",
     "FieldConfig",
+    "LatentFieldConfig",
     "LdmFieldConfig",
     "LocalField",
     "LocalFieldConfig",
@@ -31,5 +38,6 @@ __all__ = [
     "UNetConfig",
     "UNetField",
     "UNetFieldConfig",
+    "ddt",
     "sit",
 ]

@@ -5,7 +5,7 @@ Its time is this library's: 0 is noise, 1 the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,6 +75,10 @@ class SiTFieldConfig:
         if factor not in (None, self.patch):
             raise RacError(f"patches of {self.patch} undo a factor of {self.patch}, not {factor}; give patch {factor}")
         return SiTField(self, state_channels)
+
+    def tiny(self) -> SiTFieldConfig:
+        """Returns the same configuration at a size for trying out."""
+        return replace(self, depth=2, width=32, heads=2)
 
 
 SIZES: dict[str, tuple[int, int, int]] = {

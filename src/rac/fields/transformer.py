@@ -19,6 +19,9 @@ from ..errors import RacError
 TIME_FREQUENCIES = 128
 """Number of cosines, and of sines, that embed a time."""
 
+FOURIER_FREQUENCIES = 256
+"""Number of random frequencies of a `FourierEmbedding`."""
+
 EPSILON = 1e-6
 """Number that norms add to the variance."""
 
@@ -50,6 +53,25 @@ class TimeEmbedding(nn.Sequential):
     def forward(self, time: Tensor) -> Tensor:
         """Returns the embedding, in the type of the weights."""
         return super().forward(waves(time).to(next(self.parameters()).dtype))
+
+
+class FourierEmbedding(nn.Sequential):
+    """Embedding of times in [0, 1], or of signed intervals, B -> B width, by random frequencies that are never trained.
+
+    sin(2 pi w t) and then cos(2 pi w t), w ~ N(0, 1), before a two-layer network (RAE, arXiv 2510.11690).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(2 * FOURIER_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("frequencies", torch.randn(FOURIER_FREQUENCIES))
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Returns the embedding, in the type of the weights. The waves are computed in float32 at least."""
+        exact = torch.promote_types(time.dtype, torch.float32)
+        angles = 2 * math.pi * time.to(exact)[:, None] * self.frequencies.to(exact)
+        return super().forward(torch.cat([angles.sin(), angles.cos()], dim=1).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Embedding):
@@ -232,6 +254,31 @@ class Block(nn.Module):
         return x + mlp_gate * self.mlp(modulate(self.before_mlp(x), mlp_shift, mlp_scale))
 
 
+class PlainBlock(nn.Module):
+    """Block of a vision transformer, without a condition: layer norm with weights, and GELU in its exact form.
+
+    Args:
+        width: channels of the tokens; `heads` must divide it.
+        heads: heads of the attention.
+        hidden: channels between the two layers of the network.
+        epsilon: number that norms add to the variance.
+        gelu: form of GELU, `none` (exact) or `tanh`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, epsilon: float, gelu: Literal["none", "tanh"] = "none"
+    ) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(gelu), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens B N D to the same shape."""
+        x = x + self.attention(self.before_attention(x))
+        return x + self.mlp(self.before_mlp(x))
+
+
 class Head(nn.Module):
     """Last layer: tokens B N D to the numbers of their patches, B N `out`, modulated by the condition."""
 
@@ -251,24 +298,23 @@ class Head(nn.Module):
 
 
 @torch.no_grad()
-def initialise(network: nn.Module) -> None:
-    """Gives a network of these parts the weights that DiT and SiT begin with, so that its output is zero.
+def initialise(network: nn.Module, linears: Literal["xavier", "torch"] = "xavier") -> None:
+    """Gives a network of these parts the weights that its kind begins with, so that its output is zero.
 
-    Linear layers: Xavier's uniform, without bias; patches alike, their weights flattened; time and label embeddings:
-    N(0, 0.02^2); modulations and the last layer: zero, so that every block begins as the identity.
+    Patches: Xavier's uniform on the flattened weights, without bias; time and label embeddings: N(0, 0.02^2);
+    modulations and the last layer: zero, so that every block begins as the identity. All other linear layers: Xavier's
+    uniform without bias as in DiT and SiT, or torch's own as in DDT and RAE.
     """
     for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, Patches):
+        if isinstance(module, Patches) or (linears == "xavier" and isinstance(module, nn.Linear)):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, LabelEmbedding):
             nn.init.normal_(module.weight, std=0.02)
     for module in network.modules():
         for part in module.children():
-            if isinstance(module, TimeEmbedding) and isinstance(part, nn.Linear):
+            if isinstance(module, (TimeEmbedding, FourierEmbedding)) and isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=0.02)
             elif isinstance(module, (Modulation, Head)) and isinstance(part, nn.Linear):
                 nn.init.zeros_(part.weight)
+                nn.init.zeros_(part.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -41,3 +42,16 @@ def shift(time: Tensor, alpha: float) -> Tensor:
         raise RacError(f"time shift alpha {alpha} must be positive; 1 leaves times as they are")
     # The same for t = 1 - u, in the form that keeps both ends exactly.
     return time / (time + alpha * (1 - time))
+
+
+REFERENCE_NUMBERS = 4096
+"""Count of numbers in a latent that needs no shift: 4 x 32 x 32, the SD-VAE's at 256 pixels."""
+
+
+def dimension_shift(channels: int, height: int, width: int) -> float:
+    """Returns the shift of times that a latent of c x h x w asks for: sqrt(c h w / 4096), at least 1.
+
+    At equal time, noise hides less of a latent that has more numbers, as they tell of each other (RAE, arXiv
+    2510.11690, after SD3, arXiv 2403.03206).
+    """
+    return max(1.0, math.sqrt(channels * height * width / REFERENCE_NUMBERS))

@@ -137,9 +137,11 @@ def to_public(generator: FlowGenerator, *, noise_time: bool = False, learn_sigma
     - `noise_time`: for code whose time is 1 at the noise, as REPA's (its projectors are not made).
     - `learn_sigma`: double the output, as SiT's default asks for; the second half is zero.
 
-    Raises `WeightsError` for a field with an interval, which those networks do not have.
+    Raises `WeightsError` for a DiT^DH, and for a field with an interval, which those networks do not have.
     """
     config = generator.config.field
+    if config.kind != "sit":
+        raise WeightsError(f"the generator's field is a {config.kind}, which code of SiT or LightningDiT cannot run")
     if config.interval:
         raise WeightsError("SiT and LightningDiT have no interval; a mean-velocity field cannot be given to them")
     tensors = {name: tensor.detach().clone() for name, tensor in generator.field.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Generators that integrate a velocity field from noise to latents: SiT, and what is built like it."""
+"""Generators that integrate a velocity field from noise to latents: SiT and DiT^DH, and what is built like them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..coders.protocol import Coder
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
-from ..fields import SiTFieldConfig
+from ..fields import LatentFieldConfig
 from ..flow import Conditioned, Field, Guided, integrate
 from ..latents import LatentSpec
 from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
@@ -46,7 +46,7 @@ class FlowGeneratorConfig:
     """Shape of the latents, and the hash of the coder's statistics."""
     side: int
     """Height and width of the latents it was trained on."""
-    field: SiTFieldConfig
+    field: LatentFieldConfig
     """Configuration of the velocity network."""
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of their labels; empty: it knows no classes."""

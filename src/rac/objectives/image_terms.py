@@ -55,5 +55,10 @@ def image_terms(losses: ImageLosses, decoded: Tensor, image: Tensor) -> dict[str
     if losses.discriminator is not None:
         terms[ADVERSARIAL] = -losses.discriminator(decoded).float().mean()
         real, made = losses.discriminator(image), losses.discriminator(decoded.detach())
-        terms[DISCRIMINATOR] = (F.relu(1 - real.float()).mean() + F.relu(1 + made.float()).mean()) / 2
+        terms[DISCRIMINATOR] = hinge(real, made)
     return terms
+
+
+def hinge(real: Tensor, made: Tensor) -> Tensor:
+    """Returns half the hinge loss of a discriminator's logits of real and of made images, a scalar."""
+    return (F.relu(1 - real.float()).mean() + F.relu(1 + made.float()).mean()) / 2

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import dgae, klvae, rac, repae, sit
+from . import ddt, dgae, klvae, rac, rae, repae, sit
 from .dgae import DGAERecipe
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
+from .rae import RAERecipe
 from .recipe import Recipe
 from .repae import RepaERecipe
 from .sit import SiTRecipe
 
-__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "Recipe", "RepaERecipe", "SiTRecipe"]
+__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "RAERecipe", "Recipe", "RepaERecipe", "SiTRecipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -57,5 +58,17 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
     "sit-xl-2-repa": _preset(sit.sit_xl_2_repa),
+    "rae-128": _preset(rae.rae_128),
+    "rac-rae-128": _preset(rac.rac_rae_128),
+    "rac-rae-128-rollout": _preset(rac.rac_rae_128_rollout),
+    "rae-b": _preset(rae.rae_b),
+    "rae-l": _preset(rae.rae_l),
+    "rae-xl": _preset(rae.rae_xl),
+    "rae-xl-512": _preset(rae.rae_xl_512),
+    "dit-dh-128": _preset(ddt.dit_dh_128),
+    "dit-dh-s": _preset(ddt.dit_dh_s),
+    "dit-dh-b": _preset(ddt.dit_dh_b),
+    "dit-dh-l": _preset(ddt.dit_dh_l),
+    "dit-dh-xl": _preset(ddt.dit_dh_xl),
 }
 """Presets by name: a sentence on the purpose, and the recipe."""

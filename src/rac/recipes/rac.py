@@ -466,6 +466,29 @@ def decoder_rac_noise() -> RACRecipe:
     return replace(rac, steps=8, seed_noise=1.0, objective=replace(rac.objective, weights=weights, times="uniform"))
 
 
+def rac_rae_128() -> RACRecipe:
+    """A RAC of rae-128's latents, a step as costly as that decoder; an hour on one core. Give --teacher."""
+    return RACRecipe(
+        teacher="rae-128",
+        field=LocalFieldConfig(widths=(128, 80, 40, 20), blocks=(2, 1, 1, 1), down=(16, 32, 48), down_blocks=(0, 0, 0)),
+        state_channels=4,
+        spread="beside",
+        objective=_AT_THE_ENDS,
+        data=DataConfig(size=128, smallest_crop=192, held_out=32, keep_mb=1_024),
+        train=replace(ONE_CORE, iterations=6_000, batch=16, warmup=50, final_lr=0.05),
+    )
+
+
+def rac_rae_128_rollout() -> RACRecipe:
+    """Second stage of the RAC of rae-128: 1 to 4 unrolled steps, LPIPS. Give --teacher, and the first as --start."""
+    first = rac_rae_128()
+    return replace(
+        first,
+        objective=_through(4),
+        train=replace(first.train, iterations=800, batch=8, lr=4e-4, warmup=20, final_lr=0.02),
+    )
+
+
 def tiny() -> RACRecipe:
     """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
     return RACRecipe(

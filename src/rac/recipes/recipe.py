@@ -26,7 +26,7 @@ from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR
 from ..report.pictures import Panel, sheet, strip
 from ..representations import Targets
 from ..train import Fitted, Part, PartTerms, Task, TrainConfig, check_run, fit
-from ..train.adversary import AdaptiveWeight, ImageNetworks, last_layer
+from ..train.adversary import EPSILON, AdaptiveWeight, ImageNetworks, last_layer
 from ..train.discriminator import DiscriminatorConfig
 from ..train.processes import Processes
 
@@ -197,13 +197,16 @@ def prepared_from(recipe: Recipe) -> dict[str, Any]:
 # Discriminators
 
 
-def coder_parts(coder: nn.Module, weights: Mapping[str, float], networks: ImageNetworks, last: str) -> dict[str, Part]:
+def coder_parts(
+    coder: nn.Module, weights: Mapping[str, float], networks: ImageNetworks, last: str, epsilon: float = EPSILON
+) -> dict[str, Part]:
     """Returns the parts of a training: the coder, "coder", and the discriminator if `networks` has one.
 
-    - `coder`: the coder to train.
+    - `coder`: the coder to train, or the part of it that is trained.
     - `weights`: the weights of all terms; the weight of `adversarial` is relative to the others.
     - `networks`: LPIPS and the discriminator.
     - `last`: name of the submodule of the coder that makes images.
+    - `epsilon`: number added to the length of the adversarial gradient.
 
     Raises `RacError` if no term has a weight beside the adversarial one.
     """
@@ -215,7 +218,7 @@ def coder_parts(coder: nn.Module, weights: Mapping[str, float], networks: ImageN
         )
     if networks.discriminator is None:
         return {"coder": Part(coder, own)}
-    adaptive = AdaptiveWeight(ADVERSARIAL, weights[ADVERSARIAL], last_layer(coder, last))
+    adaptive = AdaptiveWeight(ADVERSARIAL, weights[ADVERSARIAL], last_layer(coder, last), epsilon)
     return {"coder": Part(coder, own, adaptive), **discriminator_parts(networks)}
 
 

@@ -1,4 +1,4 @@
-"""Training of a SiT on the latents of a frozen coder, alone or with REPA: the recipe, its task, and its presets."""
+"""Training of a SiT or a DiT^DH on the latents of a frozen coder, alone or with REPA: the recipe, its task, presets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..data.stream import Want
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.cost import CostRow, count
-from ..fields import SiTFieldConfig, sit
+from ..fields import LatentFieldConfig, sit
 from ..generators.flow import FlowGenerator, FlowGeneratorConfig
 from ..generators.sample import Source, Wanted
 from ..generators.sampling import Sampling
@@ -49,7 +49,7 @@ HELD_OUT_DRAWS = 8
 
 @dataclass(frozen=True)
 class SiTRecipe:
-    """Recipe that trains a SiT on the latents of a coder, and the labels of their pictures.
+    """Recipe that trains a SiT or a DiT^DH on the latents of a coder, and the labels of their pictures.
 
     Latents have to be prepared: by `rac cache`, or by `data.cached_crops`. With a representation to align with (REPA),
     so are its features; where `rac cache` prepared none, they are computed of the images in each iteration.
@@ -60,7 +60,7 @@ class SiTRecipe:
 
     coder: str
     """The coder of the latents: a shipped name, a directory, a TAESD-family .pth file, or a name on the hub."""
-    field: SiTFieldConfig
+    field: LatentFieldConfig
     """The network; its number of classes must be that of the pictures, or 0 to leave their labels alone."""
     channels: int = 4
     """Channels of the coder's latents."""
@@ -124,7 +124,7 @@ class SiTRecipe:
         """Returns the same recipe at a size that runs in seconds on a CPU."""
         return replace(
             self,
-            field=replace(self.field, depth=2, width=32, heads=2),
+            field=self.field.tiny(),
             sampling=replace(self.sampling, steps=2),
             align=self.align.tiny(),
             data=replace(tiny_data(self.data), cached_crops=8),
@@ -196,7 +196,7 @@ def check_classes(data: DataConfig, classes: int) -> None:
         )
 
 
-def field_costs(name: str, side: int, config: SiTFieldConfig, channels: int, factor: int) -> list[CostRow]:
+def field_costs(name: str, side: int, config: LatentFieldConfig, channels: int, factor: int) -> list[CostRow]:
     """Counts parameters and MACs of one evaluation of a field.
 
     - `name`: the name of the recipe.
@@ -213,7 +213,7 @@ def field_costs(name: str, side: int, config: SiTFieldConfig, channels: int, fac
 
 
 def new_generator(
-    config: SiTFieldConfig, spec: LatentSpec, side: int, sampling: Sampling, coder: str | None, rng_seed: int
+    config: LatentFieldConfig, spec: LatentSpec, side: int, sampling: Sampling, coder: str | None, rng_seed: int
 ) -> FlowGenerator:
     """Returns a generator with random weights, its classes named by their numbers.
 
@@ -234,7 +234,7 @@ def new_generator(
 
 @dataclass
 class SiTTask:
-    """Task that trains a SiT on the latents of a frozen coder."""
+    """Task that trains a velocity field on the latents of a frozen coder."""
 
     module: FlowGenerator
     coder: Coder

@@ -16,6 +16,7 @@ from ..errors import RacError, WeightsError
 from .efficientnet import EfficientNetLite0, EfficientNetTokens
 from .extractor import Extractor, Features, extract, join, metric_name
 from .inception import INCEPTION, INCEPTION_TO_MIXED_8, Inception768, Inception2048
+from .levels import DINO, Levels, LevelsName, load_levels
 from .lpips import FILES
 from .representation import Representation
 from .targets import Targets
@@ -30,19 +31,22 @@ __all__ = [
     "Features",
     "Inception768",
     "Inception2048",
+    "Levels",
+    "LevelsName",
     "Representation",
     "Targets",
     "extract",
     "join",
     "load_extractor",
+    "load_levels",
     "load_representation",
     "metric_name",
 ]
 
 ExtractorName = Literal["inception-2048", "inception-768", "efficientnet-lite0"]
 
-WEIGHT_FILES: tuple[WeightFile, ...] = (*FILES.values(), INCEPTION, INCEPTION_TO_MIXED_8)
-"""All weight files that metrics and perceptual terms may need."""
+WEIGHT_FILES: tuple[WeightFile, ...] = (*FILES.values(), INCEPTION, INCEPTION_TO_MIXED_8, DINO)
+"""All weight files that metrics and terms of training may need."""
 
 
 def load_extractor(name: ExtractorName, weights: str | Path | None = None) -> Extractor:

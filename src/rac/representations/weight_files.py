@@ -98,7 +98,7 @@ def convert(file: WeightFile, source: Path, target: Path) -> Path | None:
     if len(present) < len(found):
         return None
     try:
-        tensors = file.convert(*(_unpickled(path) for path in present))
+        tensors = file.convert(*(read_pickled(path) for path in present))
     except KeyError as error:
         names = " and ".join(path.name for path in present)
         raise WeightsError(f"{names} lack the tensor {error}; download them again from their authors") from None
@@ -113,7 +113,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Reads a published pickle of tensors by their names, without running code from it. Raises `WeightsError`."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler fails in many ways on what is no state dict

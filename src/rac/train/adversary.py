@@ -14,6 +14,7 @@ from ..errors import RacError, WeightsError
 from ..objectives.image_terms import ImageLosses
 from ..representations.lpips import LPIPS
 from .discriminator import DiscriminatorConfig, PatchDiscriminator
+from .feature_discriminator import FeatureDiscriminator, FeatureDiscriminatorConfig
 from .processes import whole
 
 EPSILON = 1e-4
@@ -31,7 +32,7 @@ class AdaptiveWeight:
     VQGAN (arXiv 2012.09841), equation 7. The gradient of `term` is added to that of a part's other terms with the
     weight
 
-        weight * balance,  balance = |gradient of the other terms| / (|gradient of the term| + 1e-4), at most 1e4
+        weight * balance,  balance = |gradient of the other terms| / (|gradient of the term| + epsilon), at most 1e4
 
     both norms taken at the parameter `layer`.
     """
@@ -42,6 +43,8 @@ class AdaptiveWeight:
     """Weight of the balanced gradient, relative to the other terms."""
     layer: str
     """Name of the parameter, within the part's module, at which gradients are compared; `last_layer` finds it."""
+    epsilon: float = EPSILON
+    """Number added to the length of the term's gradient."""
 
     def start(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> AdaptiveGradient:
         """Returns the term's gradient, still empty, for the trained `parameters` of `module`."""
@@ -78,7 +81,7 @@ class AdaptiveGradient:
             return {}
         place = next(place for place, one in enumerate(self.parameters) if one is self.layer)
         others, own = self.layer.grad, self.sums[place]
-        balance = whole(own.new_zeros(())) if others is None else balanced(others, own)
+        balance = whole(own.new_zeros(())) if others is None else balanced(others, own, self.config.epsilon)
         for place, gradient in self.sums.items():
             parameter, scaled = self.parameters[place], self.config.weight * balance * gradient
             parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
@@ -99,9 +102,9 @@ def aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def balanced(others: Tensor, own: Tensor) -> Tensor:
+def balanced(others: Tensor, own: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Returns how many times as long the gradient `others` is as `own`: a scalar in [0, 1e4]."""
-    return (whole(others.norm()) / (whole(own.norm()) + EPSILON)).clamp(0, LARGEST)
+    return (whole(others.norm()) / (whole(own.norm()) + epsilon)).clamp(0, LARGEST)
 
 
 def last_layer(module: nn.Module, within: str) -> str:
@@ -127,14 +130,14 @@ class ImageNetworks:
     """
 
     lpips: LPIPS | None = None
-    discriminator: PatchDiscriminator | None = None
-    config: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator: PatchDiscriminator | FeatureDiscriminator | None = None
+    config: DiscriminatorConfig | FeatureDiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     @classmethod
     def build(
         cls,
         weights: Mapping[str, float],
-        config: DiscriminatorConfig,
+        config: DiscriminatorConfig | FeatureDiscriminatorConfig,
         rng_seed: int,
         option: str,
         sizes: Sequence[int] = (),
@@ -147,8 +150,8 @@ class ImageNetworks:
         - `option`: name of the group of settings that the weights come from, for messages.
         - `sizes`: sides of the training images.
 
-        Raises `WeightsError` if LPIPS's weights are not found, naming the setting that does without, and `RacError` for
-        images too small for the discriminator.
+        Raises `WeightsError` if the weights of LPIPS or of the discriminator's features are not found, naming the
+        setting that does without, and `RacError` for images too small for the discriminator.
         """
         torch.manual_seed(runtime.derived_seed(rng_seed, "discriminator"))
         lpips = None

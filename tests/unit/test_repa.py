@@ -18,6 +18,7 @@ from rac.data import Batch, CachedStream, Features, open_stream
 from rac.data.cache import fresh_stream, plan_of, prepare
 from rac.draws import Draws
 from rac.errors import RacError
+from rac.fields import ddt
 from rac.fields.alignment import AlignmentHead
 from rac.objectives.flow import flow_sample
 from rac.recipes import RECIPES, SiTRecipe
@@ -290,3 +291,8 @@ def test_the_grid_of_the_representation_grows_with_the_image() -> None:
     for side in (32, 256, 512):
         assert targets(torch.zeros(1, 3, side, side)).shape[-1] == side // 16
     assert seen == [(16, 16), (16, 16), (32, 32)]
+
+
+def test_a_generator_without_tokens_to_align_is_refused(recipe: SiTRecipe) -> None:
+    with pytest.raises(RacError, match="only a SiT has tokens to align"):
+        replace(recipe, field=ddt("S", 2, classes=2).tiny()).task()

@@ -138,5 +138,5 @@ def _regression(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     return weight.detach(), bias.detach()

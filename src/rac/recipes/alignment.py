@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..errors import RacError
 from ..fields.alignment import AlignmentHead
-from ..fields.sit import Tapped
+from ..fields.sit import SiTField, Tapped
 from ..generators.flow import FlowGenerator
 from ..objectives.alignment import alignment, on_grid
 from ..representations import Targets, load_representation
@@ -64,22 +65,30 @@ class AlignmentConfig:
 
 
 class Aligned(nn.Module):
-    """A generator in training with its alignment head: one module, with one optimiser, one clip and one average."""
+    """A generator in training with its alignment head: one module, with one optimiser, one clip and one average.
+
+    Raises `RacError` for a generator that is not a SiT.
+    """
 
     def __init__(self, generator: FlowGenerator, config: AlignmentConfig, channels: int) -> None:
         super().__init__()
+        if not isinstance(generator.field, SiTField):
+            raise RacError("only a SiT has tokens to align with a representation; leave align.representation out")
         self.generator = generator
         self.head = AlignmentHead(generator.config.field.width, channels, config.width)
         self.depth = config.depth
 
     def forward(self, state: Tensor, time: Tensor, labels: Tensor | None) -> Tapped:
         """Returns the velocity B c h w and, from the same evaluation, the aligned tokens B N D, through the head."""
-        velocity, tokens = self.generator.field.tapped(state, time, condition=labels, after=self.depth)
+        velocity, tokens = self._sit().tapped(state, time, condition=labels, after=self.depth)
         return Tapped(velocity, self.head(tokens))
 
     def tokens(self, state: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the aligned tokens of `forward` alone, without computing what comes after them."""
-        return self.head(self.generator.field.tokens(state, time, condition=labels, after=self.depth))
+        return self.head(self._sit().tokens(state, time, condition=labels, after=self.depth))
+
+    def _sit(self) -> SiTField:
+        return cast(SiTField, self.generator.field)
 
     def error(self, projected: Tensor, features: Tensor, latents: Tensor) -> Tensor:
         """Returns the term `alignment`, minus the mean cosine of tokens and features, a scalar.

@@ -23,7 +23,7 @@ from ..data.stream import Want
 from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.cost import CostRow
-from ..fields import SiTFieldConfig
+from ..fields import SiTFieldConfig, sit
 from ..generators.flow import OWN_CODER
 from ..generators.sampling import Sampling
 from ..latents import LatentSpec
@@ -303,7 +303,7 @@ def repae_64() -> RepaERecipe:
     alone = sit_64()
     return RepaERecipe(
         start="klvae-f8d4",
-        field=alone.field,
+        field=sit("XS", 2, classes=10),
         align=AlignmentConfig("efficientnet-lite0"),
         coder_rate=0.2,
         discriminator=DiscriminatorConfig(betas=(0.9, 0.999), rate=0.2),

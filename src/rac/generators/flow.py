@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
 from ..fields import SiTFieldConfig
-from ..flow import Conditioned, Field, Guided, integrate
+from ..flow import Conditioned, Guided, integrate
 from ..latents import LatentSpec
 from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
 from .protocol import Generated, LatentGenerator, LatentKind
@@ -99,7 +99,7 @@ class FlowGenerator(LatentGenerator):
         """The number that the sides of latents must be multiples of: the side of a patch."""
         return self.config.field.patch
 
-    def velocity_field(self, labels: Tensor | None, count: int) -> Field:
+    def velocity_field(self, labels: Tensor | None, count: int) -> Conditioned:
         """Returns the velocity field (state, time) -> velocity for the labels of `count` samples; None: no label."""
         if labels is None:
             labels = torch.full((count,), self.config.field.classes, device=self.device)

@@ -26,7 +26,7 @@ from ..coders.adapter import DiffusersCoder, statistics_of
 from ..coders.protocol import Coder
 from ..config import from_json, to_json
 from ..errors import RacError
-from ..flow import Conditioned, Field
+from ..flow import Conditioned
 from ..flow.grid import check_steps
 from ..generators.flow import FlowGenerator, FlowGeneratorConfig
 from ..generators.protocol import Generated, LatentGenerator
@@ -227,7 +227,7 @@ class _WholeStates(FlowGenerator):
         """The type of the latents."""
         return torch.float32
 
-    def velocity_field(self, labels: Tensor | None, count: int) -> Field:
+    def velocity_field(self, labels: Tensor | None, count: int) -> Conditioned:
         """Returns the velocity field, whose network works in its own precision; the arguments are `FlowGenerator`'s."""
         field = super().velocity_field(labels, count)
         return Conditioned(in_own_precision(self.field), field.condition)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
 from ..fields import SiTFieldConfig
-from ..flow import Conditioned, Guided, integrate
+from ..flow import Conditioned, Field, Guided, integrate
 from ..latents import LatentSpec
 from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
 from .protocol import Generated, LatentGenerator, LatentKind
@@ -114,7 +114,7 @@ class FlowGenerator(LatentGenerator):
         weaker: LatentGenerator | None,
         keep_states: bool,
     ) -> Generated:
-        field = self.velocity_field(labels, len(start))
+        field: Field = self.velocity_field(labels, len(start))
         if sampling.guides:
             away = (
                 self.velocity_field(None, len(start)) if weaker is None else weaker.velocity_field(labels, len(start))

@@ -169,7 +169,7 @@ def test_an_autoencoder_of_diffusers_decodes(folder, tmp_path) -> None:
 def test_half_precision(pipeline, tmp_path, dtype) -> None:
     whole = pipeline([0, 1], generator=seeded(0, 1), output_type="pt").images
     pipeline.save_pretrained(tmp_path)
-    half = FlowGeneratorPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    half = FlowGeneratorPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert half.transformer.dtype == half.vae.dtype == dtype
     latent = half([0, 1], generator=seeded(0, 1), output_type="latent").images
     assert latent.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -94,7 +95,7 @@ class Command:
         say(f"{self.out}: {len(tensors)} tensors, {sum(one.numel() for one in tensors.values()):,} numbers")
         return 0
 
-    def _refuse(self, given: dict[str, object], why: str) -> None:
+    def _refuse(self, given: Mapping[str, object], why: str) -> None:
         """Raises `RacError` if one of these options was given."""
         for name, value in given.items():
             if value not in (None, (), False):

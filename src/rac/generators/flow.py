@@ -109,7 +109,7 @@ class FlowGenerator(LatentGenerator):
         """The number that the sides of latents must be multiples of: the side of a patch."""
         return self.config.field.patch
 
-    def velocity_field(self, labels: Tensor | None, count: int) -> Field:
+    def velocity_field(self, labels: Tensor | None, count: int) -> Conditioned:
         """Returns the velocity field (state, time) -> velocity for the labels of `count` samples; None: no label."""
         if labels is None:
             labels = torch.full((count,), self.config.field.classes, device=self.device)
@@ -124,7 +124,7 @@ class FlowGenerator(LatentGenerator):
         weaker: LatentGenerator | None,
         keep_states: bool,
     ) -> Generated:
-        field = self.velocity_field(labels, len(start))
+        field: Field = self.velocity_field(labels, len(start))
         if sampling.guides:
             away = (
                 self.velocity_field(None, len(start)) if weaker is None else weaker.velocity_field(labels, len(start))

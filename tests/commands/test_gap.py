@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny import Colours, untrained_generator
+from tiny import Colours, untrained_generator, untrained_rac
 
 import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.rac import RAC
 from rac.evaluate.matched_sets import matched_sets
 from rac.experiments.gap import Decoder, GapExperiment
+from rac.images import to_pixels
 from rac.latents import Statistics
 
 CLASSES = ("tench", "church", "golf ball")
@@ -129,6 +131,31 @@ def test_a_decoder_that_decodes_alike_has_the_same_gap(folder: Path, tmp_path: P
         if one.gap.value != 0:
             assert (other.ratio.value, other.ratio.low, other.ratio.high) == (1.0, 1.0, 1.0)
     assert result.of("KID-colours")[0].gap.value != 0
+
+
+def test_each_image_is_decoded_from_noise_of_its_own(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"weights")
+    teacher, generator = rac.load(folder / "teacher"), rac.load_generator(folder / "g")
+    decoder = Decoder("noisy", untrained_rac(0.05, spec=teacher.spec, spread="beside", seed_noise=1.0))
+    experiment = GapExperiment(
+        generator=generator,
+        sampling=generator.sampling,
+        encoder=teacher,
+        decoders=(decoder,),
+        sets=matched_sets([folder / "data"], [], generator, (0, 1), 4),
+        judges={"colours": Colours(tmp_path / "weights")},
+        sigmas=(),
+        folder=tmp_path / "out",
+    )
+    experiment.enter(resume=False)
+    experiment.work()
+    (part,) = experiment.sets.source.batches(4)
+    with torch.no_grad():
+        latent = teacher.encode(part.images)
+        expected = decoder.coder.decode(latent, noise=decoder.coder.noise_of(latent, part.names, 0))
+    shown = experiment.kept(f"reconstructed-{decoder.key}", "pictures")
+    assert shown is not None
+    assert np.array_equal(shown.numpy(), np.stack([to_pixels(image) for image in expected]))
 
 
 def test_it_is_broken_off_and_goes_on(run, folder, tmp_path, judge, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import untrained_dgae
 
 import rac
 from rac.coders.rac import RAC
@@ -214,6 +215,19 @@ def test_images_are_those_of_the_latents_in_any_batch(make_rac: Callable[..., RA
     latent = generator.sample([derived_seed(3, "sample", 7)], [1], source.sampling).latent
     torch.testing.assert_close(whole[0].latents[3:4], latent, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(whole[0].images[0][3:4], coder.decode(latent, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_each_image_is_decoded_from_noise_of_its_own() -> None:
+    generator, coder = flow_generator(), untrained_dgae(0.05).eval()
+    source = Source(generator, coder, Sampling(steps=1), rng_seed=3)
+    wanted = [Wanted(number, number) for number in (0, 1, 2)]
+    (whole,) = source.samples(wanted, 3)
+    noise = coder.noise_of(whole.latents, (0, 1, 2), 3)
+    assert noise is not None
+    assert not torch.equal(noise[0], noise[1])
+    torch.testing.assert_close(whole.images[0], coder.decode(whole.latents, noise=noise), rtol=1e-4, atol=1e-5)
+    *_, last = source.samples(wanted, 2)
+    torch.testing.assert_close(last.images[0], whole.images[0][2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from tiny import untrained_dgae
 
 import rac
 from rac.cli import main
@@ -22,7 +23,7 @@ from rac.errors import RacError, WeightsError
 from rac.fields import SiTFieldConfig
 from rac.generators.flow import FlowGenerator, FlowGeneratorConfig
 from rac.generators.sampling import Sampling, sample_seeds
-from rac.integrations.diffusers import AutoencoderRAC
+from rac.integrations.diffusers import AutoencoderDGAE, AutoencoderRAC
 from rac.integrations.generation import FlowGeneratorModel, FlowGeneratorPipeline
 from rac.latents import Statistics
 
@@ -161,8 +162,22 @@ def test_an_autoencoder_of_diffusers_decodes(folder, tmp_path) -> None:
     pipeline.save_pretrained(tmp_path / "saved")
     again = FlowGeneratorPipeline.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again([0], generator=seeded(0), output_type="pt").images, images)
-    with pytest.raises(RacError, match="decodes at once and has no steps"):
+    with pytest.raises(RacError, match="decodes in one pass and has no steps"):
         pipeline([0], decode_steps=2)
+
+
+def test_a_dgae_decodes_from_noise_of_the_given_generators(folder, tmp_path) -> None:
+    vae = AutoencoderDGAE.from_dgae(untrained_dgae(0.05, STATISTICS))
+    pipeline = FlowGeneratorPipeline(FlowGeneratorModel.from_rac(folder / "generator"), vae)
+    one, other = (pipeline([0, 0], generator=seeded(0, 1), output_type="pt").images for _ in range(2))
+    assert torch.equal(one, other)
+    latents = pipeline([0, 0], generator=seeded(0, 1), output_type="latent").images
+    still = (vae.coder.decode(latents) / 2 + 0.5).clamp(0, 1)
+    assert not torch.allclose(one, still, atol=1e-3)
+    alone = pipeline([0], generator=seeded(1), output_type="pt").images
+    torch.testing.assert_close(alone, one[1:], atol=1e-4, rtol=1e-4)
+    few = pipeline([0, 0], generator=seeded(0, 1), output_type="pt", decode_steps=1).images
+    assert not torch.allclose(few, one, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import untrained_dgae
 
 import rac
 from rac import hub
@@ -98,6 +99,18 @@ def test_images_are_those_of_rac_generate(generation: Generation, makers: dict[s
         ("rac, 2 steps", "2"),
         ("rac, 4 steps", "4"),
     ]
+
+
+def test_each_image_has_noise_of_its_own() -> None:
+    decoder = untrained_dgae(0.05).eval()
+    generator = generator_of(decoder)
+    answer = Generation({"sit": Maker("sit", generator, {"dgae": decoder})})("sit", "cat", 5, 1.0, 2, "dgae", 1)
+    source = Source(generator, decoder, replace(generator.sampling, steps=2, guidance=1.0), rng_seed=5)
+    (samples,) = source.samples([Wanted(0, 0), Wanted(1, 0)], 2, [decoder.walk("decode", 1)])
+    noise = decoder.noise_of(samples.latents, (0, 1), 5)
+    expected = decoder.decode(samples.latents, 1, noise=noise)
+    for one, other in zip(pixels_of(answer or ""), expected, strict=True):
+        assert np.array_equal(one, to_pixels(other))
 
 
 def test_the_last_column_is_what_was_asked_for(generation: Generation) -> None:

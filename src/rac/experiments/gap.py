@@ -189,7 +189,9 @@ class GapExperiment:
         """Decodes the latents of a piece; `latents` keeps those that were made already, by kind."""
         if kind not in latents:
             latents.update(self._latents(kind, piece))
-        return _as_files(decoder.coder.decoded(latents[kind], decoder.walk).image, decoder.label)
+        # Of each image's own, the same for all kinds of latents.
+        noise = decoder.coder.noise_of(latents[kind], piece.source.names, self.rng_seed)
+        return _as_files(decoder.coder.decoded(latents[kind], decoder.walk, noise).image, decoder.label)
 
     def _latents(self, kind: str, piece: _Piece) -> dict[str, Tensor]:
         """Returns latents of a piece by kind: the generated ones, or all that are encoded."""

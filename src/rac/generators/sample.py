@@ -49,7 +49,7 @@ class Source:
     coder: Coder
     sampling: Sampling = field(default_factory=Sampling)
     rng_seed: int = 0
-    """Chooses, with the number of a sample, its noise."""
+    """Chooses, with the number of a sample, its noise, and that of coders that decode from noise."""
     weaker: LatentGenerator | None = None
     """A weaker generator to be guided away from; None: the same one without label."""
     size: tuple[int, int] | None = None
@@ -72,5 +72,6 @@ class Source:
             seeds = sample_seeds(self.rng_seed, [one.number for one in piece])
             with runtime.autocast(self.generator.device, self.bf16):
                 made = self.generator.sample(seeds, labels or None, self.sampling, weaker=self.weaker, size=self.size)
-            images = tuple(self.coder.decoded(made.latent, walk).image for walk in walks)
+            noise = self.coder.noise_of(made.latent, [one.number for one in piece], self.rng_seed)
+            images = tuple(self.coder.decoded(made.latent, walk, noise).image for walk in walks)
             yield Samples(piece, made.latent, images, made.evaluations)

@@ -33,7 +33,7 @@ from ..generators.protocol import Generated, LatentGenerator
 from ..generators.sampling import Sampling
 from ..images import to_pixels
 from ..latents import LatentSpec
-from .diffusers import AutoencoderRAC, in_own_precision
+from .diffusers import AutoencoderRAC, CoderModel, in_own_precision
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 """Kinds of output of `FlowGeneratorPipeline`."""
@@ -99,15 +99,15 @@ class FlowGeneratorPipeline(DiffusionPipeline):
 
     Args:
         transformer: the generator, a `FlowGeneratorModel`.
-        vae: the decoder: an `AutoencoderRAC`, whose number of steps can be chosen, or an autoencoder of diffusers that
-            the generator was trained on, such as AutoencoderKL.
+        vae: the decoder: an `AutoencoderRAC` or an `AutoencoderDGAE`, whose number of steps can be chosen, or an
+            autoencoder of diffusers that the generator was trained on, such as AutoencoderKL.
 
     Raises `RacError` if the generator's latents are not those of the autoencoder.
     """
 
     model_cpu_offload_seq = "transformer->vae"
 
-    def __init__(self, transformer: FlowGeneratorModel, vae: AutoencoderRAC | ModelMixin) -> None:
+    def __init__(self, transformer: FlowGeneratorModel, vae: CoderModel | ModelMixin) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self._check_latents()
@@ -163,9 +163,10 @@ class FlowGeneratorPipeline(DiffusionPipeline):
         - `class_labels`: numbers or names of classes; None: no class.
         - `num_inference_steps`: steps of the generator; None: its own.
         - `guidance_scale`: scale of guidance, 1: none; None: the generator's own.
-        - `generator`: one torch generator for each image, or one for all of them; None: torch's global one.
+        - `generator`: one torch generator for each image, or one for all of them; None: torch's global one. They also
+          draw the noise of decoders that decode from noise, after that of the latents.
         - `output_type`: "pil", "np" (B H W 3 in [0, 1]), "pt" (B 3 H W in [0, 1]) or "latent" (B c h w, normalised).
-        - `decode_steps`: steps of the decoder, if it is an `AutoencoderRAC`; None: its own.
+        - `decode_steps`: steps of the decoder, if it is an `AutoencoderRAC` or an `AutoencoderDGAE`; None: its own.
         - `batch_size`: number of images where no labels are given.
         - `sampling`: all settings of sampling; None: the generator's own. Steps and scale, if given, replace its.
         - `return_dict`: without it the result is a tuple.
@@ -184,15 +185,17 @@ class FlowGeneratorPipeline(DiffusionPipeline):
         )
         noise = _generators(generator, batch_size if labels is None else len(labels))
         latents = self.transformer.sample(noise, labels, settings).latent
-        made = latents if output_type == "latent" else _as_asked(self._decoded(latents, decode_steps), output_type)
+        made = (
+            latents if output_type == "latent" else _as_asked(self._decoded(latents, decode_steps, noise), output_type)
+        )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=made) if return_dict else (made,)
 
-    def _decoded(self, latents: Tensor, steps: int | None) -> Tensor:
+    def _decoded(self, latents: Tensor, steps: int | None, noise: list[torch.Generator]) -> Tensor:
         """Returns the images B 3 H W, float32, about [-1, 1], of latents B c h w."""
         raw_latents = statistics_of(self.vae.config).to(latents.device).denormalise(latents)
-        if isinstance(self.vae, AutoencoderRAC):  # which narrows nothing but its network's own work
-            return self.vae.decode(raw_latents, num_inference_steps=steps).sample
+        if isinstance(self.vae, CoderModel):  # which narrows nothing but its network's own work
+            return self.vae.decode(raw_latents, generator=noise, num_inference_steps=steps).sample
         return self.vae.decode(raw_latents.to(self.vae.dtype)).sample.float()
 
     def _labels(self, given: int | str | Sequence[int | str] | None) -> list[int] | None:
@@ -203,7 +206,7 @@ class FlowGeneratorPipeline(DiffusionPipeline):
 
     def _check_latents(self) -> None:
         """Raises `RacError` unless the autoencoder decodes the latents that the generator makes."""
-        if isinstance(self.vae, AutoencoderRAC):
+        if isinstance(self.vae, CoderModel):
             self.transformer.generator.check_spec(self.vae.spec, "the vae")
             return
         config = self.vae.config
@@ -215,8 +218,8 @@ class FlowGeneratorPipeline(DiffusionPipeline):
         if steps is None:
             return
         check_steps(steps)
-        if not isinstance(self.vae, AutoencoderRAC):
-            raise RacError(f"an {type(self.vae).__name__} decodes at once and has no steps; leave out decode_steps")
+        if not isinstance(self.vae, CoderModel):
+            raise RacError(f"an {type(self.vae).__name__} decodes in one pass and has no steps; leave out decode_steps")
 
 
 class _WholeStates(FlowGenerator):

@@ -88,10 +88,11 @@ def _html(
         made = maker.generator.sample(sample_seeds(rng_seed, range(SHOWN)), labels, sampling)
     rows = [(maker.name, f"{made.evaluations}", _milliseconds(begun))]
     columns: list[tuple[str, Tensor]] = []
+    noise = coder.noise_of(made.latent, range(SHOWN), rng_seed)
     for title, walk in _walks(coder, greatest).items():
         begun = time.perf_counter()
         with torch.no_grad():
-            decoded = coder.decoded(made.latent, walk)
+            decoded = coder.decoded(made.latent, walk, noise)
         columns.append((title, decoded.image))
         rows.append((f"{name}, {title}", f"{decoded.evaluations}", _milliseconds(begun)))
     cells = [
@@ -99,8 +100,8 @@ def _html(
         for number in range(SHOWN)
         for title, images in columns
     ]
-    at_once = coder.walk("decode") is None
-    once = f"{name} decodes in one pass; the number of steps changes nothing." if at_once else ""
+    one_pass = coder.walk("decode") is None
+    once = f"{name} decodes in one pass; the number of steps changes nothing." if one_pass else ""
     free = "Without a class there is nothing to guide by, so the guidance is not used." if label is None else ""
     note = f"Each row is one latent. Times are of {SHOWN} images together."
     table = Table(("network", "evaluations per image", "time"), tuple(rows))
@@ -108,7 +109,7 @@ def _html(
 
 
 def _walks(coder: Coder, greatest: int) -> dict[str, Walk | None]:
-    """Returns the ways to decode, by their names: with growing numbers of steps, or at once."""
+    """Returns the ways to decode, by their names: with growing numbers of steps, or in one pass."""
     if coder.walk("decode") is None:
         return {"in one pass": None}
     numbers: Sequence[int] = [*(steps for steps in DECODE_STEPS if steps < greatest), greatest]

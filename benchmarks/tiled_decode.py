@@ -47,7 +47,7 @@ def decode(options: argparse.Namespace, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("coder", nargs="?", default="rac-f8d8", help="a RAC of plain convolutions")
+    parser.add_argument("coder", nargs="?", default="rac-64", help="a RAC of plain convolutions")
     parser.add_argument("--side", type=int, default=4096, help="side of the image, a multiple of the coder's factor")
     parser.add_argument("--tile", type=int, default=512, help="0: whole")
     parser.add_argument("--steps", type=int, default=4)

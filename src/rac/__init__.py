@@ -1,9 +1,9 @@
 """rac: flow-based image autoencoders.
 
-coder = rac.load("rac-64")
+coder = rac.load("rac-256")
 image = rac.read_image("photo.png")           # 1 3 H W in [-1, 1]
-latent = coder.encode(image, steps=4)         # the field, walked backwards
-rac.write_image(coder.decode(latent, steps=4), "again.png")
+latent = coder.encode(image, steps=2)         # the field, walked backwards
+rac.write_image(coder.decode(latent, steps=2), "again.png")
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from .coders import dgae
 from .coders.adapter import DeepCompressionCoder, TinyCoder
 from .coders.klvae import KLVAE
 from .coders.protocol import Coder
@@ -17,8 +18,9 @@ from .coders.rae import RAE
 from .coders.rae_public import DIFFUSERS_CLASS, load_diffusers
 from .coders.taesd import TAESD
 from .errors import RacError, WeightsError, check_path
+from .generators.flow import DROP_IN as FLOW_DROP_IN
 from .generators.flow import FORMAT as FLOW_GENERATOR
-from .generators.flow import FlowGenerator
+from .generators.flow import OWN_CODER, FlowGenerator
 from .generators.protocol import LatentGenerator
 from .runtime import plain_defaults
 from .storage import CONFIG, DIFFUSERS, WEIGHTS, read_settings
@@ -35,13 +37,18 @@ LOADERS: dict[str, Callable[[Path], Coder]] = {
     "AutoencoderTiny": TinyCoder.load,
     "AutoencoderDC": DeepCompressionCoder.load,
     "TAESD": TAESD.load,
+    dgae.FORMAT: dgae.DGAE.load,
+    dgae.DROP_IN: dgae.DGAE.load_drop_in,
     RAE_FORMAT: RAE.load,
     DIFFUSERS_CLASS: load_diffusers,
 }
 """The function that reads a coder's directory, by the `format` or `_class_name` in its config.json."""
 
-GENERATORS: dict[str, Callable[[Path], LatentGenerator]] = {FLOW_GENERATOR: FlowGenerator.load}
-"""The function that reads a generator's directory, by the `format` in its config.json."""
+GENERATORS: dict[str, Callable[[Path], LatentGenerator]] = {
+    FLOW_GENERATOR: FlowGenerator.load,
+    FLOW_DROP_IN: FlowGenerator.load_drop_in,
+}
+"""The function that reads a generator's directory, by the `format` or `_class_name` in its config.json."""
 
 
 def available() -> list[str]:
@@ -65,19 +72,19 @@ def load(name_or_dir: str | Path) -> Coder:
 
     - a name in `available()`;
     - a directory written by `save`, or by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderRAC,
-      AutoencoderRAE;
-      with whole or sharded weights, or a variant of them);
+      AutoencoderDGAE, AutoencoderRAE; with whole or sharded weights, or a variant of them);
     - the directory of a diffusers pipeline, whose `vae` is loaded;
     - the folder of a training run;
+    - the directory of a generator that was trained together with its coder (REPA-E), whose coder is loaded;
     - a TAESD-family .pth file, or a directory with one such pair;
     - a name on the Hugging Face hub (HF_HUB_OFFLINE is respected).
 
     Raises `WeightsError` for an unknown name (naming similar ones), a directory without weights, and weights that do
     not fit.
     """
-    path = _found(name_or_dir, "coder", available())
-    if (path / "model_index.json").is_file() and (path / "vae").is_dir():
-        path = path / "vae"
+    path = _part(_found(name_or_dir, "coder", available()), "vae")
+    if _kind(path) in GENERATORS and (path / OWN_CODER).is_dir():
+        path = path / OWN_CODER
     with plain_defaults():
         return _loader(path)(path).eval().requires_grad_(False)
 
@@ -86,10 +93,11 @@ def load_generator(name_or_dir: str | Path) -> LatentGenerator:
     """Loads a generator of latents, ready to use: float32, on the CPU, in evaluation mode, parameters frozen.
 
     `name_or_dir` is a name in `available_generators()`, a directory that a generator's `save` wrote, the folder of a
-    training run, or a name on the Hugging Face hub. Raises `WeightsError` for an unknown name (naming similar ones), a
-    directory that holds no generator, and weights that are missing or do not fit.
+    training run, the directory of a `FlowGeneratorPipeline`, or a name on the Hugging Face hub. Raises `WeightsError`
+    for an unknown name (naming similar ones), a directory that holds no generator, and weights that are missing or do
+    not fit.
     """
-    path = _found(name_or_dir, "generator", available_generators())
+    path = _part(_found(name_or_dir, "generator", available_generators()), "transformer")
     kind = _kind(path)
     if kind not in GENERATORS:
         raise WeightsError(
@@ -97,6 +105,14 @@ def load_generator(name_or_dir: str | Path) -> LatentGenerator:
         )
     with plain_defaults():
         return GENERATORS[kind](path)
+
+
+def is_generator(name_or_dir: str | Path) -> bool:
+    """Returns whether a name or a directory is that of a generator, which `load_generator` loads, not of a coder.
+
+    Raises `WeightsError` if there is neither of this name.
+    """
+    return _kind(_found(name_or_dir, "model", sorted([*available(), *available_generators()]))) in GENERATORS
 
 
 def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
@@ -109,7 +125,7 @@ def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
             f"expected the name or the directory of a {what}, not {name_or_dir!r:.80}; {_listed(what, shipped)}"
         )
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
-    if name in shipped and not path.exists():
+    if not path.exists() and any(name == folder.name for folder in _shipped()):
         path = SHIPPED / name
     elif not path.exists() and _on_hub(name):
         path = download(name)
@@ -121,6 +137,11 @@ def _found(name_or_dir: str | Path, what: str, shipped: list[str]) -> Path:
             f"{hint}"
         )
     return product(path)
+
+
+def _part(path: Path, name: str) -> Path:
+    """Returns the folder of a part of a diffusers pipeline; `path` itself, if it is no pipeline that has this part."""
+    return path / name if (path / "model_index.json").is_file() and (path / name).is_dir() else path
 
 
 def _listed(what: str, shipped: list[str]) -> str:
@@ -186,7 +207,8 @@ def download(name: str) -> Path:
 
     ends = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
     files = [CONFIG, WEIGHTS, *(DIFFUSERS + end for end in ends)]
-    patterns = ["model_index.json", *files, *(f"vae/{file}" for file in files)]
+    parts = ("vae", "transformer", OWN_CODER)
+    patterns = ["model_index.json", *files, *(f"{part}/{file}" for part in parts for file in files)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the network fails in many ways, all with the same mend

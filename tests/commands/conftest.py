@@ -12,6 +12,9 @@ import torch
 import rac
 from rac.cli import main
 from rac.coders.klvae import KLVAEConfig
+from rac.fields import SiTFieldConfig
+from rac.generators.flow import FlowGenerator, FlowGeneratorConfig
+from rac.generators.sampling import Sampling
 
 
 class Ran(NamedTuple):
@@ -46,6 +49,20 @@ def coder_dir(tmp_path_factory: pytest.TempPathFactory, make_rac) -> Path:  # ty
     rac.save(teacher, folder / "teacher")
     rac.save(make_rac(lively=0.05, spec=teacher.spec, teacher=str(folder / "teacher")), folder / "coder")
     return folder / "coder"
+
+
+@pytest.fixture(scope="session")
+def generator_dir(coder_dir: Path) -> Path:
+    """A directory with a random generator of that coder's latents, 4 x 4, of the classes cat, dog and fish."""
+    torch.manual_seed(0)
+    spec, field = rac.load(coder_dir).spec, SiTFieldConfig(depth=2, width=16, heads=2, patch=2, classes=3)
+    sampling = Sampling(steps=2, guidance=1.5)
+    generator = FlowGenerator(FlowGeneratorConfig(spec, 4, field, ("cat", "dog", "fish"), str(coder_dir), sampling))
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    generator.save(coder_dir.parent / "generator")
+    return coder_dir.parent / "generator"
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from rac.errors import RacError
 from rac.experiments import ablation
 from rac.experiments.ablation import Ablation, Budget, Training
 from rac.experiments.sweep import Axis, changed, read_axis, variants
+from rac.fields import UNetConfig, UNetFieldConfig
 from rac.objectives.rac import RACObjective
 from rac.recipes import RECIPES, RACRecipe
 from rac.train import log
 
 NANO = RECIPES["nano"][1]
-KLVAE = RECIPES["klvae"][1]
+KLVAE = RECIPES["klvae-f8d4"][1]
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,61 @@ def test_what_cannot_be_trained_stops_it_before_anything_is(tmp_path, run, coder
 )
 def test_bad_input(tmp_path: Path, run, arguments: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
     ran = run("ablate", *arguments, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_recipes_of_several_families_beside_one_another(  # type: ignore[no-untyped-def]
+    tmp_path: Path, run, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three decoders of one frozen encoder's latents, at one cost: same crops, same latents, one report."""
+    small = UNetConfig(width=8, multiples=(1, 1, 1), blocks=1, norm_groups=4)
+    for name in ("decoder-plain", "decoder-rac"):
+        text, recipe = RECIPES[name]
+        weights = replace(recipe.objective.weights, perceptual=0.0)
+        objective = replace(recipe.objective, weights=weights)
+        field = UNetFieldConfig(network=small)
+        monkeypatch.setitem(RECIPES, name, (text, replace(recipe, field=field, objective=objective)))
+    text, recipe = RECIPES["decoder-dgae"]
+    recipe = replace(recipe, decoder=small, weights=replace(recipe.weights, perceptual=0.0), steps=2)
+    monkeypatch.setitem(RECIPES, "decoder-dgae", (text, recipe))
+    data = ("--data.paths", pictures, "--data.size", 32, "--data.held-out", 2, "--data.cached-crops", 8)
+    training = ("--train.batch", 2, "--train.device", "cpu", "--train.no-tensorboard", "--budget", 2)
+    out, beside = tmp_path / "out", ("--beside", "decoder-rac", "decoder-dgae")
+    ran = run("ablate", "decoder-plain", *beside, *data, *training, "--latents", "teacher", "--out", out)
+    assert ran.code == 0, ran
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["label"]: row for row in report["comparison"]["rows"]}
+    assert list(rows) == [
+        "decoder-plain, 1 step, teacher's latents",
+        "decoder-rac, 4 steps, teacher's latents",
+        "decoder-dgae, 2 steps, teacher's latents",
+    ]
+    costs = [row["cost"] for row in rows.values()]
+    assert max(one["macs_per_step"] for one in costs) < 1.05 * min(one["macs_per_step"] for one in costs)
+    assert len(list((out / "crops").iterdir())) == 1
+    assert [training["images"] for training in report["trainings"]] == [4, 4, 4]
+    assert "decoder-plain beside decoder-rac beside decoder-dgae" in (out / "report.md").read_text()
+    again = run("ablate", "decoder-plain", *beside, *data, *training, "--out", out, "--resume", "--judged-steps", 1, 3)
+    assert again.code == 0, again
+    assert "decoder-dgae, 3 steps" in again.out
+    other = run("ablate", "decoder-plain", "--beside", "decoder-rac", *data, *training, "--out", out, "--resume")
+    assert other.code == 2
+    assert "was begun otherwise" in other.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--beside", "decoder-plain"), "recipe decoder-plain is named twice"),
+        (("--beside", "decoder-dgea"), "did you mean decoder-dgae"),
+        (("--beside", "decoder-rac", "--judged-steps", "0"), "at least 1"),
+    ],
+)
+def test_bad_companions(tmp_path: Path, run, arguments: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+    ran = run("ablate", "decoder-plain", *arguments, "--out", tmp_path / "out")
     assert ran.code == 2
     assert message in ran.err
     assert not (tmp_path / "out").exists()

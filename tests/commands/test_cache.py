@@ -126,7 +126,17 @@ def test_training_on_the_folder_is_training_on_crops_prepared_by_the_run(
 
 def test_a_kl_vae_trains_on_the_pixels(tmp_path: Path, whole: Path, run: Run) -> None:
     ran = run(
-        *("train", "klvae", "--data.paths", whole, "--data.size", 16, "--data.held-out", 2, "--train.no-tensorboard"),
+        *(
+            "train",
+            "klvae-f8d4",
+            "--data.paths",
+            whole,
+            "--data.size",
+            16,
+            "--data.held-out",
+            2,
+            "--train.no-tensorboard",
+        ),
         *("--network.widths", 4, 4, 4, "--network.norm-groups", 4, "--out", tmp_path / "run"),
         *("--train.iterations", 2, "--train.batch", 2, "--train.warmup", 0),
     )

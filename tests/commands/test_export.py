@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import untrained_dgae
 from torch import Tensor
 
 import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.protocol import Coder
-from rac.coders.rac import RAC
 from rac.errors import RacError
 from rac.fields import LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
 from rac.integrations.export import SUFFIX, check, export, load, part_of, read_description
@@ -37,6 +37,10 @@ CODERS: dict[str, Callable[..., Coder]] = {
     ),
     "local, beside": lambda make_rac: make_rac(lively=0.05, statistics=STATISTICS, field=LOCAL, spread="beside"),
     "ldm with position": lambda make_rac: make_rac(lively=0.05, statistics=STATISTICS, field=LDM),
+    "seed noise": lambda make_rac: make_rac(
+        lively=0.05, statistics=STATISTICS, field=LOCAL, spread="beside", seed_noise=0.5
+    ),
+    "DGAE": lambda make_rac: untrained_dgae(0.05, STATISTICS),
     "KL-VAE": lambda make_rac: KLVAEConfig(widths=(8, 8, 8), latent_channels=4, norm_groups=4).build().eval(),
 }
 
@@ -45,10 +49,17 @@ def frozen(coder: Coder) -> Coder:
     return coder.eval().requires_grad_(False)
 
 
-def inputs(part: str) -> list[Tensor]:
+def inputs(coder: Coder, part: str) -> list[tuple[Tensor, ...]]:
+    """An image each, or a latent with noise if the coder takes any."""
     generator = torch.Generator().manual_seed(0)
     channels, block = (3, 4) if part == "encode" else (4, 1)
-    return [torch.rand(b, channels, h * block, w * block, generator=generator) * 2 - 1 for b, h, w in SHAPES]
+    found = [torch.rand(b, channels, h * block, w * block, generator=generator) * 2 - 1 for b, h, w in SHAPES]
+    noises = [coder.noise_of(x, range(len(x))) if part == "decode" else None for x in found]
+    return [(x,) if noise is None else (x, noise) for x, noise in zip(found, noises, strict=True)]
+
+
+def walked(coder: Coder, part: str, steps: int) -> int | None:
+    return None if coder.walk(part) is None else steps
 
 
 @needs_onnx
@@ -57,45 +68,51 @@ def inputs(part: str) -> list[Tensor]:
 @pytest.mark.parametrize("kind", CODERS)
 def test_onnx_agrees_with_torch_at_sizes_it_was_not_made_at(kind, part, make_rac, tmp_path) -> None:
     coder = frozen(CODERS[kind](make_rac))
-    steps = 2 if isinstance(coder, RAC) else None
-    module = part_of(coder, part, steps, "raw")
+    module = part_of(coder, part, walked(coder, part, 2), "raw")
     export(module, tmp_path / "coder.onnx")
-    found = check(module, tmp_path / "coder.onnx", inputs(part), runs=1)
+    found = check(module, tmp_path / "coder.onnx", inputs(coder, part), runs=1)
     assert max(found.largest) < 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["coder.onnx"]  # weights and all
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["encode", "decode"])
-def test_programs_agree_with_the_coder(part, make_rac, tmp_path) -> None:
-    coder = frozen(CODERS["tiny, nearest"](make_rac))
-    export(part_of(coder, part, 2, "normalised"), tmp_path / "coder.pt2", "torch-export", "mine")
+@pytest.mark.parametrize("kind", ["tiny, nearest", "seed noise", "DGAE"])
+def test_programs_agree_with_the_coder(kind, part, make_rac, tmp_path) -> None:
+    coder = frozen(CODERS[kind](make_rac))
+    steps = walked(coder, part, 2)
+    export(part_of(coder, part, steps, "normalised"), tmp_path / "coder.pt2", "torch-export", "mine")
     program = load(tmp_path / "coder.pt2")
-    for x in inputs(part)[1:]:  # a program takes no side of a single block
+    for x, *noise in inputs(coder, part)[1:]:  # a program takes no side of a single block, a DGAE's none of two
         # The coder's own public way, so that what is exported is held against it and not against itself.
-        expected = coder.encode(x, steps=2) if part == "encode" else coder.decode(x, steps=2)
-        torch.testing.assert_close(program(x), expected, atol=1e-5, rtol=0)
+        given = {"noise": noise[0]} if noise else {}
+        expected = coder.encode(x, steps) if part == "encode" else coder.decode(x, steps, **given)
+        torch.testing.assert_close(program(x, *noise), expected, atol=1e-5, rtol=0)
     said = read_description(tmp_path / "coder.pt2")
-    assert (said["part"], said["steps"], said["coder"], said["latents"]) == (part, 2, "mine", "normalised")
+    assert (said["part"], said["steps"], said["coder"], said["latents"]) == (part, steps, "mine", "normalised")
+    channels = {"seed noise": 4, "DGAE": 3}.get(kind)
+    assert said["noise"] == (channels if part == "decode" else None)
 
 
 @pytest.mark.parametrize("kind", CODERS)
 def test_raw_and_normalised_parts_are_the_coder(kind, make_rac) -> None:
     coder = frozen(CODERS[kind](make_rac))
-    steps = 3 if isinstance(coder, RAC) else None
-    image, latent = inputs("encode")[1], inputs("decode")[1]
+    back, there = walked(coder, "encode", 3), walked(coder, "decode", 3)
+    ((image,), (latent, *noise)) = inputs(coder, "encode")[1], inputs(coder, "decode")[1]
     raw_latent = coder.statistics.denormalise(latent)
     with torch.no_grad():
-        encoded, decoded = coder.encode(image, steps), coder.decode(latent, steps)
-        torch.testing.assert_close(part_of(coder, "encode", steps)(image), encoded)
-        torch.testing.assert_close(part_of(coder, "encode", steps, "raw")(image), coder.statistics.denormalise(encoded))
-        torch.testing.assert_close(part_of(coder, "decode", steps)(latent), decoded)
-        torch.testing.assert_close(part_of(coder, "decode", steps, "raw")(raw_latent), decoded, atol=1e-5, rtol=1e-5)
+        encoded = coder.encode(image, back)
+        decoded = coder.decode(latent, there, noise=noise[0] if noise else None)
+        torch.testing.assert_close(part_of(coder, "encode", back)(image), encoded)
+        torch.testing.assert_close(part_of(coder, "encode", back, "raw")(image), coder.statistics.denormalise(encoded))
+        torch.testing.assert_close(part_of(coder, "decode", there)(latent, *noise), decoded)
+        by_raw = part_of(coder, "decode", there, "raw")(raw_latent, *noise)
+        torch.testing.assert_close(by_raw, decoded, atol=1e-5, rtol=1e-5)
 
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rac-f8d8", "klvae-f8d8"])
+@pytest.mark.parametrize("name", ["rac-64", "klvae-f8d4"])
 def test_shipped_coders_on_photographs(name, run, tmp_path) -> None:
     pytest.importorskip("skimage", reason="scikit-image's photographs are not installed")
     steps = ("--steps", "1") if name.startswith("rac") else ()
@@ -106,7 +123,7 @@ def test_shipped_coders_on_photographs(name, run, tmp_path) -> None:
     assert max(differences) < 1e-4
     said = read_description(tmp_path / "coder-decode.onnx")
     statistics = rac.load(name).statistics
-    assert (said["factor"], said["channels"], said["statistics"]) == (8, 8, statistics.hash())
+    assert (said["factor"], said["channels"], said["statistics"]) == (8, 4, statistics.hash())
     assert (said["scale"], said["shift"]) == (float(statistics.scale), float(statistics.shift))
     assert (said["part"], said["latents"], said["steps"]) == ("decode", "raw", 1 if steps else None)
     assert said["image_range"] == [-1, 1]
@@ -171,9 +188,8 @@ def test_a_missing_extra_names_the_command(coder_dir: Path, run, monkeypatch) ->
 def test_what_cannot_be_exported_says_why(make_rac) -> None:
     with pytest.raises(RacError, match="codes in one pass"):
         part_of(CODERS["KL-VAE"](make_rac), "decode", steps=4)
-    with pytest.raises(RacError, match="decodes from noise"):
-        part_of(make_rac(seed_noise=0.1), "decode")
-    part_of(make_rac(seed_noise=0.1), "encode")  # reads no noise
+    with pytest.raises(RacError, match="encodes in one pass"):
+        part_of(untrained_dgae(), "encode", steps=4)
 
 
 def test_other_files_are_told_apart(tmp_path) -> None:

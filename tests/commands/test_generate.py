@@ -216,7 +216,10 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "a coder of other latents": (("--coder", "{}/other"), "the generator's latents are not those of"),
     "statistics that do not fit": (("--coder", "{}/scaled"), "statistics"),
     "a coder that decodes nothing": (("--coder", "{}/encoder"), "trained to encode only"),
-    "steps of a coder without": (("--coder", "{}/at-once", "--decode-steps", 2), "decodes at once and has no steps"),
+    "steps of a coder without": (
+        ("--coder", "{}/at-once", "--decode-steps", 2),
+        "decodes in one pass and has no steps",
+    ),
     "a generator as coder": (("--coder", "{}/g"), "a generator of latents, not a coder"),
     "a coder as weaker one": (("--weaker", "{}/coder", "--guidance", 2), "holds no generator"),
     "a weaker one of other classes": (

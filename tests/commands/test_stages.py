@@ -12,7 +12,7 @@ from torch import nn
 
 import rac
 from rac.errors import RacError
-from rac.fields import ConvField
+from rac.fields import LocalField
 from rac.recipes import RECIPES, RACRecipe
 
 
@@ -48,7 +48,7 @@ def test_the_field_is_compiled_where_it_is_asked_for(tmp_path: Path, monkeypatch
     monkeypatch.setattr(nn.Module, "compile", lambda module: asked.append(module))
     for compiled in (False, True):
         one_iteration(compiled).run(tmp_path / str(compiled))
-        assert [type(module) for module in asked] == [ConvField] * compiled
+        assert [type(module) for module in asked] == [LocalField] * compiled
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from sixth_family import FORMAT, AffineCoder
-from tiny import smooth_images, untrained_rac
+from tiny import smooth_images, untrained_dgae, untrained_rac
 from torch import Tensor
 
 import rac
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Callable[[], Coder]] = {
     "rac projector": lambda: untrained_rac(0.05, contraction="projector"),
     "rac seed noise": lambda: untrained_rac(0.05, spread="beside", seed_noise=0.3),
     "rac decode only": lambda: untrained_rac(0.05, ways=("decode",)),
+    "dgae": lambda: untrained_dgae(0.05, statistics=PER_CHANNEL),
     "klvae": klvae,
     "taesd": lambda: TAESD(TAESDConfig(4, False, 8)),
     "taesd pooled": lambda: TAESD(TAESDConfig(4, True, 8)),
@@ -81,6 +83,7 @@ SIXTEEN = 16  # pixels: twice the largest factor
 PIECES: dict[str, Callable[[], Coder]] = {
     "rac projector, tiled": lambda: tiled(FAMILIES["rac projector"](), SIXTEEN),
     "rac seed noise, tiled": lambda: tiled(FAMILIES["rac seed noise"](), SIXTEEN),
+    "dgae, tiled": lambda: tiled(FAMILIES["dgae"](), SIXTEEN),
     "klvae, tiled": lambda: tiled(klvae(), SIXTEEN),
     "AutoencoderTiny, tiled": lambda: tiled(autoencoder_tiny(), SIXTEEN),
     "sixth, tiled": lambda: tiled(AffineCoder(), SIXTEEN),
@@ -245,6 +248,25 @@ def test_a_state_goes_back_and_forth_without_a_latent(coder: Coder) -> None:
     again = coder.state_round_trip(flow, walk)
     assert float((again - image).abs().max()) < 0.2
     assert float((again - image).abs().mean()) < 0.02
+
+
+def test_noise_by_name_does_not_depend_on_the_batch(coder: Coder) -> None:
+    latent = coder.encode(smooth_images(3, 16, 24))
+    noise = coder.noise_of(latent, ("a", "b", 3), rng_seed=7)
+    if coder.noise_shape(latent) is None:
+        assert noise is None
+        return
+    assert noise is not None
+    assert noise.shape == coder.noise_shape(latent)
+    assert 0.9 < float(noise.std()) < 1.1
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(coder.noise_of(latent[1:2], ("b",), 7), noise[1:2])
+    assert torch.equal(coder.noise_of(latent[:2], (3, "a"), 7), noise[[2, 0]])
+    assert not torch.equal(coder.noise_of(latent[1:2], ("b",), 8), noise[1:2])
+    together = coder.decode(latent, noise=noise)
+    close(coder.decode(latent[1:2], noise=coder.noise_of(latent[1:2], ("b",), 7)), together[1:2])
+    with pytest.raises(ValueError, match="zip"):
+        coder.noise_of(latent, ("a",))
 
 
 def test_noise_is_given_or_always_the_same(coder: Coder) -> None:
@@ -440,10 +462,11 @@ def test_shapes_without_values(family: Coder) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rac shuffle", "klvae", "sixth"])
+@pytest.mark.parametrize("name", ["rac shuffle", "dgae", "klvae", "sixth"])
 def test_each_way_compiles_as_one_graph(name: str) -> None:
     coder, image = frozen(FAMILIES[name]), smooth_images(1, 16, 16)
     latent = coder.encode(image)
-    for function, given in ((coder.encode, image), (coder.decode, latent)):
+    decode = partial(coder.decode, noise=coder.noise_of(latent, (0,)))  # noise that is given: generators do not compile
+    for function, given in ((coder.encode, image), (decode, latent)):
         torch._dynamo.reset()
         assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(given), function(given))

@@ -150,10 +150,10 @@ def test_variants_whose_latents_come_from_other_coders_prepare_their_own_crops(
         rac.save(network.build(), tmp_path / name)
     sharp = KLVAERecipe(network=network, start="", train_encoder=False, data=recipe.data, train=recipe.train)
     starts = f"start={tmp_path / 'a'},{tmp_path / 'b'}"
-    assert ablate("klvae-sharp", sharp, Options(tmp_path / "out", (starts,), budget="2")) == 0
+    assert ablate("klvae-f8d4-sharp", sharp, Options(tmp_path / "out", (starts,), budget="2")) == 0
     assert len(list((tmp_path / "out" / "crops").iterdir())) == 2
     sharp = replace(sharp, start=str(tmp_path / "a"))
-    assert ablate("klvae-sharp", sharp, Options(tmp_path / "one", ("train.lr=1e-3,1e-4",), budget="2")) == 0
+    assert ablate("klvae-f8d4-sharp", sharp, Options(tmp_path / "one", ("train.lr=1e-3,1e-4",), budget="2")) == 0
     assert len(list((tmp_path / "one" / "crops").iterdir())) == 1
 
 

@@ -71,7 +71,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
 def test_what_the_recipe_cannot_be(tmp_path: Path) -> None:
     refused = {
         "size 20 must be a multiple of the teacher's factor 8": rac_recipe(data=DataConfig(size=20)),
-        "start klvae-f8d8 is not a RAC": rac_recipe(start="klvae-f8d8"),
+        "start klvae-f8d4 is not a RAC": rac_recipe(start="klvae-f8d4"),
         "at least 24 pixels, not 16": rac_recipe(
             data=DataConfig(size=32, further_sizes=(16,)),
             objective=RACObjective(RACWeights(reconstruction=1.0, adversarial=0.1)),

@@ -65,7 +65,7 @@ def edited(**changes: object) -> dict:
     ("data", "said"),
     [
         (edited(colour="red"), "colour"),
-        (edited(field={"kind": "unet"}), "kind 'unet' is not known; expected one of tiny, ldm"),
+        (edited(field={"kind": "wavelet"}), "kind 'wavelet' is not known; expected one of tiny, ldm"),
         (edited(field={"kind": "tiny", "wdths": [1]}), "wdths"),
         (edited(field=None), "kind None"),
         (edited(spread="wide"), "spread"),

@@ -197,7 +197,7 @@ def test_lpips_is_wanted_before_anything_is_made(tmp_path: Path, monkeypatch) ->
         KLVAERecipe(weights=KLVAEWeights(perceptual=1.0)).run(tmp_path / "run")
     objective = RACObjective(RACWeights(reconstruction=1.0, perceptual=1.0))
     with pytest.raises(WeightsError, match="lpips_vgg16"):
-        RACRecipe(teacher="klvae-f8d8", objective=objective).run(tmp_path / "run")
+        RACRecipe(teacher="klvae-f8d4", objective=objective).run(tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
@@ -433,7 +433,7 @@ def test_a_klvae_starts_where_another_ended(images, tmp_path: Path) -> None:
     with pytest.raises(RacError, match=r"another network: latent_channels 5, was 3"):
         replace(recipe, network=replace(SMALL, latent_channels=5)).run(tmp_path / "other")
     with pytest.raises(RacError, match="is not a KL-VAE"):
-        replace(recipe, start="rac-f8d8").run(tmp_path / "other")
+        replace(recipe, start="rac-64").run(tmp_path / "other")
     with pytest.raises(RacError, match="no encoder to keep"):
         replace(recipe, start=None, train_encoder=False).run(tmp_path / "other")
     assert not (tmp_path / "other").exists()

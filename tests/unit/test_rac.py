@@ -133,7 +133,7 @@ def test_a_black_and_a_white_square_come_back(one_layer_coder, level, tmp_path):
     assert bool((np.asarray(Image.open(tmp_path / "again.png")) == level).all())
 
 
-@pytest.mark.parametrize("name", [name for name in rac.available() if not name.startswith("one-step")])
+@pytest.mark.parametrize("name", rac.available())
 @pytest.mark.parametrize("level", [-1.0, 1.0], ids=["black", "white"])
 def test_shipped_coders_keep_black_and_white_apart(name, level):
     coder = rac.load(name)

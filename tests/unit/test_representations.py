@@ -15,7 +15,7 @@ from rac.representations.representation import IMAGENET
 from rac.representations.vit import FAMILIES, PUBLISHED
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-KINDS = ("dinov2_with_registers", "siglip_vision_model", "vit_mae")
+KINDS = ("dinov2", "dinov2_with_registers", "siglip_vision_model", "vit_mae")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,9 @@ def untrained(transformers, kind: str):
                 **{**SMALL, "mlp_ratio": 2}, patch_size=14, image_size=56, num_register_tokens=3
             )
         )
+    elif kind == "dinov2":
+        config = transformers.Dinov2Config(**{**SMALL, "mlp_ratio": 2}, patch_size=14, image_size=56)
+        model = transformers.Dinov2Model(config)
     elif kind == "siglip_vision_model":
         model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL, patch_size=16, image_size=64))
     else:
@@ -60,12 +63,12 @@ def by_transformers(transformers, kind: str, image: Tensor, rows: int, columns: 
     mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in ((0.5,) * 3, (0.5,) * 3))
     if kind != "siglip_vision_model":
         mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in IMAGENET)
-    patch = 14 if kind == "dinov2_with_registers" else 16
+    patch = 14 if kind.startswith("dinov2") else 16
     pixels = ((image + 1) / 2 - mean) / std
     pixels = nn.functional.interpolate(pixels, (rows * patch, columns * patch), mode="bicubic", align_corners=False)
     model = untrained(transformers, kind)
-    if kind == "dinov2_with_registers":
-        hidden = model(pixels).last_hidden_state[:, 4:]
+    if kind.startswith("dinov2"):
+        hidden = model(pixels).last_hidden_state[:, 1 if kind == "dinov2" else 4 :]
     elif kind == "siglip_vision_model":
         hidden = model(pixels, interpolate_pos_encoding=True).last_hidden_state
     else:

@@ -25,7 +25,11 @@ def references(images) -> ImageSet:  # type: ignore[no-untyped-def]
 
 def curve(teacher, references, **options):  # type: ignore[no-untyped-def]
     settings = {"name": "teacher", "images": 5, "sigmas": (0.0, 0.5, 2.0), **options}
-    decoders = {"teacher": teacher.decode, "twin": teacher.decode, "grey": lambda z: 0 * teacher.decode(z)}
+
+    def decode(latent, names):
+        return teacher.decode(latent)
+
+    decoders = {"teacher": decode, "twin": decode, "grey": lambda latent, names: 0 * decode(latent, names)}
     return robustness_curve(decoders, teacher, references, MetricSuite.load(("psnr",)), **settings)
 
 

@@ -16,7 +16,7 @@ import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.commands.serve import Command
 from rac.errors import RacError
-from rac.evaluate.one_image import NOISED_STEPS, Loaded, decode_noised, reconstruct, reconstructions
+from rac.evaluate.one_image import STEPS, Loaded, decode_noised, reconstruct, reconstructions
 from rac.evaluate.robustness import robustness_curve
 from rac.serve.guard import Limits
 from rac.serve.page import EMPTY, Answers, build, free_port, serving
@@ -58,14 +58,14 @@ def test_moved_latents_are_those_of_the_correction_curve(loaded: Loaded, images)
             yield Batch(("picture",), images(1, 24, 24))
 
     made = decode_noised(loaded, images(1, 24, 24), 0.7)
-    decoders = {"teacher": loaded.teacher.decode}
-    decoders |= {f"{k}": lambda latent, k=k: loaded.coder.decode(latent, k) for k in NOISED_STEPS}
+    decoders = {"teacher": lambda latent, names: loaded.teacher.decode(latent)}
+    decoders |= {f"{k}": lambda latent, names, k=k: loaded.coder.decode(latent, k) for k in STEPS}
     curve = robustness_curve(
         decoders, loaded.teacher, One(), MetricSuite(metrics=("psnr",)), name="teacher", images=1, sigmas=(0.7,)
     )
     expected = [figures[0] for figures in curve.metrics["psnr"].values()]
     assert [one.psnr for one in made] == pytest.approx(expected, abs=1e-5)
-    assert [one.evaluations for one in made] == [1, *NOISED_STEPS]
+    assert [one.evaluations for one in made] == [1, *STEPS]
     unmoved = decode_noised(loaded, images(1, 24, 24), 0.0)
     assert torch.equal(unmoved[0].image, loaded.teacher.reconstruct(images(1, 24, 24)))
 
@@ -78,7 +78,7 @@ def test_coders_without_a_flow_or_a_teacher(loaded: Loaded, images) -> None:  # 
     assert [one.name for one in decode_noised(Loaded("vae", loaded.teacher), image, 0.5)] == ["vae"]
     alone = Loaded("rac", loaded.coder)
     assert [one.name for one in reconstruct(alone, image, 1).versions] == ["rac, 1 step"]
-    assert [one.evaluations for one in decode_noised(alone, image, 0.5)] == list(NOISED_STEPS)
+    assert [one.evaluations for one in decode_noised(alone, image, 0.5)] == list(STEPS)
 
 
 # ------------------------------------------------------------------------------------------ without gradio

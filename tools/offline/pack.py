@@ -1,6 +1,7 @@
 """Pack a training for a machine that has torch and numpy but no internet: program, packages, pictures, weights.
 
     python tools/offline/pack.py --out pack --data photos --data more.tar
+    python tools/offline/pack.py --out pack --latents pets-64 --coder klvae-f8d4
 
 See README.md beside this.
 """
@@ -31,6 +32,8 @@ from PIL import Image
 from torch import Tensor
 
 import rac
+from rac import hub
+from rac.data.cache import PLAN, CachedStream
 from rac.data.files import find_pictures
 from rac.data.pictures import Picture
 from rac.errors import RacError
@@ -72,17 +75,23 @@ class Target:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--data", type=Path, action="append", required=True, help="folder or tar file of pictures")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, action="append", help="folder or tar file of pictures")
+    what.add_argument("--latents", type=Path, help="folder that rac cache made, to train a generator; no pictures")
     parser.add_argument("--limit-mib", type=float, default=48.0, help="size of the whole pack")
     parser.add_argument("--side", type=int, default=144, help="short side of the packed pictures, in pixels")
     parser.add_argument("--quality", type=int, default=85, help="of the packed pictures, which are WebP")
     parser.add_argument("--pictures", type=int, default=0, help="at most so many; 0: as many as fit")
     parser.add_argument("--python", default="3.12", help="version of the target's Python")
     parser.add_argument("--there", nargs="+", default=["torch", "numpy"], help="packages that the target has already")
-    parser.add_argument("--coder", type=Path, action="append", default=[], help="a coder's folder to take along")
+    parser.add_argument(
+        "--coder", action="append", default=[], help="a coder to take along: a folder, or the name of a shipped one"
+    )
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} exists; choose another --out, or remove it")
+    if options.data and not os.environ.get("RAC_WEIGHTS_DIR"):
+        parser.error(f"name the folder that holds {FILES['vgg16']} in RAC_WEIGHTS_DIR")
     try:
         pack(options)
     except RacError as error:
@@ -91,6 +100,8 @@ def main() -> None:
 
 def pack(options: argparse.Namespace) -> None:
     """Write the folder. Raises `RacError` where pictures or LPIPS's weights are missing, or nothing fits."""
+    if options.latents is not None:
+        crops_in(options.latents)
     target = Target(options.python, frozenset(map(normalised, options.there)))
     wanted = closure(target)
     print("packages:", *(f"{name} {version}" for name, version in sorted(wanted.items())))
@@ -104,9 +115,10 @@ def pack(options: argparse.Namespace) -> None:
         shutil.copytree(PACKAGE, content / "src" / "rac", ignore=leave_out)
         (content / "src" / "rac" / "weights").mkdir()
         for coder in options.coder:
-            shutil.copytree(coder, content / "coders" / coder.name)
-        (content / "weights").mkdir()
-        pack_lpips(content / "weights" / "lpips_vgg16_int8.safetensors", options.data)
+            pack_coder(coder, content)
+        if options.latents is None:
+            (content / "weights").mkdir()
+            pack_lpips(content / "weights" / "lpips_vgg16_int8.safetensors", options.data)
         program = options.out / "program.tar.xz"
         with tarfile.open(program, "w:xz", preset=3) as tar:
             for part in ("src", "site", "weights", "coders"):
@@ -114,19 +126,23 @@ def pack(options: argparse.Namespace) -> None:
                     tar.add(content / part, part)
     shutil.copy(HERE / "run.py", options.out)
     room = int(options.limit_mib * MIB) - size_of(options.out) - 64 * 1024
-    print(f"program {program.stat().st_size / MIB:.1f} MiB, room for pictures {room / MIB:.1f} MiB")
-    count = pack_pictures(options.out / "pictures.tar.xz", options, room)
+    data, what = ("pictures.tar.xz", "pictures") if options.latents is None else ("latents.tar.xz", "prepared crops")
+    print(f"program {program.stat().st_size / MIB:.1f} MiB, room for {what} {room / MIB:.1f} MiB")
+    if options.latents is None:
+        count = pack_pictures(options.out / data, options, room)
+    else:
+        count = pack_latents(options.out / data, options.latents, room)
     manifest = {
         "python": target.python,
         "packages": wanted,
         "there": sorted(target.there),
-        "pictures": count,
-        "side": options.side,
+        "data": data,
+        "images": count,
         "rac": rac.__version__,
     }
     (options.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    pictures = (options.out / "pictures.tar.xz").stat().st_size
-    print(f"{count} pictures of side {options.side}, {pictures / MIB:.1f} MiB, {pictures / count:.0f} bytes each")
+    size = (options.out / data).stat().st_size
+    print(f"{count} {what}, {size / MIB:.1f} MiB, {size / count:.0f} bytes each")
     print(f"{options.out}: {size_of(options.out) / MIB:.1f} of {options.limit_mib:g} MiB")
 
 
@@ -215,6 +231,8 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def pack_pictures(path: Path, options: argparse.Namespace, room: int) -> int:
     """As many pictures as fit `room` bytes, in the order of their names' hashes, so a fair sample; how many.
 
+    Each lies in a folder of its class, if it has one.
+
     Raises `RacError` where none fits.
     """
     files = find_pictures(tuple(options.data))
@@ -227,7 +245,8 @@ def pack_pictures(path: Path, options: argparse.Namespace, room: int) -> int:
             used += len(data) + HEADER
             if used > room:
                 break
-            info = tarfile.TarInfo(f"{count:06d}.webp")
+            name = f"{count:06d}.webp"
+            info = tarfile.TarInfo(name if file.class_name is None else f"{file.class_name}/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
             count += 1
@@ -235,6 +254,43 @@ def pack_pictures(path: Path, options: argparse.Namespace, room: int) -> int:
                 print(f"  {count} of {len(files)} pictures, {used / MIB:.1f} MiB, last {file.name}", flush=True)
     if not count:
         raise RacError(f"no picture fits: the rest of the pack leaves {room} bytes; raise --limit-mib")
+    return count
+
+
+def pack_coder(name: str, content: Path) -> None:
+    """A coder's folder under `coders`, or a shipped one where the packed program finds it by its name.
+
+    Raises `RacError` where it is neither.
+    """
+    if Path(name).is_dir():
+        shutil.copytree(name, content / "coders" / Path(name).name)
+    elif name in hub.available():
+        shutil.copytree(hub.SHIPPED / name, content / "src" / "rac" / "weights" / name)
+    else:
+        raise RacError(f"--coder {name} is neither a folder nor a shipped coder: {', '.join(hub.available())}")
+
+
+def crops_in(folder: Path) -> int:
+    """The number of crops with latents in a folder of `rac cache`. Raises `RacError` where they lack."""
+    if not (folder / PLAN).is_file():
+        raise RacError(f"{folder} holds no prepared crops (no {PLAN}); make them with rac cache --no-pixels")
+    crops = CachedStream(folder, wants=())
+    if crops.plan["teacher"] is None:
+        raise RacError(f"{folder} holds crops without latents; make them with rac cache --teacher")
+    return len(crops)
+
+
+def pack_latents(path: Path, folder: Path, room: int) -> int:
+    """A folder of prepared crops, whole; how many. Raises `RacError` where they do not fit `room` bytes."""
+    count = crops_in(folder)
+    with tarfile.open(path, "w:xz", preset=0) as tar:
+        for file in sorted([folder / PLAN, *folder.glob("*.safetensors")]):
+            tar.add(file, file.name)
+    if (size := path.stat().st_size) > room:
+        raise RacError(
+            f"the prepared crops take {size / MIB:.1f} MiB, and the rest of the pack leaves {room / MIB:.1f}: raise "
+            "--limit-mib, prepare fewer crops, or pack pictures and let the other machine prepare them"
+        )
     return count
 
 
@@ -261,6 +317,4 @@ def size_of(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    if not os.environ.get("RAC_WEIGHTS_DIR"):
-        raise SystemExit(f"error: name the folder that holds {FILES['vgg16']} in RAC_WEIGHTS_DIR")
     main()

@@ -63,11 +63,14 @@ def rehearse(options: argparse.Namespace, folder: Path) -> None:
     # Planned by its speed.
     complete("velocity", "--tiny", "--minutes", "3")
     complete("rollout", "--tiny", "--minutes", "5", "--iterations", "3")
-    for stage in ("teacher", "velocity", "rollout"):
+    complete(
+        "generator", "--tiny", "--minutes", "5", "--iterations", "3", "--recipe", "sit-64", "--set", "field.classes=0"
+    )
+    for stage in ("teacher", "velocity", "rollout", "generator"):
         names = {file.name for file in (folder / "results" / stage).iterdir()}
         assert {"config.json", "log.jsonl", "recipe.json", "gallery.png"} < names, f"{stage} gave only {names}"
         assert any(name.endswith(".safetensors") for name in names), f"{stage} gave no weights"
-    print("\nrehearsed: all three stages ran from the pack alone, one was interrupted, ran out of time, and went on")
+    print("\nrehearsed: all stages ran from the pack alone, one was interrupted, ran out of time, and went on")
 
 
 def bare_environment(options: argparse.Namespace, folder: Path) -> Path:
@@ -89,6 +92,7 @@ def small_pack(options: argparse.Namespace, python: Path, folder: Path) -> Path:
     version = subprocess.run([str(python), "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
     pack = folder / "pack"
     command = [sys.executable, str(HERE / "pack.py"), "--out", str(pack), "--data", str(options.data.resolve())]
+    command += ["--coder", "klvae-f8d4"]
     subprocess.run([*command, "--pictures", "60", "--python", version, "--there", *options.there], check=True)
     return pack
 

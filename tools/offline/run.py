@@ -4,6 +4,7 @@
     python run.py teacher --minutes 8 --out results
     python run.py velocity --minutes 8 --out results
     python run.py rollout --minutes 8 --out results
+    python run.py generator --recipe sit-256 --minutes 8 --out results
 
 The same command again goes on where the first one stopped. Only the standard library is needed to start.
 """
@@ -19,7 +20,7 @@ import shutil
 import sys
 import tarfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ STAGES = {
     "teacher": Stage("klvae-128"),
     "velocity": Stage("rac-128", teacher="teacher"),
     "rollout": Stage("rac-128-rollout", teacher="teacher", start="velocity"),
+    "generator": Stage("sit-256"),
 }
 
 
@@ -59,11 +61,14 @@ def main() -> int:
     parser.add_argument("stage", choices=["check", *STAGES])
     parser.add_argument("--minutes", type=float, default=9.0, help="for the whole command, unpacking included")
     parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="the coder in bfloat16, log and gallery go to OUT/STAGE"
+        "--out", type=Path, default=Path("results"), help="what is trained, in bfloat16, log and gallery: OUT/STAGE"
     )
     parser.add_argument("--work", type=Path, default=Path("work"), help="checkpoints, and what is unpacked")
-    parser.add_argument("--teacher", type=Path, help="a coder's folder, instead of the teacher stage's")
+    parser.add_argument(
+        "--teacher", type=Path, help="a coder's folder, instead of the teacher stage's or the generator's own"
+    )
     parser.add_argument("--start", type=Path, help="a coder's folder to start from, instead of an earlier stage's")
+    parser.add_argument("--recipe", help="instead of the stage's own; one that trains the same, such as sit-64")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the recipe")
     parser.add_argument("--iterations", type=int, help="instead of as many as the minutes hold")
     parser.add_argument(
@@ -88,8 +93,12 @@ def unpack(work: Path) -> None:
         coming = work / f"program.{os.getpid()}.tmp"
         with tarfile.open(PACK / "program.tar.xz") as tar:
             tar.extractall(coming, filter="data")
-        with lzma.open(PACK / "pictures.tar.xz") as packed, open(coming / "pictures.tar", "wb") as whole:
-            shutil.copyfileobj(packed, whole)
+        if manifest["data"] == "latents.tar.xz":
+            with tarfile.open(PACK / "latents.tar.xz") as tar:
+                tar.extractall(coming / "latents", filter="data")
+        else:
+            with lzma.open(PACK / "pictures.tar.xz") as packed, open(coming / "pictures.tar", "wb") as whole:
+                shutil.copyfileobj(packed, whole)
         coming.rename(program)
     sys.path[:0] = [str(program / "src"), str(program / "site")]
     for name in HIDDEN:
@@ -99,7 +108,7 @@ def unpack(work: Path) -> None:
     missing = [name for name in IMPORTED.split() if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"error: neither packed nor installed: {', '.join(missing)}; pack again without them in --there")
-    if not (program / "weights" / LPIPS_FILE).exists():
+    if (program / "weights").is_dir() and not (program / "weights" / LPIPS_FILE).exists():
         widen(program / "weights")
 
 
@@ -139,8 +148,10 @@ def train(options: argparse.Namespace) -> int:
     end = BEGAN + 60 * options.minutes
     try:
         going_on = (directory / "recipe.json").is_file()
-        if going_on and (options.set or options.iterations):
-            raise RacError(f"{directory} has its recipe already; leave out --set and --iterations, or remove it")
+        if going_on and (options.set or options.iterations or options.recipe):
+            raise RacError(
+                f"{directory} has its recipe already; leave out --recipe, --set and --iterations, or remove it"
+            )
         recipe = chosen(options)
         if going_on:
             recipe = from_json(type(recipe), read_json(directory / "recipe.json"), str(directory / "recipe.json"))
@@ -150,7 +161,7 @@ def train(options: argparse.Namespace) -> int:
             recipe = planned(recipe, options, end)
         minutes = max(0.01, (end - reserve(options.minutes) - time.monotonic()) / 60)
         recipe = replace(recipe, train=replace(recipe.train, minutes=minutes))
-        fitted = recipe.run(directory, resume=going_on)
+        fitted = recipe.run(directory, resume=going_on, crops=options.work / "crops" / options.stage)
     except RacError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -166,15 +177,25 @@ def train(options: argparse.Namespace) -> int:
 
 
 def chosen(options: argparse.Namespace) -> Any:
-    """The stage's recipe on the packed pictures."""
+    """The stage's recipe on what is packed. Raises `RacError` for a recipe of another product, and coders unused."""
     from rac.errors import RacError
     from rac.experiments.sweep import changed, read_setting
     from rac.recipes import RECIPES
 
     stage = STAGES[options.stage]
     recipe = RECIPES[stage.recipe][1]
+    if options.recipe:
+        product, others = recipe.product, {name: one for name, (_, one) in RECIPES.items()}
+        fitting = [name for name, one in others.items() if one.product == product]
+        if options.recipe not in fitting:
+            raise RacError(f"the stage {options.stage} trains a {product}; recipes are {', '.join(fitting)}")
+        recipe = others[options.recipe]
+    latents = options.work / "program" / "latents"
     if options.tiny:
+        data = recipe.data
         recipe = recipe.tiny()
+        if latents.is_dir():  # their size is what it is
+            recipe = replace(recipe, data=data)
     recipe = changed(recipe, dict(read_setting(choice, recipe) for choice in options.set))
     found: dict[str, str] = {}
     for what, earlier, given in (("teacher", stage.teacher, options.teacher), ("start", stage.start, options.start)):
@@ -182,8 +203,12 @@ def chosen(options: argparse.Namespace) -> Any:
         if folder is not None and not folder.is_dir():
             raise RacError(f"{folder} is no coder's folder; run the stage {earlier} first, or give --{what}")
         if folder is not None:
-            found[what] = str(folder.resolve())
-    data = replace(recipe.data, paths=(options.work / "program" / "pictures.tar",))
+            name = "coder" if (what, recipe.product) == ("teacher", "generator") else what
+            if name not in {field.name for field in fields(recipe)}:
+                raise RacError(f"the stage {options.stage} has no {what}; leave out --{what}")
+            found[name] = str(folder.resolve())
+    packed = latents if latents.is_dir() else options.work / "program" / "pictures.tar"
+    data = replace(recipe.data, paths=(packed,))
     return replace(recipe, data=data, train=replace(recipe.train, tensorboard=False), **found)
 
 
@@ -197,8 +222,20 @@ def lasting(recipe: Any, iterations: int) -> Any:
         gallery_every=max(1, -(-iterations // 4)),
         log_every=max(1, min(recipe.train.log_every, iterations // 20)),
     )
-    start = min(round(recipe.discriminator.start * share), iterations)
-    return replace(recipe, train=train, discriminator=replace(recipe.discriminator, start=start))
+    start = min(round(recipe.discriminator.start * share), iterations) if has_discriminator(recipe) else 0
+    return discriminating_from(replace(recipe, train=train), start)
+
+
+def has_discriminator(recipe: Any) -> bool:
+    """Whether the recipe has settings of one."""
+    return any(field.name == "discriminator" for field in fields(recipe))
+
+
+def discriminating_from(recipe: Any, start: int) -> Any:
+    """The recipe with its discriminator, if any, at work from iteration `start` on."""
+    if not has_discriminator(recipe):
+        return recipe
+    return replace(recipe, discriminator=replace(recipe.discriminator, start=start))
 
 
 def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
@@ -213,10 +250,12 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
     folder = options.work / "probe"
     shutil.rmtree(folder, ignore_errors=True)
     seconds = min(30.0, 9.0 * options.minutes)
+    trial = discriminating_from(recipe, 0)
+    # Prepared crops are those of the training itself, held-out ones included: they are made once.
+    prepared = recipe.data.cached_crops > 0
     trial = replace(
-        recipe,
-        data=replace(recipe.data, held_out=2),
-        discriminator=replace(recipe.discriminator, start=0),
+        trial,
+        data=recipe.data if prepared else replace(recipe.data, held_out=2),
         train=replace(
             recipe.train,
             iterations=10**6,
@@ -226,7 +265,7 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
             checkpoint_minutes=60,
         ),
     )
-    trial.run(folder)
+    trial.run(folder, crops=options.work / "crops" / options.stage)
     lines = [record for record in read_log(folder / "log.jsonl") if "train" in record]
     shutil.rmtree(folder)
     left = end - reserve(options.minutes) - time.monotonic()
@@ -238,10 +277,10 @@ def planned(recipe: Any, options: argparse.Namespace, end: float) -> Any:
     speed = settled_speed(lines)
     batch = recipe.train.batch
     iterations = max(1, int(0.95 * speed * left / batch))
-    pictures = json.loads((PACK / "manifest.json").read_text())["pictures"]
+    images = json.loads((PACK / "manifest.json").read_text())["images"]
     print(
         f"plan: {speed:.0f} img/s, so {iterations} iterations of {batch} images in {left / 60:.1f} minutes, "
-        f"{iterations * batch / pictures:.1f} epochs of {pictures} pictures",
+        f"{iterations * batch / images:.1f} epochs of {images} packed images",
         flush=True,
     )
     return lasting(recipe, iterations)
@@ -259,16 +298,18 @@ def reserve(minutes: float) -> float:
 
 
 def hand_over(options: argparse.Namespace, directory: Path) -> None:
-    """The averaged coder in bfloat16 for the next stage, and for OUT, with the log and the last gallery."""
+    """What was trained, averaged, in bfloat16, for the next stage and for OUT, with the log and the last gallery."""
     import torch
 
     from rac import hub
 
-    if not (directory / "coder").is_dir():
+    product = hub.product(directory)
+    if product == directory:
         return
     kept, out = options.work / "coders" / options.stage, options.out / options.stage
     shutil.rmtree(kept, ignore_errors=True)
-    hub.load(directory / "coder").save(kept, dtype=torch.bfloat16)
+    load = hub.load_generator if hub.is_generator(product) else hub.load
+    load(product).save(kept, dtype=torch.bfloat16)
     shutil.copytree(kept, out, dirs_exist_ok=True)
     for file in (directory / "log.jsonl", directory / "recipe.json", *sorted(directory.glob("gallery-*.png"))[-1:]):
         shutil.copy(file, out / ("gallery.png" if file.suffix == ".png" else file.name))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import RacError
 from .adapter import DiffusersCoder, statistics_of
+from .posterior import gaussian, scale_and_shift
+from .protocol import Coder
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,23 @@ class KLVAEConfig:
         if uneven:
             raise RacError(f"width {uneven[0]} does not divide into norm_groups {self.norm_groups}; change either")
 
+    def shape(self) -> dict[str, Any]:
+        """Returns all that leaves a trace in the weights, under diffusers' names."""
+        return {
+            "block_out_channels": list(self.widths),
+            "layers_per_block": self.layers_per_block,
+            "latent_channels": self.latent_channels,
+            "norm_num_groups": self.norm_groups,
+            "mid_block_add_attention": self.middle_attention,
+        }
+
     def build(self) -> KLVAE:
         """Returns a coder with random weights whose statistics are still scale 1, shift 0."""
         return KLVAE.from_config(
             {
-                "block_out_channels": self.widths,
+                **self.shape(),
                 "down_block_types": ("DownEncoderBlock2D",) * len(self.widths),
                 "up_block_types": ("UpDecoderBlock2D",) * len(self.widths),
-                "layers_per_block": self.layers_per_block,
-                "latent_channels": self.latent_channels,
-                "norm_num_groups": self.norm_groups,
-                "mid_block_add_attention": self.middle_attention,
                 "scaling_factor": 1.0,
                 "shift_factor": 0.0,
             }
@@ -68,14 +76,24 @@ class KLVAE(DiffusersCoder):
     network_class = "AutoencoderKL"
     has_posterior = True
 
+    @classmethod
+    def of(cls, coder: Coder) -> KLVAE:
+        """Returns `coder` itself, typed as a KL-VAE. Raises `RacError` for a coder of another family."""
+        if not isinstance(coder, KLVAE):
+            raise RacError(f"expected a KL-VAE, such as klvae-f8d4, not a {type(coder).__name__}")
+        return coder
+
+    def shape(self) -> dict[str, Any]:
+        """Returns the configuration without its statistics and without what leaves no trace in the weights."""
+        names = KLVAEConfig().shape()
+        return {name: value for name, value in self.config.items() if name in names}
+
     def posterior(self, image: Tensor) -> Any:
         """Returns diffusers' DiagonalGaussianDistribution over raw latents for an image B 3 H W in [-1, 1].
 
         It has `.mean`, `.std`, `.sample(generator)` and `.kl()`, the divergence from N(0, 1) summed per image.
         """
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-        return DiagonalGaussianDistribution(self.moments(image))
+        return gaussian(self.moments(image))
 
     def freeze_encoder(self) -> None:
         """Freezes all modules that produce latents, so that training changes only the decoder."""
@@ -89,20 +107,17 @@ class KLVAE(DiffusersCoder):
 
         Raises `RacError` if there are no images, or if their latents are all one value.
         """
-        count, total, squares = 0, 0.0, 0.0
-        for image in images:
-            raw_latent = self.posterior(image).mean.cpu().double()
-            count += raw_latent.numel()
-            total += float(raw_latent.sum())
-            squares += float(raw_latent.square().sum())
-        if count == 0:
-            raise RacError("no images to fit the latents' statistics on; give at least one batch")
-        mean = total / count
-        variance = squares / count - mean**2
-        if not variance > 0:
-            raise RacError(f"the latents' variance is {variance}; train the coder before fitting its statistics")
-        statistics = {"scaling_factor": variance**-0.5, "shift_factor": mean}
-        self.network.register_to_config(**statistics, latents_mean=None, latents_std=None)
+        scale, shift = scale_and_shift(self.posterior(image).mean for image in images)
+        self.network.register_to_config(scaling_factor=scale, shift_factor=shift, latents_mean=None, latents_std=None)
+        self.set_statistics(statistics_of(self.network.config))
+
+    def set_channel_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets statistics of each channel: latent = (raw latent - `mean`) / `std`, both c.
+
+        Raises `RacError` for a std that is not positive, and for another number of channels.
+        """
+        per_channel = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+        self.network.register_to_config(scaling_factor=1.0, shift_factor=None, **per_channel)
         self.set_statistics(statistics_of(self.network.config))
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The base class of all coders: image <-> latent, in each direction in one pass or by a flow.
 
-A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, and `default_steps`
-where it walks a flow. Checks, padding and dtypes live here, once.
+A family writes the unchecked core: `_moments` or `_encode`, `_decode`, `networks` and `_save`, `default_steps` where
+it walks a flow, and `noise_shape` where it decodes from noise. Checks, padding and dtypes live here, once.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from ..flow import Euler, Solver, TimeGrid, Trajectory, Walk
 from ..flow.grid import check_steps
 from ..images import crop, pad_to_multiple
 from ..latents import LatentSpec, Statistics
+from ..runtime import generator
 from ..tensors import check_dense, check_device, may_read
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class Coder(nn.Module, ABC):
         - `solver`: any solver of `rac.flow`; None: Euler's.
         - `walk`: the result of `Coder.walk`, in place of `steps` and `solver`.
         - `noise`: the start of coders that decode from noise, of the shape that `noise_shape` gives, or with 1 in
-          place of B; None: always the same.
+          place of B, such as `noise_of` draws; None: always the same, for all images alike.
 
         Raises `RacError` for a latent that is not a finite floating-point tensor of this coder's shape, for steps below
         1, for steps where the coder decodes in one pass, and for noise of another shape or where the coder takes none.
@@ -338,13 +339,27 @@ class Coder(nn.Module, ABC):
         """Returns the shape of the noise that `latent` is decoded from; None for coders that decode without noise."""
         return None
 
+    def noise_of(self, latent: Tensor, names: Sequence[str | int], rng_seed: int = 0) -> Tensor | None:
+        """Returns noise to decode latents B c h w from, for each one noise of its own; None for coders without noise.
+
+        An image's noise depends on `rng_seed`, on its name and on its size alone, so neither on its batch nor on its
+        place in it. `names` are as many names, or numbers, as there are latents.
+        """
+        shape = self.noise_shape(latent)
+        if shape is None:
+            return None
+        noise = torch.empty(shape, dtype=torch.float32, device="cpu")
+        for row, name in zip(noise, names, strict=True):
+            torch.randn(row.shape, generator=generator(rng_seed, "decoding", name), out=row)
+        return noise.to(latent)
+
     def _noise(self, latent: Tensor, noise: Tensor | None) -> Tensor | None:
         shape = self.noise_shape(latent)
         if shape is None:
             if noise is not None:
                 raise RacError(f"a {type(self).__name__} decodes from the latent alone; leave out the noise")
             return None
-        if noise is None:  # one for all images, so that an image does not depend on its batch
+        if noise is None:  # one for all: without names, only so an image does not depend on its batch
             noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0), device="cpu")
         if noise.shape[0] not in (1, shape[0]) or noise.shape[1:] != shape[1:]:
             raise RacError(f"the noise has shape {tuple(noise.shape)}, this latent needs noise of shape {shape}")

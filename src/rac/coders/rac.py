@@ -6,7 +6,6 @@ RAC: Rectified Flow Auto Coder (arXiv 2603.05925).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,21 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import from_json, to_json
-from ..errors import RacError, WeightsError
+from ..errors import RacError
 from ..fields import CarriersFieldConfig, FieldConfig, LocalFieldConfig, Projector
 from ..flow import Euler, FixedPoint, MeanEuler, Solver, TimeGrid, Trajectory, Walk, integrate
 from ..latents import LatentSpec, Statistics, read_spec
 from ..states import PAD, Spread, StateSpec, contract, expand, image_of, image_state
-from ..storage import (
-    CONFIG,
-    DIFFUSERS,
-    as_weights_error,
-    fit_tensors,
-    read_settings,
-    read_weights,
-    write_directory,
-)
-from .adapter import check_keys, statistics_of
+from ..storage import as_weights_error, fit_tensors
+from .native import NativeFiles, read_drop_in, read_native, write_native
 from .protocol import Coded, Coder, Decoded, Keep, Network, Way
 
 FORMAT = "rac"
@@ -41,17 +32,8 @@ VERSION = 2
 Version 1 had the latents' statistics as numbers in config.json; since 2 they are tensors.
 """
 
-STATISTICS = "statistics."
-"""Prefix of the statistics' names in model.safetensors."""
-
 DROP_IN = "AutoencoderRAC"
 """Value of `_class_name` in the config.json of a RAC saved by diffusers (`rac.integrations.diffusers`)."""
-
-DROP_IN_KEYS = (
-    *("rac", "num_inference_steps", "in_channels", "out_channels", "latent_channels", "block_out_channels"),
-    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"),
-)
-"""Keys of that config.json, apart from those that begin with an underscore."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +107,7 @@ class RAC(Coder):
     def of(cls, coder: Coder) -> RAC:
         """Returns `coder` itself, typed as a RAC. Raises `RacError` for a coder of another family."""
         if not isinstance(coder, RAC):
-            raise RacError(f"expected a RAC, such as rac-64, not a {type(coder).__name__}")
+            raise RacError(f"expected a RAC, such as rac-256, not a {type(coder).__name__}")
         return coder
 
     def walk(
@@ -166,7 +148,7 @@ class RAC(Coder):
         if not self.config.seed_noise:
             return None
         height, width = (side * self.spec.factor for side in latent.shape[-2:])
-        return len(latent), self.config.state_channels, height, width
+        return latent.shape[0], self.config.state_channels, height, width
 
     # ------------------------------------------------------------------------------------- image -> latent
 
@@ -198,10 +180,7 @@ class RAC(Coder):
     # ------------------------------------------------------------------------------------- files
 
     def _save(self, directory: Path, dtype: torch.dtype | None) -> None:
-        config = {"format": FORMAT, "version": VERSION, "config": to_json(self.config)}
-        # In full precision even among narrowed weights, so that their hash stays true.
-        statistics = {STATISTICS + name: values for name, values in self.statistics.named_buffers()}
-        write_directory(directory, config, self.state_dict(), dtype=dtype, exact=statistics)
+        write_native(self, self.config, FORMAT, VERSION, directory, dtype)
 
     @classmethod
     def load(cls, directory: str | Path) -> RAC:
@@ -210,46 +189,23 @@ class RAC(Coder):
         Both format versions are read. Raises `WeightsError` for a directory that does not hold a RAC, and for weights
         missing, cut, or of another shape.
         """
-        directory = Path(directory)
-        data, said_by = read_settings(directory), str(directory / CONFIG)
-        if unknown := data.keys() - {"format", "version", "config"}:
-            raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; leave them out")
-        for name, known in (("format", (FORMAT,)), ("version", (1, VERSION))):
-            if data.get(name) not in known:
-                raise WeightsError(
-                    f"{said_by} has {name} {data.get(name)!r}, expected {known[-1]!r}; it was written by another "
-                    "program or version"
-                )
-        tensors, source = read_weights(directory)
-        values = {name: tensors.pop(STATISTICS + name, None) for name in ("shift", "scale")}
-        statistics = None
-        if values["shift"] is not None and values["scale"] is not None:
-            statistics = Statistics(values["shift"], values["scale"])
-        return cls._built(data.get("config"), tensors, statistics, said_by, source)
+        return cls._built(read_native(Path(directory), FORMAT, (1, VERSION)))
 
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> RAC:
         """Reads a directory written by `AutoencoderRAC.save_pretrained`. Raises `WeightsError` as `load`."""
-        directory = Path(directory)
-        data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
-        tensors = {name.removeprefix("coder."): tensor for name, tensor in found.items()}
-        with as_weights_error(str(directory / CONFIG)):
-            check_keys(data, DROP_IN_KEYS)
-            statistics = statistics_of(data)
-        config = data.get("rac")
-        if isinstance(config, dict):
-            config = {**config, "steps": data.get("num_inference_steps", RACConfig.steps)}
-        return cls._built(config, tensors, statistics, str(directory / CONFIG), source)
+        files = read_drop_in(Path(directory), "rac")
+        if isinstance(files.config, dict):
+            files.config["steps"] = files.settings.get("num_inference_steps", RACConfig.steps)
+        return cls._built(files)
 
     @classmethod
-    def _built(
-        cls, config: Any, tensors: Mapping[str, Tensor], statistics: Statistics | None, said_by: str, source: str
-    ) -> RAC:
+    def _built(cls, files: NativeFiles) -> RAC:
         """Returns a frozen RAC from the JSON of its configuration and its weights; errors name the files of both."""
-        with as_weights_error(said_by):
-            settings, numbers = read_rac_config(config, said_by)
-            coder = cls(settings, numbers or statistics)
-        fit_tensors(coder, tensors, source)
+        with as_weights_error(files.said_by):
+            settings, numbers = read_rac_config(files.config, files.said_by)
+            coder = cls(settings, numbers or files.statistics)
+        fit_tensors(coder, files.tensors, files.source)
         return coder.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""`rac ablate RECIPE`: variants of a recipe, trained alike, judged alike, in one report."""
+"""`rac ablate RECIPE`: variants of a recipe, and recipes beside it, trained alike, judged alike, in one report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from ..coders.protocol import Coder
 from ..config import json_safe, to_json
 from ..data import held_out_images
 from ..errors import RacError
-from ..evaluate.comparison import Candidate, Comparison, Row, candidates, coding_cost, evaluate_candidate
+from ..evaluate.comparison import (
+    Candidate,
+    Comparison,
+    LatentSource,
+    Row,
+    candidates,
+    coding_cost,
+    evaluate_candidate,
+)
 from ..evaluate.image_sets import ImageSet, Preprocessing
 from ..evaluate.protocol import PROTOCOLS, Protocol
 from ..evaluate.result import Result
@@ -32,7 +40,7 @@ from ..experiments.ablation_report import (
     training_table,
 )
 from ..files import make_folder, write_bytes
-from ..images import write_picture
+from ..flow.grid import check_steps
 from ..progress import counting
 from ..recipes import Recipe
 from ..report.document import Figure, Section, html_report, utf8
@@ -52,6 +60,9 @@ class Options:
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A field of the recipe and its values, such as spread=nearest,shuffle or objective.step-noise=0,0.05; colons join
     the parts of a tuple: objective.steps=1:1,4:4. Given several times, every combination is a variant."""
+    beside: tuple[str, ...] = ()
+    """Further recipes, of any family, to train and evaluate in the same way. They take the data and training settings
+    (data, train) of this one, and are not varied."""
     budget: str = "500"
     """Length of each variant's training: a number of iterations of the unchanged recipe, or a time such as 90s, 10m or
     1.5h. A time is converted once to a number of images, by measured speeds; --resume keeps that number."""
@@ -64,6 +75,10 @@ class Options:
     test: tuple[Path, ...] = ()
     """Pictures to evaluate on, cropped and scaled as the protocol says. None: the recipe's held-out images,
     unchanged."""
+    latents: tuple[LatentSource, ...] = ("own",)
+    """Latents that a coder with a teacher decodes: its own, its teacher's, or both, one after the other."""
+    judged_steps: tuple[int, ...] = ()
+    """Numbers of steps at which all coders with a flow are evaluated. None: those of each recipe."""
     resume: bool = False
     """Continue the ablation in --out."""
 
@@ -72,6 +87,8 @@ def run(arguments: Sequence[str]) -> int:
     """`rac ablate` with these arguments; the exit code. Raises `RacError`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rac ablate RECIPE --vary FIELD=VALUE,VALUE --out FOLDER")
+        print("                  [--budget 10m] [--resume] [options]")
+        print("       rac ablate RECIPE --beside RECIPE RECIPE --out FOLDER")
         print("                  [--budget 10m] [--resume] [options]\n")
         print("rac train lists the recipes; rac ablate RECIPE --help lists all options.")
         return 0
@@ -93,7 +110,11 @@ def ablate(name: str, recipe: Recipe, options: Options) -> int:
             f"rac ablate judges reconstructions, and {name} trains a {recipe.product}; give a coder's recipe"
         )
     vary = tuple(_dotted(choice) for choice in options.vary)
-    ablation = Ablation(recipe, vary, options.budget, options.out, options.equal)
+    for number in options.judged_steps:
+        check_steps(number)
+    beside = {one: replace(find_recipe(one)[1], data=recipe.data, train=recipe.train) for one in options.beside}
+    label = name if beside else Ablation.name
+    ablation = Ablation(recipe, vary, options.budget, options.out, options.equal, label, beside)
     # Before hours of training, all that can be wrong with what comes after.
     evaluation = _evaluation(ablation, options)
     ablation.enter(options.resume)
@@ -104,7 +125,7 @@ def ablate(name: str, recipe: Recipe, options: Options) -> int:
         rows, strips = [], Strips.start(evaluation.images)
         for done, training in enumerate(trained):
             progress(done, len(trained))
-            for candidate in evaluation.candidates(training, ablation.steps):
+            for candidate in evaluation.candidates(training, options.judged_steps or ablation.steps(training)):
                 rows.append(evaluation.row(candidate, options.out))
                 strips.add(candidate)
     showing = Showing(name, ablation, trainings, failures, Comparison(tuple(rows)), strips)
@@ -152,6 +173,7 @@ class _Evaluation:
     images: ImageSet
     suite: MetricSuite
     device: str
+    latents: tuple[LatentSource, ...]
     _teachers: dict[str, Coder] = field(default_factory=dict)
     """Loaded once, by name."""
 
@@ -161,7 +183,12 @@ class _Evaluation:
         if coder.teacher is not None and coder.teacher not in self._teachers:
             self._teachers[coder.teacher] = self._load(coder.teacher)
         return candidates(
-            {name: coder}, self.protocol, steps=steps, teachers=self._teachers, titles={name: training.label}
+            {name: coder},
+            self.protocol,
+            steps=steps,
+            latents=self.latents if coder.teacher is not None else ("own",),
+            teachers=self._teachers,
+            titles={name: training.label},
         )
 
     def row(self, candidate: Candidate, out: Path) -> Row:
@@ -206,7 +233,7 @@ def _evaluation(ablation: Ablation, options: Options) -> _Evaluation:
     device = recipe.train.device
     suite = MetricSuite.load(protocol.metrics, protocol.extractor, pick_device(device))
     suite.check(images)
-    return _Evaluation(protocol, images, suite, device)
+    return _Evaluation(protocol, images, suite, device, options.latents)
 
 
 def _report(showing: Showing, out: Path) -> None:
@@ -216,8 +243,9 @@ def _report(showing: Showing, out: Path) -> None:
     for section in contents:
         for content in section.contents:
             if isinstance(content, Figure):
-                write_picture(content.picture, out / f"{content.name}.png")
-    title = f"{showing.name}: {', '.join(showing.ablation.choices)}"
+                write_bytes(out / f"{content.name}.png", content.png)
+    title = " beside ".join([showing.name, *showing.ablation.beside])
+    title = ": ".join(part for part in (title, ", ".join(showing.ablation.choices)) if part)
     write_bytes(out / "report.json", utf8(_as_json(showing)))
     write_bytes(out / "report.md", utf8(markdown_report(title, introduction(showing), contents)))
     write_bytes(out / "report.html", utf8(html_report(title, introduction(showing), contents)))

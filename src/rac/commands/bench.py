@@ -1,9 +1,9 @@
-"""`rac bench`: how fast coders are on this machine, and what the time goes into."""
+"""`rac bench`: how fast coders and generators are on this machine, and what the time goes into."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +17,9 @@ from .. import hub, runtime
 from ..coders.protocol import Coder
 from ..data import DataConfig, open_stream
 from ..errors import RacError
-from ..experiments.speed import Setting, Speed, best_convolution, coding_speeds, training_speed
+from ..experiments.speed import Setting, Speed, best_convolution, coding_speeds, generating_speed, training_speed
 from ..flow.grid import check_steps
+from ..generators.protocol import LatentGenerator
 from ..images import check_size
 from ..progress import watched
 from ..recipes import RECIPES, Recipe
@@ -28,7 +29,7 @@ from .shared import note, show
 from .train import find_recipe
 
 Precision = Literal["fp32", "bf16"]
-Job = Literal["encode", "decode", "train"]
+Job = Literal["encode", "decode", "train", "generate"]
 
 COLUMNS = ("coder", "job", "precision", "images/s", "GFLOP/s", "of best", "what the time goes into")
 
@@ -47,7 +48,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Command:
-    """Measure images per second to encode, decode and train, and show where the time of a training step goes.
+    """Measure images per second to encode, decode, generate and train, and show where the time of a training step goes.
 
     GFLOP/s count two operations for each multiply-accumulate; their share is of the best rate that plain convolutions
     reach in the same run. bf16 is autocast with the channels-last layout. Times are medians. On a machine that does
@@ -55,16 +56,18 @@ class Command:
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Coders: shipped names (see `rac models`), directories, or names on the hub. None: all shipped coders."""
-    jobs: tuple[Job, ...] = ("encode", "decode", "train")
-    """What to measure. Training is measured only for coders that this package can train."""
+    """Coders and generators: shipped names (see `rac models`), directories, or names on the hub. None: all shipped
+    coders."""
+    jobs: tuple[Job, ...] = ("encode", "decode", "train", "generate")
+    """What to measure. Training is measured only for coders that this package can train; generators generate latents,
+    and coders do the rest."""
     size: int = 64
     """Side of the square images."""
     batch: int = 16
     """Number of images processed together."""
     steps: int | None = None
-    """Number of steps to encode and decode. None: the coder's own number."""
-    recipe: str = "rac"
+    """Number of steps to encode, decode and generate. None: the model's own number."""
+    recipe: str = "rac-64"
     """The recipe whose objective is trained. A coder that it does not suit is trained by the first recipe that
     suits."""
     data: tuple[Path, ...] = ()
@@ -87,7 +90,7 @@ class Command:
         names = self.models or tuple(hub.available())
         before = torch.get_num_threads()
         try:
-            by_threads = self._threads(hub.load(names[0]), device)
+            by_threads = self._threads(self._work(names[0]), device)
             best, found = self._measure(names, device)
             self._print(found, best, device, by_threads)
         finally:
@@ -103,7 +106,9 @@ class Command:
             raise RacError("--seconds must not be negative, and --jobs and --precision need at least one name each")
         if self.steps is not None:
             check_steps(self.steps)
-        find_recipe(self.recipe)
+        _, recipe = find_recipe(self.recipe)
+        if recipe.product != "coder":
+            raise RacError(f"--recipe {self.recipe} trains a {recipe.product}, and only coders are trained here")
 
     def _recipe(self, coder: Coder, device: torch.device) -> Recipe | None:
         """The recipe that trains `coder`, on the images asked for; None if none does."""
@@ -113,15 +118,21 @@ class Command:
         train = TrainConfig(batch=self.batch, device=str(device))
         return None if recipe is None else replace(recipe, data=data, train=train)
 
-    def _threads(self, coder: Coder, device: torch.device) -> dict[int, float]:
+    def _threads(self, work: Callable[[], object], device: torch.device) -> dict[int, float]:
         if self.threads or device.type != "cpu":
             runtime.set_threads(self.threads)
             return {}
-        latents = coder.encode(self._images(coder), walk=coder.walk("encode", self.steps))
-        there = coder.walk("decode", self.steps)
-        seconds = runtime.seconds_by_threads(partial(coder.decode, latents, walk=there), rounds=3)
+        seconds = runtime.seconds_by_threads(work, rounds=3)
         torch.set_num_threads(min(seconds, key=seconds.__getitem__))
         return seconds
+
+    def _work(self, name: str) -> Callable[[], object]:
+        """The work whose time chooses the number of threads: decoding, or generating."""
+        if hub.is_generator(name):
+            return self._sample(hub.load_generator(name))
+        coder = hub.load(name)
+        latents = coder.encode(self._images(coder), walk=coder.walk("encode", self.steps))
+        return partial(coder.decode, latents, walk=coder.walk("decode", self.steps))
 
     def _measure(self, names: Sequence[str], device: torch.device) -> tuple[dict[Precision, float], list[Measured]]:
         settings = {one: Setting(device, one == "bf16", self.seconds) for one in self.precision}
@@ -138,6 +149,11 @@ class Command:
         return best, found
 
     def _speeds(self, name: str, setting: Setting) -> Iterator[tuple[Job, Speed]]:
+        if hub.is_generator(name):
+            if "generate" in self.jobs:
+                generator = hub.load_generator(name).to(setting.device)
+                yield "generate", generating_speed(self._sample(generator), self.batch, setting)
+            return
         coder = hub.load(name)
         if "encode" in self.jobs or "decode" in self.jobs:
             coding = coding_speeds(coder, self._images(coder), setting, self.steps)
@@ -156,6 +172,17 @@ class Command:
             note(f"the training of {name} is not measured: {error}")
             return None
         return training_speed(task, open_stream(recipe.data), recipe.train, setting)
+
+    def _sample(self, generator: LatentGenerator) -> Callable[[], object]:
+        """Generating a batch of latents, with the generator's own settings but for the steps; classes take turns."""
+        factor, own = generator.kind.spec.factor, generator.sampling
+        if self.size % (factor * generator.multiple):
+            raise RacError(f"--size {self.size} must be a multiple of the generator's {factor * generator.multiple}")
+        size = (self.size // factor, self.size // factor)
+        sampling = own if self.steps is None else replace(own, steps=self.steps)
+        classes = len(generator.classes)
+        labels = [number % classes for number in range(self.batch)] if classes else None
+        return partial(generator.sample, range(self.batch), labels, sampling, size=size)
 
     def _images(self, coder: Coder) -> torch.Tensor:
         factor = coder.spec.factor
@@ -182,7 +209,7 @@ class Command:
         for precision, gflops in best.items():
             print(f"best convolution in {precision}: {gflops:.4g} GFLOP/s")
         for count, seconds in by_threads.items():
-            print(f"{names_of(self)} decodes a batch in {1000 * seconds:.4g} ms with {_threads(count)}")
+            print(f"{names_of(self)} handles a batch in {1000 * seconds:.4g} ms with {_threads(count)}")
 
     def _as_dict(
         self,
@@ -219,7 +246,7 @@ class Command:
 
 
 def names_of(command: Command) -> str:
-    """The coder whose decoding chose the number of threads."""
+    """The model whose speed chose the number of threads."""
     return (command.models or tuple(hub.available()))[0]
 
 

@@ -1,4 +1,4 @@
-"""`rac cache`: crops and a teacher's latents of them, prepared once, to train on."""
+"""`rac cache`: crops, a teacher's latents of them and a representation's features, prepared once, to train on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from .. import hub
-from ..data import DataConfig, ImageStream, Latents
+from ..data import DataConfig, Features, ImageStream, Latents
 from ..data.cache import Layout, fresh_stream, plan_of, prepare
 from ..errors import RacError
+from ..representations import Targets, load_representation
 from ..runtime import pick_device, set_threads
 from .shared import note, part_of, say
 
 
 @dataclass(frozen=True)
 class Command:
-    """Prepare crops, and a teacher's latents of them, in files that training reads from the disk.
+    """Prepare crops, and latents and features of them, in files that training reads from the disk.
 
     If it is interrupted, run the same command again: it continues where it stopped and writes the same files. Train on
     the result with --data.paths FOLDER.
@@ -24,6 +27,14 @@ class Command:
 
     teacher: str | None = None
     """A shipped coder, a directory, a TAESD-family .pth file, or a name on the hub. None: prepare crops only."""
+    representation: str | None = None
+    """A representation whose features are prepared too, to align generators with (REPA): efficientnet-lite0, dinov2-s,
+    dinov2-b, dinov2-l, siglip2-b, mae-b, or the directory or hub name of such a model. None: no features."""
+    token: int = 16
+    """Side, in pixels of the image, of the square that a feature stands for: the factor of the coder times the patch of
+    the generator."""
+    grid: int = 16
+    """Rows and columns of tokens that the representation computes at least, whatever the size of the image."""
     data: DataConfig = field(default_factory=DataConfig)
     out: Path = Path("crops")
     """Folder for the shards; created if it does not exist."""
@@ -32,7 +43,8 @@ class Command:
     whole: bool = False
     """Prepare the centre of each picture once, instead of random crops."""
     pixels: bool = True
-    """Store pixels. Without them only latents are stored, and training needs the pictures as well."""
+    """Store pixels. Without them only latents and features are stored; a training that needs images as well cuts them
+    again from the pictures."""
     moments: bool = False
     """Store the mean and the log-variance of the teacher's posterior instead of latents, so that training can draw a
     new sample each time."""
@@ -61,16 +73,17 @@ class Command:
         set_threads(self.threads)
         device = pick_device(self.device)
         teacher = None if self.teacher is None else hub.load(self.teacher).to(device)
-        if teacher is None and not self.pixels:
+        if teacher is None and self.representation is None and not self.pixels:
             raise RacError("without --pixels and without --teacher there is nothing to prepare; give a teacher")
         latents = None if teacher is None else Latents(teacher, self.teacher, device)
+        features = self._features(device)
         stream = fresh_stream(self.data, self.rng_seed)
         if self.whole and not isinstance(stream, ImageStream):
             raise RacError("--whole needs to know how many pictures there are; give --crops for a streamed data set")
         count = len(stream) if isinstance(stream, ImageStream) and self.whole else self.crops or 0
         data = replace(self.data, cached_crops=count)
-        plan = plan_of(data, self.rng_seed, latents, layout)
-        missing = prepare(self.out, plan, stream, latents, part=part, workers=self.workers)
+        plan = plan_of(data, self.rng_seed, latents, layout, features)
+        missing = prepare(self.out, plan, stream, latents, features, part=part, workers=self.workers)
         files = list(self.out.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files) / 2**20
         what = f"{self.out}: {len(files) - 1} shards, {size:,.1f} MiB"
@@ -78,5 +91,14 @@ class Command:
             note(f"{what}; {len(missing)} more shards are left to the other parts")
             return 0
         kept = f" with {'moments' if self.moments else 'latents'} of {self.teacher}" if self.teacher else ""
+        if self.representation:
+            kept += f"{' and' if kept else ' with'} features of {self.representation}"
         say(f"{what}: {count:,} crops of {data.size} x {data.size}{kept}; train with --data.paths {self.out}")
         return 0
+
+    def _features(self, device: torch.device) -> Features | None:
+        if self.representation is None:
+            return None
+        targets = Targets(load_representation(self.representation), self.representation, self.token, self.grid)
+        targets.check(self.data.size)
+        return Features(targets.to(device), device)

@@ -1,4 +1,4 @@
-"""`rac cost`: what every preset, shipped coder and well-known autoencoder costs."""
+"""`rac cost`: what every preset, shipped coder and generator, and well-known autoencoder costs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +14,7 @@ import tyro
 
 from .. import hub
 from ..errors import RacError
-from ..evaluate.cost import CostRow, coder_rows, field_row, reference_rows
+from ..evaluate.cost import CostRow, coder_rows, field_row, generator_row, reference_rows
 from ..fields import LdmFieldConfig
 from ..progress import watched
 from ..recipes import RECIPES
@@ -26,23 +27,23 @@ SCALES = (0.1, 0.2, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Command:
-    """Count parameters and MACs of every recipe's networks, of the shipped coders, and of well-known autoencoders.
+    """Count parameters and MACs of every recipe's networks, of what ships, and of well-known autoencoders.
 
     MACs (multiply-accumulates, which papers call GFLOPs) are for one evaluation of one image; a flow needs one
     evaluation for each step, in each direction. Networks are neither run nor downloaded, so large ones take no time.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Coders to count: shipped names, directories, or names on the hub. None: everything."""
+    """Coders and generators to count: shipped names, directories, names on the hub; or recipes. None: everything."""
     side: int = 256
-    """Side of the square images; a multiple of 16."""
+    """Side of the square images; a multiple of 32."""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """Format of the output."""
 
     def run(self) -> int:
         """Print the tables; the exit code. Raises `RacError`."""
-        if self.side < 16 or self.side % 16:
-            raise RacError(f"--side {self.side} must be a multiple of 16, which is the largest factor in the table")
+        if self.side < 32 or self.side % 32:
+            raise RacError(f"--side {self.side} must be a multiple of 32, which is the largest factor in the table")
         with closing(watched(list(self._sections().items()), lambda section: section[0])) as shown:
             sections = {title: rows for title, count in shown if (rows := count())}
         if self.format == "json":
@@ -63,24 +64,36 @@ class Command:
 
     def _sections(self) -> dict[str, Callable[[], list[CostRow]]]:
         if self.models:
-            return {"Coders": lambda: self._coders(self.models)}
+            return {"Networks": lambda: self._rows(self.models)}
         return {
-            "Recipes": lambda: recipe_rows(self.side),
+            "Recipes": lambda: recipe_rows("coder", self.side),
+            "Recipes of generators": lambda: recipe_rows("generator", self.side),
             "Fields of the SD-VAE decoder's shape, 4 state channels": lambda: scaled_rows(self.side),
-            "Shipped coders": lambda: self._coders(hub.available()),
+            "Shipped coders": lambda: self._rows(hub.available()),
+            "Shipped generators": lambda: self._rows(hub.available_generators()),
             "Well-known networks": lambda: reference_rows(self.side),
         }
 
-    def _coders(self, names: Sequence[str]) -> list[CostRow]:
-        return [row for name in names for row in coder_rows(name, hub.load(name), self.side)]
+    def _rows(self, names: Sequence[str]) -> list[CostRow]:
+        return [row for name in names for row in model_rows(name, self.side)]
 
     def _title(self, section: str) -> str:
         return f"{section}, at {self.side} x {self.side}"
 
 
-def recipe_rows(side: int = 256) -> list[CostRow]:
-    """The networks of every recipe, before training."""
-    return [row for name, (_, recipe) in RECIPES.items() for row in recipe.costs(name, side)]
+def model_rows(name: str, side: int = 256) -> list[CostRow]:
+    """The networks of a coder, of a generator, or else of a recipe. Raises `RacError` if there is none of this name."""
+    if name in RECIPES and name not in hub.available() and not Path(name).exists():
+        return RECIPES[name][1].costs(name, side)
+    if hub.is_generator(name):
+        return [generator_row(name, hub.load_generator(name), side)]
+    return coder_rows(name, hub.load(name), side)
+
+
+def recipe_rows(product: str, side: int = 256) -> list[CostRow]:
+    """The networks of every recipe for a "coder" or a "generator", before training."""
+    chosen = {name: recipe for name, (_, recipe) in RECIPES.items() if recipe.product == product}
+    return [row for name, recipe in chosen.items() for row in recipe.costs(name, side)]
 
 
 def scaled_rows(side: int = 256) -> list[CostRow]:

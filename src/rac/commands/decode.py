@@ -35,6 +35,8 @@ class Command:
     """Number of steps of the flow. None: as many as the image was encoded with."""
     solver: SolverName | None = None
     """Solver of the flow. None: the one used for encoding."""
+    rng_seed: int = 0
+    """Seed of the noise that some coders decode from; an image's noise depends on it and on the name of its file."""
     tile: int | None = None
     """Side of the tiles to work in, in pixels, to save memory. The result is the same for coders of plain convolutions,
     such as rac-64; for others the tiles are blended, which changes it a little. 0: no tiles. None: tiles of 1024 pixels
@@ -68,7 +70,7 @@ class Command:
         def work(file: Path) -> None:
             held = LatentFile.read(file)
             name = self.model or held.coder
-            image = self._decode(in_tiles(coder_called(name), self.tile, held.size), held, name)
+            image = self._decode(in_tiles(coder_called(name), self.tile, held.size), held, name, file.stem)
             out = self.out / f"{file.stem}.png"
             write_image(crop(image, held.size), out)
             say(f"{out}: {held.size[1]} x {held.size[0]} pixels")
@@ -76,21 +78,22 @@ class Command:
         return for_each(files, work, batch=self.path.is_dir())
 
     @torch.no_grad()
-    def _decode(self, coder: Coder, held: LatentFile, name: str) -> Tensor:
+    def _decode(self, coder: Coder, held: LatentFile, name: str, image_name: str) -> Tensor:
         if differ := coder.spec.differences(held.spec):
             raise RacError(
                 f"a latent of {name} has {'; '.join(differ)}; decode with {held.coder}, which made it, or with a coder "
                 "that was trained on its latents"
             )
         latent = held.latent.to(pick_device(self.device))
+        noise = coder.noise_of(latent, (image_name,), self.rng_seed)
         if coder.walk("decode") is None:
-            return coder.decode(latent)
+            return coder.decode(latent, noise=noise)
         solver = self.solver or held.solver or "euler"
         if solver not in SOLVERS:
             raise RacError(
                 f"the latent was made with the unknown solver {solver!r}; give --solver {' or '.join(SOLVERS)}"
             )
-        return coder.decode(latent, held.steps if self.steps is None else self.steps, SOLVERS[solver])
+        return coder.decode(latent, held.steps if self.steps is None else self.steps, SOLVERS[solver], noise=noise)
 
 
 def _latent_files(path: Path) -> list[Path]:

@@ -18,7 +18,6 @@ from ..evaluate.protocol import Protocol, protocol_named
 from ..evaluate.suite import MetricSuite
 from ..files import check_output, make_folder, make_output, write_bytes
 from ..flow.grid import check_steps
-from ..images import write_picture
 from ..progress import ProgressFn, counting
 from ..report.document import Figure, html_report, utf8
 from ..runtime import pick_device
@@ -32,8 +31,9 @@ class EvaluationOptions:
     data: tuple[Path, ...] = ()
     """Folders of pictures, tar files, or single pictures. None: scikit-image's photographs."""
     protocol: str = "pixels-64"
-    """Protocol: pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256, or a JSON file with a
-    protocol, or with a result, which is repeated on the same images."""
+    """Protocol: pixels-64, dev-64, dev-128, native, tiles-64, tiles-64-lite, imagenet-256; for generated images also
+    generated-64, generated-128, both also with -lite, generated-256; or a JSON file with a protocol, or with a result,
+    which is repeated on the same images."""
     metrics: tuple[str, ...] = ()
     """Further metrics, beside those of the protocol: `probe` is how well a linear classifier finds the classes of the
     images in their latents, pooled and at single places; classes are the folders above the pictures."""
@@ -111,7 +111,7 @@ class EvaluationOptions:
         for section in contents:
             for content in section.contents:
                 if isinstance(content, Figure):
-                    write_picture(content.picture, out / f"{content.name}.png")
+                    write_bytes(out / f"{content.name}.png", content.png)
         write_bytes(out / "report.html", utf8(html_report(title, introduction(material), contents)))
         say("")
         say(f"The report, with pictures: {out / 'report.html'}")

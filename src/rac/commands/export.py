@@ -45,9 +45,10 @@ class Command:
     """Write a coder as an ONNX file or as an exported PyTorch program, and check the file against PyTorch.
 
     The number of steps is fixed in the file. Batch size, height and width are free; the sides of images must be
-    multiples of the coder's factor (and a program takes up to 63 images, with sides of at least twice the factor). The
-    file contains its description in JSON: part, steps, factor, channels, whether latents are raw, their statistics and
-    the range of images. It is under `rac` in the metadata of an ONNX file, and the extra file rac.json of a program.
+    multiples of the coder's factor (and a program takes up to 63 images, with sides of at least twice the factor or,
+    for a DGAE, three times). The file contains its description in JSON: part, steps, factor, channels, whether latents
+    are raw, their statistics, the channels of the noise that a decoder takes as a second input, and the range of
+    images. It is under `rac` in the metadata of an ONNX file, and the extra file rac.json of a program.
     """
 
     model: Annotated[str, tyro.conf.Positional] = DEFAULT_CODER
@@ -77,18 +78,26 @@ class Command:
         if self.size < unit or self.size % unit:
             raise RacError(f"--size {self.size} must be a multiple of {unit}, four times the coder's factor")
         parts: list[Part] = ["encode", "decode"] if self.part == "both" else [self.part]
-        modules = [part_of(coder, part, self.steps, self.latents) for part in parts]
+        steps = {part: self._steps(coder, part) for part in parts}
+        modules = [part_of(coder, part, steps[part], self.latents) for part in parts]
         images = _images(self.size)
         for part, module in zip(parts, modules, strict=True):
             path = self._path(part)
             make_folder(path.parent)
             description = export(module, path, self.format, self.model)
-            say(f"{path}: {' -> '.join(names(description))}, {path.stat().st_size:,} bytes")
+            *into, out = names(description)
+            say(f"{path}: {', '.join(into)} -> {out}, {path.stat().st_size:,} bytes")
             if self.format == "onnx" and find_spec("onnxruntime") is None:
                 note(f"not checked: onnxruntime is not installed; {install_extra('export')}")
                 continue
-            _judge(path, module, _inputs(coder, part, images, self.steps, self.latents), images)
+            _judge(path, module, _inputs(coder, part, images, self._steps(coder, "encode"), self.latents), images)
         return 0
+
+    def _steps(self, coder: Coder, part: Part) -> int | None:
+        """The steps asked for; None for a way that takes one pass where the other way takes steps."""
+        other: Part = "decode" if part == "encode" else "encode"
+        one_pass = coder.walk(part) is None and coder.walk(other) is not None
+        return None if one_pass and (self.part == "both" or part != self.part) else self.steps
 
     def _path(self, part: Part) -> Path:
         out = self.out or Path(Path(self.model).name + SUFFIX[self.format])
@@ -118,22 +127,27 @@ def _images(size: int) -> list[Tensor]:
 
 def _inputs(
     coder: Coder, part: Part, images: Sequence[Tensor], steps: int | None, latents: Latents
-) -> Sequence[Tensor]:
-    """What the part is asked on: the images, or the latents that the coder itself makes of them."""
+) -> list[tuple[Tensor, ...]]:
+    """What the part is asked on: the images, or the latents that the coder itself makes of them, with noise."""
     if part == "encode":
-        return images
+        return [(image,) for image in images]
     encode = part_of(coder, "encode", steps, latents)
     with torch.no_grad():
-        return [encode(image) for image in images]
+        found = [encode(image) for image in images]
+    return [(latent,) if noise is None else (latent, noise) for latent in found for noise in [_noise(coder, latent)]]
 
 
-def _judge(path: Path, module: nn.Module, inputs: Sequence[Tensor], images: Sequence[Tensor]) -> None:
+def _noise(coder: Coder, latent: Tensor) -> Tensor | None:
+    return coder.noise_of(latent, range(len(latent)))
+
+
+def _judge(path: Path, module: nn.Module, inputs: Sequence[tuple[Tensor, ...]], images: Sequence[Tensor]) -> None:
     """Print how far the file is from PyTorch, and the times of both. Raises `RacError` where it is too far."""
     found = check(module, path, inputs)
     runtime = "ONNX Runtime" if path.suffix == SUFFIX["onnx"] else "exported"
     show(_table(found, images, runtime))
     with torch.no_grad():
-        largest_value = max(float(module(x).abs().max()) for x in inputs)
+        largest_value = max(float(module(*x).abs().max()) for x in inputs)
     allowed = TOLERANCE * max(1.0, largest_value)
     worst = max(found.largest)
     print(f"largest difference {worst:.1e}\n")

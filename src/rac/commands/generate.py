@@ -211,7 +211,7 @@ class Command:
         if not self.decode_steps:
             return {"images": coder.walk("decode")}
         if coder.walk("decode") is None:
-            raise RacError(f"{name} decodes at once and has no steps; leave out --decode-steps")
+            raise RacError(f"{name} decodes in one pass and has no steps; leave out --decode-steps")
         steps = dict.fromkeys(self.decode_steps)
         if len(steps) == 1:
             return {"images": coder.walk("decode", next(iter(steps)))}

@@ -10,7 +10,7 @@ import tyro
 
 from ..errors import RacError, printable
 from ..evaluate.comparison import short_name
-from ..evaluate.one_image import Reconstruction, comparison, means, per_image, reconstructions
+from ..evaluate.one_image import Reconstruction, Seeded, comparison, means, per_image, reconstructions
 from ..files import make_output, write_bytes
 from ..flow.grid import check_steps
 from ..flow.solvers import SOLVERS, SolverName
@@ -48,10 +48,12 @@ class Command:
     """Folder for the results; created if it does not exist."""
     model: str = DEFAULT_CODER
     """A shipped coder (see `rac models`), a directory, or a name on the hub."""
-    steps: tuple[int, ...] = (1, 2, 4, 8)
+    steps: tuple[int, ...] = (1, 2, 4)
     """Numbers of steps to compare; each encodes and decodes in the same number."""
     solver: SolverName = "euler"
     """Solver of the flow."""
+    rng_seed: int = 0
+    """Seed of the noise that some coders decode from; an image's noise depends on it and on the result's name."""
     size: int | None = None
     """Scale and crop images to squares of this side, in pixels. None: keep their size."""
     convert: bool = False
@@ -66,7 +68,7 @@ class Command:
     def run(self) -> int:
         """Reconstruct; the exit code. Raises `RacError` if nothing could be done."""
         if not self.steps:
-            raise RacError("--steps needs at least one number of steps, such as 1 2 4 8")
+            raise RacError("--steps needs at least one number of steps, such as 1 2 4")
         for number in self.steps:
             check_steps(number)
         if self.size is not None:
@@ -98,6 +100,7 @@ class Command:
                 SOLVERS[self.solver],
                 teacher and in_tiles(teacher, self.tile, size),
                 short_name(self.model),
+                Seeded(self.rng_seed, names[file]),
             )
             title = f"{printable(file.name)} · {image.shape[-1]} x {image.shape[-2]} · {self.model}"
             write_picture(comparison(image, made, title), self.out / f"{names[file]}-strip.png")

@@ -25,7 +25,7 @@ from ..report.document import Table
 from ..report.terminal import LEAST_WIDTH, table_text
 from ..runtime import pick_device
 
-DEFAULT_CODER = "rac-64"
+DEFAULT_CODER = "rac-256"
 """The shipped coder that a verb takes if none is named."""
 
 LARGE = 2048 * 2048

@@ -13,6 +13,7 @@ import tyro
 
 from .. import runtime
 from ..errors import RacError
+from ..hub import PRODUCTS
 from ..recipes import RECIPES, Recipe
 from ..report.terminal import listing
 from ..train.processes import leave
@@ -66,6 +67,8 @@ def _options(recipe: Recipe) -> Any:
 def _overview() -> int:
     print("usage: rac train RECIPE --out FOLDER [--resume] [--options]\n")
     width = shutil.get_terminal_size().columns
-    print(listing({name: description for name, (description, _) in RECIPES.items()}, width))
+    for product in PRODUCTS:
+        print(f"{product}s:")
+        print(listing({name: told for name, (told, recipe) in RECIPES.items() if recipe.product == product}, width))
     print("rac train RECIPE --help lists a recipe's options.")
     return 0

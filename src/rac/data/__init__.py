@@ -5,7 +5,7 @@ To read it in order: `pictures` says what a picture and its class are; `files`, 
 `record` notices that a run's pictures changed.
 """
 
-from .cache import CachedStream, Latents, held_out_images, open_stream
+from .cache import CachedStream, Features, Latents, held_out_images, open_stream
 from .config import DataConfig
 from .record import check_pictures
 from .stream import Batch, ImageStream, InTurn, Stream, batches
@@ -14,6 +14,7 @@ __all__ = [
     "Batch",
     "CachedStream",
     "DataConfig",
+    "Features",
     "ImageStream",
     "InTurn",
     "Latents",

@@ -1,9 +1,10 @@
-"""Crops, their latents and their labels, prepared once: a frozen coder need not encode the same image again and again.
+"""Crops, their latents, labels and features, prepared once: no frozen network has to see the same image twice.
 
 A folder of prepared crops holds crops.json (their origin), held-out.safetensors, and shards, 00000.safetensors and on,
 each with a stretch of crops and, in its header, a copy of crops.json. A shard is a function of that and of its number,
 whoever makes it and whenever; so interrupted work can continue, and several processes can share it. Latents are kept
-finished, or as raw moments of the posterior, from which they are finished when read.
+finished, or as raw moments of the posterior, from which they are finished when read. Features are those of one
+representation.
 """
 
 from __future__ import annotations
@@ -77,6 +78,18 @@ class LatentCoder(Protocol):
         ...
 
 
+class Describer(Protocol):
+    """The interface of what gives features, such as the targets of alignment; it is an `nn.Module` too."""
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the JSON that distinguishes these features from others."""
+        ...
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Returns the features B C h w of images B 3 H W in [-1, 1]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Latents:
     """The latents that batches carry: the coder they come from, and how they are taken from its posterior."""
@@ -123,6 +136,25 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features that batches carry: what gives them, and the device that it is on."""
+
+    describer: Describer
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def prepared(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Returns the features of pixels B H W 3, B C h w in float16 on the CPU.
+
+        Raises `RacError` if float16 cannot hold them.
+        """
+        with reproducible():
+            kept = self.describer(from_pixels(pixels).to(self.device)).half().cpu()
+        if not torch.isfinite(kept).all():
+            raise RacError("some features are NaN or too large for float16; train on images without prepared features")
+        return kept
+
+
+@dataclass(frozen=True)
 class Layout:
     """Contents and size of the files of prepared crops."""
 
@@ -152,6 +184,7 @@ def open_stream(
     batch: int = 1,
     cache: Path | None = None,
     latents: Latents | None = None,
+    features: Features | None = None,
 ) -> Stream:
     """Opens the stream of images that a `DataConfig` describes: always new crops, or prepared ones.
 
@@ -164,6 +197,7 @@ def open_stream(
         cache: folder in which `config.cached_crops` crops are kept; those that are not there are made first.
         latents: the coder whose latents to prepare. Where crops are prepared with latents, batches carry them, whether
             `wants` names them or not; where they are cut anew they do not, and it is left to the caller to encode.
+        features: the features to prepare. Batches carry them, or else images, of which the caller can make them.
 
     Raises `RacError` if a folder was made from other pictures or by another coder, or is damaged, if latents are wanted
     and not prepared, and if labels are wanted and a picture has none.
@@ -173,27 +207,41 @@ def open_stream(
         alone = replace(config, further_sizes=(), keep_mb=config.keep_mb // len(config.sizes))
         folders = {size: None if cache is None else cache / str(size) for size in config.sizes}
         sizes = [
-            open_stream(replace(alone, size=size), rng_seed, wants=wants, cache=folders[size], latents=latents)
+            open_stream(
+                replace(alone, size=size),
+                rng_seed,
+                wants=wants,
+                cache=folders[size],
+                latents=latents,
+                features=features,
+            )
             for size in config.sizes
         ]
         return InTurn(sizes, batch)
     if prepared := _prepared(config.paths):
         if latents is not None and _read_plan(prepared)["teacher"] is not None:
             wants |= {"latents"}
+        if features is not None:
+            wants |= {"features"} if _read_plan(prepared).get("features") is not None else {"images"}
         stream = CachedStream(prepared, rng_seed, wants=wants, latents=latents, held_out=config.held_out)
-        _check_use(stream, config, latents)
+        _check_use(stream, config, latents, features)
         return stream
     if config.cached_crops:
-        return _cached(config, rng_seed, wants, cache, latents)
+        return _cached(config, rng_seed, wants, cache, latents, features)
     if "latents" in wants:
         raise RacError(
             "latents are needed, but none are prepared; set cached_crops, or give a folder that rac cache made"
         )
-    return fresh_stream(config, rng_seed, wants)
+    return fresh_stream(config, rng_seed, wants if features is None else wants | {"images"})
 
 
 def _cached(
-    config: DataConfig, rng_seed: int, wants: frozenset[Want], cache: Path | None, latents: Latents | None
+    config: DataConfig,
+    rng_seed: int,
+    wants: frozenset[Want],
+    cache: Path | None,
+    latents: Latents | None,
+    features: Features | None,
 ) -> CachedStream:
     """Returns the crops in the folder `cache`, preparing them first if they are not there."""
     if cache is None:
@@ -201,13 +249,18 @@ def _cached(
     if "latents" in wants and latents is None:
         raise RacError("latents are needed, but no coder was named to make them; give latents")
     cache = home_expanded(cache)
-    asked = plan_of(config, rng_seed, latents, Layout(moments=latents is not None and latents.posterior == "sample"))
+    layout = Layout(moments=latents is not None and latents.posterior == "sample")
+    asked = plan_of(config, rng_seed, latents, layout, features)
     if not _is_streamed(config):  # other pictures in the same place make other crops
         pictures = find_pictures(config.paths).of_classes(config.classes, config.without_classes)
         asked = {**asked, **_collection(pictures)}
     if not _is_whole(cache, asked):
-        prepare(cache, asked, fresh_stream(config, rng_seed), latents)
-    return CachedStream(cache, rng_seed, wants=wants if latents is None else wants | {"latents"}, latents=latents)
+        prepare(cache, asked, fresh_stream(config, rng_seed), latents, features)
+    if latents is not None:
+        wants |= {"latents"}
+    if features is not None:
+        wants |= {"features"}
+    return CachedStream(cache, rng_seed, wants=wants, latents=latents)
 
 
 def fresh_stream(config: DataConfig, rng_seed: int = 0, wants: Collection[Want] = IMAGES) -> Crops:
@@ -224,12 +277,12 @@ def held_out_images(config: DataConfig) -> Tensor:
 
 
 class CachedStream:
-    """A stream of prepared crops, each once an epoch, with the latents and labels stored with them.
+    """A stream of prepared crops, each once an epoch, with the latents, labels and features stored with them.
 
-    They stay on the disk until they are asked for. Batches hold what `wants` names (None: images, latents if there are
-    any, and labels if every crop has one); without images no pixel is read. The coder of `latents` makes latents of raw
-    moments. Only the first `held_out` of the held-out images are used. Raises `RacError` if the folder is not such a
-    cache, lacks what is needed, is unfinished, or damaged.
+    They stay on the disk until they are asked for. Batches hold what `wants` names (None: images, latents and features
+    if there are any, and labels if every crop has one); without images no pixel is read. The coder of `latents` makes
+    latents of raw moments. Only the first `held_out` of the held-out images are used. Raises `RacError` if the folder
+    is not such a cache, lacks what is needed, is unfinished, or damaged.
     """
 
     def __init__(
@@ -257,6 +310,7 @@ class CachedStream:
             "images": "pixels" if self.layout.pixels else None,
             "latents": "moments" if self.layout.moments else "latents",
             "labels": "labels",
+            "features": "features",
         }
         self._rows = {
             want: [_Rows.of(path, self.plan, name) for path in shards] for want in self.wants if (name := kept[want])
@@ -283,14 +337,16 @@ class CachedStream:
         draws = range(first, first + count)
         places = (divmod(draw, len(self)) for draw in draws)
         chosen = [int(permutation(len(self), self._rng_seed, epoch)[place]) for epoch, place in places]
-        images = latents = None
+        images = latents = features = None
         if "images" in self.wants:
             images = from_pixels(np.stack([self._pixels(number) for number in chosen]))
         if "latents" in self.wants:
             latents = torch.stack([self._row("latents", number) for number in chosen]).float()
             if self.layout.moments and self._latents is not None:
                 latents = self._latents.finished(latents, self._rng_seed, draws)
-        return Batch(images, latents, self._labels[chosen] if "labels" in self.wants else None)
+        if "features" in self.wants:
+            features = torch.stack([self._row("features", number) for number in chosen]).float()
+        return Batch(images, latents, self._labels[chosen] if "labels" in self.wants else None, features)
 
     def held_out(self) -> Tensor:
         """Returns the held-out images of the stream that the crops came from, N 3 S S in [-1, 1]."""
@@ -306,6 +362,7 @@ class CachedStream:
             "images": True,
             "latents": self.plan["teacher"] is not None,
             "labels": bool(self.classes) and self.plan["unlabelled"] is None,
+            "features": self.plan.get("features") is not None,
         }
         return frozenset(want for want, there in found.items() if there)
 
@@ -319,6 +376,10 @@ class CachedStream:
             raise RacError(
                 f"labels are needed, but {self.plan['unlabelled']} and perhaps others in {self.folder} belong to no "
                 "class; choose classes, and prepare the crops again"
+            )
+        if "features" in self.wants and self.plan.get("features") is None:
+            raise RacError(
+                f"features are needed, but {self.folder} holds none; prepare them with rac cache --representation"
             )
         if "latents" not in self.wants:
             return
@@ -358,8 +419,10 @@ def _is_streamed(config: DataConfig) -> bool:
     return len(config.paths) == 1 and has_scheme(config.paths[0], "hf-stream")
 
 
-def _check_use(stream: CachedStream, config: DataConfig, latents: Latents | None) -> None:
-    """Raises `RacError` unless the crops are those that `config` and `latents` ask for."""
+def _check_use(
+    stream: CachedStream, config: DataConfig, latents: Latents | None, features: Features | None = None
+) -> None:
+    """Raises `RacError` unless the crops are those that `config`, `latents` and `features` ask for."""
     folder, plan = stream.folder, stream.plan
     prepared = from_json(DataConfig, plan["data"], str(folder / PLAN))
     for setting in fields(DataConfig):
@@ -375,13 +438,25 @@ def _check_use(stream: CachedStream, config: DataConfig, latents: Latents | None
                 f"{ours['name']} (weights {ours['weights']}); give --teacher {theirs['name']}, or prepare others with "
                 f"rac cache --teacher {ours['name']}"
             )
+    if features is not None and plan.get("features") is not None:
+        given, kept = features.describer.identity(), plan["features"]
+        # One representation may have several names.
+        if changed := differences({**given, "name": kept["name"]}, kept):
+            raise RacError(
+                f"{folder} holds features of {kept['name']} that are others than those of {given['name']}: "
+                f"{'; '.join(changed)}; give the settings that it has, or prepare others with rac cache"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- making
 
 
 def plan_of(
-    config: DataConfig, rng_seed: int, latents: Latents | None = None, layout: Layout | None = None
+    config: DataConfig,
+    rng_seed: int,
+    latents: Latents | None = None,
+    layout: Layout | None = None,
+    features: Features | None = None,
 ) -> dict[str, Any]:
     """Returns the origin of `config.cached_crops` crops as JSON, as far as it is known without the pictures.
 
@@ -389,6 +464,7 @@ def plan_of(
     - `rng_seed`: chooses the crops.
     - `latents`: the coder whose latents to prepare; None: no latents.
     - `layout`: contents and size of the files; None: the defaults.
+    - `features`: the features to prepare; None: no features.
 
     Raises `RacError` for several sizes, for one that does not fit the coder, and where there is nothing to prepare.
     """
@@ -397,7 +473,7 @@ def plan_of(
         raise RacError(f"a folder of prepared crops has one size, not {config.sizes}; leave out further_sizes")
     if latents is not None and config.size % latents.coder.spec.factor:
         raise RacError(f"size {config.size} must be a multiple of the teacher's factor {latents.coder.spec.factor}")
-    if latents is None and (layout.moments or not layout.pixels):
+    if latents is None and (layout.moments or (not layout.pixels and features is None)):
         raise RacError("without pixels, or with moments, a teacher is needed; give --teacher")
     schemes = [has_scheme(path, "hf", "hf-stream") for path in config.paths]
     paths = [
@@ -410,6 +486,8 @@ def plan_of(
         "teacher": None if latents is None else latents.identity(),
         "layout": asdict(layout),
         "count": config.cached_crops,
+        # Left out where there are none, as in folders made before there could be any.
+        **({} if features is None else {"features": features.describer.identity()}),
     }
 
 
@@ -418,6 +496,7 @@ def prepare(
     asked: dict[str, Any],
     stream: Crops,
     latents: Latents | None = None,
+    features: Features | None = None,
     *,
     part: tuple[int, int] = (0, 1),
     workers: int = 1,
@@ -430,6 +509,7 @@ def prepare(
     - `asked`: the origin of the crops, as `plan_of` gives it.
     - `stream`: the crops.
     - `latents`: the coder whose latents to prepare; None: no latents.
+    - `features`: the features to prepare; None: no features.
     - `part`: (k, n) makes every n-th shard, from the k-th on.
     - `workers`: threads that read ahead.
 
@@ -441,12 +521,18 @@ def prepare(
         _write(folder / _HELD_OUT, {"pixels": [torch.from_numpy(stream.held_out_pixels)]}, plan)
     shards = _shards(folder, plan)
     mine = [number for number in range(part[0], len(shards), part[1]) if not _exists(shards[number], plan)]
-    _write_shards(folder, plan, mine, stream, latents, workers)
+    _write_shards(folder, plan, mine, stream, latents, features, workers)
     return [path for path in shards if not path.exists()]
 
 
 def _write_shards(
-    folder: Path, plan: dict[str, Any], numbers: Sequence[int], stream: Crops, latents: Latents | None, workers: int
+    folder: Path,
+    plan: dict[str, Any],
+    numbers: Sequence[int],
+    stream: Crops,
+    latents: Latents | None,
+    features: Features | None,
+    workers: int,
 ) -> None:
     count, layout, paths = plan["count"], Layout(**plan["layout"]), _shards(folder, plan)
     starts = [
@@ -468,6 +554,8 @@ def _write_shards(
             if latents is not None:
                 name = "moments" if layout.moments else "latents"
                 parts.setdefault(name, []).append(latents.prepared(pixels, layout))
+            if features is not None:
+                parts.setdefault("features", []).append(features.prepared(pixels))
             if plan["classes"]:
                 labels = [stream.label(crop.class_name) for crop in crops]
                 parts.setdefault("labels", []).append(torch.tensor(labels, dtype=torch.int64))
@@ -537,7 +625,7 @@ def _is_whole(folder: Path, asked: dict[str, Any]) -> bool:
 
 
 def _check(folder: Path, asked: dict[str, Any]) -> None:
-    found = _read_plan(folder)
+    found, asked = _read_plan(folder), {"features": None, **asked}
     if changed := differences(asked, {name: found.get(name) for name in asked}):
         raise RacError(
             f"{folder} was prepared with other settings: {'; '.join(changed)}; delete it to prepare it again"

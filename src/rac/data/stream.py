@@ -37,7 +37,7 @@ Size = tuple[int, int]
 """Width and height."""
 
 
-Want = Literal["images", "latents", "labels"]
+Want = Literal["images", "latents", "labels", "features"]
 """Something that a batch can hold."""
 
 IMAGES: frozenset[Want] = frozenset({"images"})
@@ -45,7 +45,7 @@ IMAGES: frozenset[Want] = frozenset({"images"})
 
 
 class Batch(NamedTuple):
-    """Images to train on, their latents and their labels, in the same order.
+    """Images to train on, their latents, labels and features, in the same order.
 
     What the stream was not opened for is None.
     """
@@ -56,28 +56,35 @@ class Batch(NamedTuple):
     """Latents, B c h w, normalised."""
     labels: Tensor | None = None
     """Labels, B, int64: places in the stream's `classes`."""
+    features: Tensor | None = None
+    """Features of the images by a representation, B C h w."""
 
     @property
     def size(self) -> int:
-        """The number of images, latents or labels."""
+        """The number of images."""
         return next(len(tensor) for tensor in self if tensor is not None)
 
     def need(self, what: Want) -> Tensor:
-        """Returns the batch's images, latents or labels. Raises `RacError` if the stream was not opened for them."""
+        """Returns the batch's images, latents, labels or features.
+
+        Raises `RacError` if the stream was not opened for them.
+        """
         found = getattr(self, what)
         if found is None:
             raise RacError(f"the batch holds no {what}; include {what!r} in the stream's wants")
         return found
 
     def rows(self, rows: slice) -> Batch:
-        """Returns the given rows of images, latents and labels."""
+        """Returns the given rows of everything."""
         return Batch(*(None if tensor is None else tensor[rows] for tensor in self))
 
     def to(self, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Batch:
         """Returns the batch on `device`, with images in the memory format `layout`."""
-        images, latents, labels = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        moved = Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        if moved.images is None:
+            return moved
         # Moved first, laid out there: the processor would be slower at it.
-        return Batch(None if images is None else images.contiguous(memory_format=layout), latents, labels)
+        return moved._replace(images=moved.images.contiguous(memory_format=layout))
 
 
 class Stream(Protocol):
@@ -144,7 +151,7 @@ class Crops(ABC):
         self.config = config
         self.rng_seed = rng_seed
         self.wants = frozenset(wants)
-        """Contents of batches: images, labels or both; freshly cut crops have no latents."""
+        """Contents of batches: images, labels or both; freshly cut crops have neither latents nor features."""
         self.skipped: dict[str, str] = {}
         """Damaged pictures met so far, and what was wrong with each."""
         self.held_out_pixels: NDArray[np.uint8]

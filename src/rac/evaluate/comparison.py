@@ -56,7 +56,7 @@ class Candidate(Reconstructor):
 
     @property
     def label(self) -> str:
-        """Title and setting, such as "rac-f8d8, 4 steps, teacher's latents"."""
+        """Title and setting, such as "rac-64, 4 steps, teacher's latents"."""
         steps = "" if self.steps is None else f", {steps_in_words(self.steps)}"
         return f"{self.title}{steps}{_SOURCES[self.protocol.latents]}"
 
@@ -105,7 +105,7 @@ def candidates(
     if not coders or not latents:
         raise RacError("a comparison needs at least one coder and one source of latents, own or teacher")
     names = [str(name) for name in coders]
-    titles = titles or _titles(names)
+    titles = titles or coder_titles(names)
     loaded = dict(coders) if isinstance(coders, Mapping) else {name: _load(name, device) for name in names}
     found_teachers = _teachers(loaded, teachers or {}, device)
     if tuple(latents) != ("own",) and not found_teachers:
@@ -378,7 +378,10 @@ def _robustness(
     for name, teacher in teachers_of(field).items():
         students = [candidate for candidate in field if candidate.coder.teacher == name]
         # A coder of own latents and of its teacher's decodes alike.
-        decoders = {short_name(name): teacher.decode, **{one.decoder_label: one.decode for one in students}}
+        decoders = {
+            short_name(name): students[0].of_teacher().decode,
+            **{one.decoder_label: one.decode for one in students},
+        }
         yield robustness_curve(
             decoders,
             teacher,
@@ -400,7 +403,7 @@ def teachers_of(field: Iterable[Candidate]) -> dict[str, Coder]:
     }
 
 
-def _titles(names: Sequence[str]) -> dict[str, str]:
+def coder_titles(names: Sequence[str]) -> dict[str, str]:
     """Returns a short name for each coder, or the full one where short ones collide.
 
     Raises `RacError` for a name given twice.
@@ -420,7 +423,7 @@ def steps_in_words(steps: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """Returns the name of a coder in tables: rac-f8d8; taef2 for taef2_decoder.pth; run for run/coder.
+    """Returns the name of a coder in tables: rac-64; taef2 for taef2_decoder.pth; run for run/coder.
 
     The last is where a training run has its coder.
     """

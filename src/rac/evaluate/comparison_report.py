@@ -36,6 +36,7 @@ from .comparison import (
 from .image_metrics import psnr
 from .image_sets import Batch, ImageSet, Preprocessing
 from .principal import PrincipalAxes, latent_axes, latent_colours
+from .reconstruction import Reconstructor
 from .result import Result
 from .robustness import RobustnessCurve, noised_latents
 
@@ -216,12 +217,12 @@ def _robustness_strips(material: Material, curve: RobustnessCurve) -> Figure:
     part = Batch(first.names, first.images.to(device))
     sigmas = curve.sigmas[::2]
     noised = list(noised_latents(teacher, part, sigmas, curve.rng_seed))
-    decoders: dict[str, Callable[[Tensor], Tensor]] = {short_name(curve.teacher): teacher.decode}
-    decoders |= {_steps_of(candidate): candidate.decode for candidate in (students[0], students[-1])}
+    decoders: dict[str, Reconstructor] = {short_name(curve.teacher): students[0].of_teacher()}
+    decoders |= {_steps_of(candidate): candidate for candidate in (students[0], students[-1])}
     rows = []
-    for name, decode in decoders.items():
+    for name, decoder in decoders.items():
         size = (part.images.shape[-2], part.images.shape[-1])
-        made = [crop(decode(latent).float(), size) for latent in noised]
+        made = [crop(decoder.decode(latent, part.names).float(), size) for latent in noised]
         notes = [f"{float(psnr(image, part.images)):.2f} dB" for image in made]
         panels = [
             Panel(image, f"sigma {sigma:g}", note) for image, sigma, note in zip(made, sigmas, notes, strict=True)
@@ -242,7 +243,7 @@ def _best_and_worst(material: Material) -> Section:
     count = min(EXTREMES, len(result.images) // 2)
     worst, best = extremes(result, count)
     images = pick(material.references, [*worst, *best])
-    made = {place: _by_each(material.default_steps, image) for place, image in images.items()}
+    made = {place: _by_each(material.default_steps, image, result.images[place]) for place, image in images.items()}
     full = _full_scale([error for place, image in images.items() for error in _errors(image, made[place])])
     metrics = []
     for name, places in (("worst", worst), ("best", best)):
@@ -261,7 +262,7 @@ def _step_by_step(material: Material) -> Section | None:
     order, _ = extremes(result, len(result.images))
     place = order[len(order) // 2]
     image = pick(material.references, [place])[place]
-    made = _by_each(family, image)
+    made = _by_each(family, image, result.images[place])
     full = _full_scale(_errors(image, made))
     above = [Panel(image, "original"), *(_judged_panel(image, name, one) for name, one in made.items())]
     blank = torch.ones_like(image)
@@ -271,9 +272,9 @@ def _step_by_step(material: Material) -> Section | None:
     return Section("Step by step", "", [Figure(picture, "step-by-step", caption)])
 
 
-def _by_each(candidates: Sequence[Candidate], image: Tensor) -> dict[str, Tensor]:
+def _by_each(candidates: Sequence[Candidate], image: Tensor, name: str) -> dict[str, Tensor]:
     device = next(candidates[0].coder.parameters()).device
-    return {candidate.label: candidate.reconstruct(image.to(device)).cpu() for candidate in candidates}
+    return {candidate.label: candidate.reconstruct(image.to(device), (name,)).cpu() for candidate in candidates}
 
 
 def _errors(image: Tensor, made: dict[str, Tensor]) -> list[Tensor]:
@@ -401,11 +402,11 @@ def _trajectories(material: Material) -> Section | None:
 
 def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
     """Plots trajectories: left, states of several images; right, channels of one image's state at several places."""
-    image = next(material.references.batches(WALKS)).images.to(candidate.device)
-    walks = _walks(candidate, image[:1])
+    part = next(material.references.batches(WALKS))
+    walks = _walks(candidate, part, 1)
     numbers = sum(state.numel() for state in walks[0].states)
-    if len(image) > 1:
-        walks = _walks(candidate, image[: max(2, WALK_NUMBERS // numbers)])
+    if len(part.names) > 1:
+        walks = _walks(candidate, part, max(2, WALK_NUMBERS // numbers))
     whole = [_points(walk, lambda state: state.flatten(1)) for walk in walks]
     places = [_points(walk, _some_places) for walk in walks]
     panels, labels = {}, []
@@ -426,11 +427,12 @@ def _trajectory_plot(material: Material, candidate: Candidate) -> Figure:
     )
 
 
-def _walks(candidate: Candidate, image: Tensor) -> list[Trajectory]:
-    """Returns the flow that decodes, and the one that encodes if there is one."""
-    back, there = candidate.walk("encode"), candidate.walk("decode")
-    coded = candidate.coder.coded(image, back, keep="nodes")
-    decoded = candidate.coder.decoded(coded.latent, there, keep="nodes")
+def _walks(candidate: Candidate, part: Batch, count: int) -> list[Trajectory]:
+    """Returns the flow that decodes the first `count` images, and the one that encodes them if there is one."""
+    coder, names = candidate.coder, part.names[:count]
+    coded = coder.coded(part.images[:count].to(candidate.device), candidate.walk("encode"), keep="nodes")
+    noise = coder.noise_of(coded.latent, names, candidate.protocol.rng_seed)
+    decoded = coder.decoded(coded.latent, candidate.walk("decode"), noise, keep="nodes")
     return [flow for flow in (decoded.flow, coded.flow) if flow is not None]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..coders.protocol import Coder
+from ..generators.protocol import LatentGenerator
 from ..latents import LatentSpec
 
 SD_WIDTHS = (128, 256, 512, 512)
@@ -173,13 +174,27 @@ def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
         note = ""
         if walk is not None and network.way != "encode":
             steps = f"{walk.steps} step{'' if walk.steps == 1 else 's'}"
-            note = f"{shapes[0][1]} state channels; {cost.gmacs * walk.steps:.2f} GMACs at {steps}"
+            note = f"{shapes[0][1]} channels in; {cost.gmacs * walk.steps:.2f} GMACs at {steps}"
         rows.append(CostRow(f"{name} {title}", cost.parameters, cost, note))
     if len(rows) == 1:
         return rows
     total = parameters(coder)
     encoding = sum(parameters(network.module) for network in networks.values() if network.way == "encode")
     return [*rows, CostRow(f"{name} whole", total, note=f"without its encoder {100 * encoding / total:.2f} % fewer")]
+
+
+def generator_row(name: str, generator: LatentGenerator, side: int | None = None) -> CostRow:
+    """Returns a row for one evaluation of a generator's network, with the cost of a sample in its note.
+
+    - `name`: the name in the row.
+    - `generator`: the generator.
+    - `side`: side of the images in pixels; their latents are padded to whole patches. None: as it was trained on.
+    """
+    spec, step = generator.kind.spec, generator.multiple
+    latent = generator.kind.side if side is None else -(-side // (spec.factor * step)) * step
+    cost = count(generator.network, (1, spec.channels, latent, latent), (1,))
+    note = f"latents {spec.channels} x {latent} x {latent}; per evaluation; {generator.sampling.in_words()}"
+    return CostRow(f"{name} field", cost.parameters, cost, note)
 
 
 def field_row(name: str, field: nn.Module, state_channels: int, side: int = 256, note: str = "") -> CostRow:

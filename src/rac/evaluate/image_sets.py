@@ -197,13 +197,29 @@ class ImageSet:
         - `count`: number of images to read; None: all.
         - `progress`: called with the number of images read.
         """
-        files = find_pictures(paths)
         name = collection_name(paths)
-        images = cls(name, partial(_read, files, preprocessing, count), progress)
+        images = cls.of_pictures(find_pictures(paths), name, preprocessing, count, progress)
         if count is not None and len(images) < count:
             raise RacError(
                 f"{name} has {len(images)} images, but the protocol asks for {count}; give more, or lower its count"
             )
+        return images
+
+    @classmethod
+    def of_pictures(
+        cls,
+        pictures: Sequence[Picture],
+        name: str,
+        preprocessing: Preprocessing,
+        count: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> ImageSet:
+        """Reads the first `count` images (None: all) of pictures that were found, in their order.
+
+        `name` is that of the set; the other arguments are those of `read`. Raises `RacError` for fewer images than 2,
+        and as `read` for a picture.
+        """
+        images = cls(name, partial(_read, pictures, preprocessing, count), progress)
         labels = tuple(_label_of(image) for image in images.names)
         images.labels = labels if any(labels) else None
         return images

@@ -1,12 +1,16 @@
-"""Metrics of how well a coder's latents replace its teacher's."""
+"""Metrics of latents: how well a coder's replace its teacher's, and how far generated ones are from encoded ones."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RacError
 from ..tensors import check_dense
+from .set_metrics import Gaussian, frechet
 
 
 class LatentAgreement:
@@ -57,3 +61,53 @@ class LatentAgreement:
         if self._sums is None:
             raise RacError("no latents to compare; update with at least one batch")
         return self._sums
+
+
+@dataclass(frozen=True)
+class LatentDistance:
+    """Frechet distance of generated latents from encoded ones, and of encoded ones from others at equal number."""
+
+    value: float
+    floor: float
+    """The distance between two sets of encoded latents, each as many as the generated ones."""
+    count: int
+    """Number of latents of each set."""
+    shape: tuple[int, int, int]
+    """Channels, height and width of the latents that were compared."""
+
+    @property
+    def name(self) -> str:
+        """Name of the metric, with the shape that was compared."""
+        return f"latent FD, {' x '.join(map(str, self.shape))}"
+
+
+def latent_distance(generated: Tensor, encoded: Tensor) -> LatentDistance:
+    """Returns the Frechet distance of generated latents N c h w from encoded ones M c h w, beside its floor.
+
+    Both distances are of equal numbers of latents, at most N and half of M. Latents of more numbers than that are
+    averaged over squares of places first, of the smallest side that makes them fewer. Raises `RacError` for latents of
+    another shape, and for too few of them.
+    """
+    if generated.ndim != 4 or generated.shape[1:] != encoded.shape[1:]:
+        raise RacError(
+            f"compare latents of one shape, not {tuple(generated.shape[1:])} and {tuple(encoded.shape[1:])}; give "
+            "those of one coder and one size"
+        )
+    count = min(len(generated), len(encoded) // 2)
+    _, channels, height, width = generated.shape
+    square = 1
+    while channels * -(-height // square) * -(-width // square) >= count and square < max(height, width):
+        square *= 2
+    if channels * -(-height // square) * -(-width // square) >= count:
+        raise RacError(
+            f"a distance of latents of {channels} channels needs more than {channels} latents, and twice as many "
+            f"encoded ones, not {len(generated)} and {len(encoded)}; give more"
+        )
+
+    def gaussian(latents: Tensor) -> tuple[Gaussian, tuple[int, int, int]]:
+        pooled = F.avg_pool2d(latents.double(), square, ceil_mode=True)
+        return Gaussian.of(pooled.flatten(1)), (pooled.shape[1], pooled.shape[2], pooled.shape[3])
+
+    reference, shape = gaussian(encoded[:count])
+    floor = frechet(gaussian(encoded[count : 2 * count])[0], reference)
+    return LatentDistance(frechet(gaussian(generated[:count])[0], reference), floor, count, shape)

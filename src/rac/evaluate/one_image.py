@@ -27,8 +27,8 @@ from .image_metrics import psnr, ssim
 from .image_sets import Batch
 from .robustness import noised_latents
 
-NOISED_STEPS = (1, 2, 4, 8)
-"""Numbers of steps at which a noised latent is decoded."""
+STEPS = (1, 2, 4)
+"""Numbers of steps at which one latent is decoded."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reconstruction:
     """A reconstruction of one image by one coder, with its quality and cost."""
 
     name: str
-    """Name of the coder and its setting, such as "rac-64, 4 steps"."""
+    """Name of the coder and its setting, such as "rac-256, 4 steps"."""
     image: Tensor
     """The reconstruction, 1 3 H W, of the original's size."""
     psnr: float
@@ -61,6 +61,18 @@ class Reconstruction:
         return replace(self, encoding=None, decoding=None)
 
 
+@dataclass(frozen=True)
+class Seeded:
+    """Choice of the noise that a coder decodes an image from: it depends on the seed and the image's name."""
+
+    rng_seed: int = 0
+    name: str = "picture"
+
+    def noise(self, coder: Coder, latent: Tensor) -> Tensor | None:
+        """Returns the noise for a latent 1 c h w; None for a coder that takes none."""
+        return coder.noise_of(latent, (self.name,), self.rng_seed)
+
+
 def reconstructions(
     coder: Coder,
     image: Tensor,
@@ -68,6 +80,7 @@ def reconstructions(
     solver: Solver | None = None,
     teacher: Coder | None = None,
     name: str = "coder",
+    seeded: Seeded = Seeded(),
 ) -> list[Reconstruction]:
     """Encodes and decodes an image 1 3 H W, once at each number of steps if the coder takes any.
 
@@ -81,19 +94,20 @@ def reconstructions(
     - `solver`: the rule of each step; None: Euler's.
     - `teacher`: the coder's teacher, if it is at hand.
     - `name`: the name of the coder in the results.
+    - `seeded`: the noise that coders decode from, where they take any.
 
     Raises `RacError` for steps below 1 and for images too small to pad.
     """
-    found = [] if teacher is None else [_measured("teacher", image, partial(_coded, teacher, image))]
+    found = [] if teacher is None else [_measured("teacher", image, partial(_coded, teacher, image, seeded=seeded))]
     numbers: Sequence[int | None] = steps if _walked(coder) else (None,)
     own = teacher is None or "encode" in coder.trained_ways
     for number in numbers if own else ():
         keep = number == max(steps, default=None)
-        run = partial(_coded, coder, image, number, solver, keep=keep)
+        run = partial(_coded, coder, image, number, solver, keep=keep, seeded=seeded)
         found.append(_measured(_named(name, number), image, run))
     for number in numbers if teacher is not None else ():
         keep = not own and number == max(steps, default=None)
-        run = partial(_coded, coder, image, number, solver, keep=keep, encoder=teacher)
+        run = partial(_coded, coder, image, number, solver, keep=keep, encoder=teacher, seeded=seeded)
         made = _measured(f"{_named(name, number)}, from the teacher's latent", image, run)
         found.append(replace(made, from_teacher=True))
     return found
@@ -146,9 +160,8 @@ def reconstruct(loaded: Loaded, image: Tensor, steps: int) -> Reconstructed:
 def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0) -> tuple[Reconstruction, ...]:
     """Decodes the latent of an image 1 3 H W plus `sigma` times normal noise, by the teacher and by the coder.
 
-    A coder that decodes in steps does so at each of `NOISED_STEPS`. The latent is the teacher's, or the coder's own
-    where there is none; latents have a deviation of about 1. The noise is that of `robustness` for an image called
-    "picture". Seconds, evaluations and MACs are of decoding alone.
+    The latent is the teacher's, or the coder's own where there is none; latents have a deviation of about 1. The noise
+    is that of `robustness` for an image called "picture". The numbers are those of `decodings`.
 
     - `loaded`: the coder and its teacher.
     - `image`: the image, 1 3 H W in [-1, 1].
@@ -156,15 +169,32 @@ def decode_noised(loaded: Loaded, image: Tensor, sigma: float, rng_seed: int = 0
     - `rng_seed`: seed of the noise.
     """
     source = loaded.coder if loaded.teacher is None else loaded.teacher
-    (latent,) = noised_latents(source, Batch(("picture",), image), [sigma], rng_seed)
+    seeded = Seeded(rng_seed)
+    (latent,) = noised_latents(source, Batch((seeded.name,), image), [sigma], rng_seed)
+    return tuple(one.without_flows() for one in decodings(loaded, image, latent, seeded))
+
+
+def decodings(loaded: Loaded, image: Tensor, latent: Tensor, seeded: Seeded = Seeded()) -> tuple[Reconstruction, ...]:
+    """Decodes a latent 1 c h w by the teacher, if there is one, and by the coder.
+
+    A coder that decodes in steps does so at each of `STEPS`, and the last of them keeps its flow; `seeded` chooses the
+    noise of coders that decode from noise. Seconds, evaluations and MACs are of decoding alone; PSNR and SSIM compare
+    with `image`, 1 3 H W in [-1, 1].
+    """
     versions = []
     if loaded.teacher is not None:
-        run = partial(_decoded, loaded.teacher, latent)
+        run = partial(_decoded, loaded.teacher, latent, seeded)
         versions.append(_measured(f"teacher, {loaded.teacher_name}", image, run))
-    for number in NOISED_STEPS if loaded.coder.walk("decode") is not None else (None,):
-        run = partial(_decoded, loaded.coder, latent, number)
+    for number in STEPS if loaded.coder.walk("decode") is not None else (None,):
+        run = partial(_decoded, loaded.coder, latent, seeded, number, keep=number == STEPS[-1])
         versions.append(_measured(_named(loaded.name, number), image, run))
     return tuple(versions)
+
+
+def round_trip(loaded: Loaded, image: Tensor, steps: int, seeded: Seeded = Seeded()) -> Reconstruction:
+    """Encodes and decodes an image 1 3 H W by the coder alone, with as many steps each way, and keeps its flows."""
+    name = f"{_named(loaded.name, steps)} each way"
+    return _measured(name, image, partial(_coded, loaded.coder, image, steps, keep=True, seeded=seeded))
 
 
 # ------------------------------------------------------------------------------------------- how it is measured
@@ -180,17 +210,19 @@ def _coded(
     solver: Solver | None = None,
     keep: bool = False,
     encoder: Coder | None = None,
+    seeded: Seeded = Seeded(),
 ) -> _Made:
     """Encodes an image, by `encoder` if one is given, and decodes it."""
     back = coder.walk("encode", steps, solver)
     there = coder.walk("decode", steps, solver)
     coded = coder.coded(image, back, keep="nodes" if keep else "end") if encoder is None else encoder.coded(image)
-    decoded = coder.decoded(coded.latent, there, keep="nodes" if keep else "end")
+    decoded = coder.decoded(coded.latent, there, seeded.noise(coder, coded.latent), "nodes" if keep else "end")
     return decoded._replace(evaluations=coded.evaluations + decoded.evaluations), coded.flow
 
 
-def _decoded(coder: Coder, latent: Tensor, steps: int | None = None) -> _Made:
-    return coder.decoded(latent, coder.walk("decode", steps)), None
+def _decoded(coder: Coder, latent: Tensor, seeded: Seeded, steps: int | None = None, keep: bool = False) -> _Made:
+    walk, noise = coder.walk("decode", steps), seeded.noise(coder, latent)
+    return coder.decoded(latent, walk, noise, "nodes" if keep else "end"), None
 
 
 def _measured(name: str, image: Tensor, run: Callable[[], _Made]) -> Reconstruction:

@@ -79,6 +79,7 @@ class Protocol:
 
 
 _PIXELS = ("psnr", "ssim", "lpips-alex")
+_SETS = ("frechet", "kernel", "precision-recall")
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -110,6 +111,19 @@ PROTOCOLS: dict[str, Protocol] = {
             Preprocessing(256, "adm"),
             count=50_000,
             metrics=(*_PIXELS, "frechet", "spatial-frechet", "score"),
+            extractor="inception-2048",
+        ),
+        # Generated images beside real ones: more than 768 of each, or 1,280 for the lite ones.
+        Protocol("generated-64", Preprocessing(64, "centre"), metrics=_SETS, extractor="inception-768"),
+        Protocol("generated-128", Preprocessing(128, "centre"), metrics=_SETS, extractor="inception-768"),
+        Protocol("generated-64-lite", Preprocessing(64, "centre"), metrics=_SETS, extractor="efficientnet-lite0"),
+        Protocol("generated-128-lite", Preprocessing(128, "centre"), metrics=_SETS, extractor="efficientnet-lite0"),
+        # The literature's FID, sFID and IS: 50,000 images beside ADM's moments of ImageNet.
+        Protocol(
+            "generated-256",
+            Preprocessing(256, "adm"),
+            count=50_000,
+            metrics=("frechet", "spatial-frechet", "score"),
             extractor="inception-2048",
         ),
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..coders.protocol import Coded, Coder, Way
+from ..coders.protocol import Coded, Coder, Decoded, Way
 from ..errors import RacError
 from ..flow import Walk
 from ..flow.solvers import SOLVERS
@@ -55,6 +55,12 @@ class Reconstructor:
         """The coder whose latents are decoded: this one, or its teacher."""
         return self.coder if self.protocol.latents == "own" or self.teacher is None else self.teacher
 
+    def of_teacher(self) -> Reconstructor:
+        """Returns the teacher, which decodes its own latents in its own number of steps. Raises `RacError` for none."""
+        if self.teacher is None:
+            raise RacError("this coder has no teacher at hand; give one")
+        return Reconstructor(coder=self.teacher, protocol=replace(self.protocol, steps=None, latents="own"))
+
     @property
     def device(self) -> torch.device:
         """The device of the coder's weights."""
@@ -66,13 +72,18 @@ class Reconstructor:
         return self.encoder.coded(image, self.walk("encode") if self.encoder is self.coder else None).latent
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
-        """Decodes a latent B c h w to an image, neither cropped nor clamped."""
-        return self.coder.decoded(latent, self.walk("decode")).image
+    def decode(self, latent: Tensor, names: Sequence[str]) -> Tensor:
+        """Decodes latents B c h w of the images called `names` to images, neither cropped nor clamped."""
+        return self._decoded(latent, names).image
 
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """Encodes and decodes an image B 3 H W; the result has its size and is clamped to [-1, 1]."""
-        return crop(self.decode(self.encode(image)).float(), (image.shape[-2], image.shape[-1])).clamp(-1, 1)
+    def reconstruct(self, image: Tensor, names: Sequence[str]) -> Tensor:
+        """Encodes and decodes images B 3 H W called `names`; the results have their size, and values in [-1, 1]."""
+        return crop(self.decode(self.encode(image), names).float(), (image.shape[-2], image.shape[-1])).clamp(-1, 1)
+
+    def _decoded(self, latent: Tensor, names: Sequence[str]) -> Decoded:
+        """Decodes latents; a coder that decodes from noise gets noise of each image's own, the same for all coders."""
+        noise = self.coder.noise_of(latent, names, self.protocol.rng_seed)
+        return self.coder.decoded(latent, self.walk("decode"), noise)
 
     def one_pass(self, batch: Batch) -> Pass:
         """Encodes each image once and decodes it once; latent metrics use the same flows.
@@ -84,7 +95,7 @@ class Reconstructor:
         start = self._now()
         latent, coded, teacher_latent = self._source(batch)
         with self._arithmetic():
-            decoded = self.coder.decoded(latent, self.walk("decode")).image
+            decoded = self._decoded(latent, batch.names).image
         reconstruction = crop(decoded.float(), size)
         seconds = self._now() - start
         if not torch.isfinite(reconstruction).all():

@@ -22,8 +22,8 @@ from .suite import IMAGE_METRICS, MetricSuite
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Standard deviations of the noise; latents have a deviation of about 1."""
 
-Decoder = Callable[[Tensor], Tensor]
-"""A function that decodes a latent B c h w to an image."""
+Decoder = Callable[[Tensor, Sequence[str]], Tensor]
+"""A function that decodes latents B c h w of images with these names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def robustness_curve(
     """Decodes latent + sigma * noise by every decoder, and compares the results with the original images.
 
     The noise depends on `rng_seed` and the image's name alone, so it is the same for all decoders and, up to its size,
-    for all sigmas.
+    for all sigmas. Noise that a coder decodes from depends on the name as well, and is the same for all sigmas.
 
     - `decoders`: the decoders by name.
     - `teacher`: the coder whose latents are decoded.
@@ -78,7 +78,7 @@ def robustness_curve(
         for place, noised in enumerate(noised_latents(teacher, part._replace(images=image), sigmas, rng_seed)):
             for decoder, decode in decoders.items():
                 with reproducible():
-                    made = crop(decode(noised).float(), (image.shape[-2], image.shape[-1]))
+                    made = crop(decode(noised, part.names).float(), (image.shape[-2], image.shape[-1]))
                 for metric, values in suite.of_images(made, image).items():
                     row = sums.setdefault(metric, {}).setdefault(decoder, [0.0] * len(sigmas))
                     row[place] += float(values.double().sum())
@@ -102,10 +102,15 @@ def noised_latents(teacher: Coder, part: Batch, sigmas: Iterable[float], rng_see
     """
     with reproducible():
         latent = teacher.encode(part.images).float()
-    streams = [generator(rng_seed, "correction", name) for name in part.names]
-    noise = torch.stack([torch.randn(latent.shape[1:], generator=stream) for stream in streams]).to(latent.device)
+    noise = latent_noise(latent, part.names, rng_seed)
     for sigma in sigmas:
         yield latent + sigma * noise
+
+
+def latent_noise(latent: Tensor, names: Sequence[str], rng_seed: int) -> Tensor:
+    """Returns normal noise for latents B c h w, that of each image depending on its name and the seed alone."""
+    streams = [generator(rng_seed, "correction", name) for name in names]
+    return torch.stack([torch.randn(latent.shape[1:], generator=stream) for stream in streams]).to(latent.device)
 
 
 def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

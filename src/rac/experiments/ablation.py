@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +106,16 @@ class Ablation:
     directory: Path
     equal: Equal = "images"
     """Quantity that all variants get the same amount of."""
+    name: str = "as the recipe"
+    """Label of the recipe itself, where nothing of it is varied."""
+    beside: Mapping[str, Recipe] = field(default_factory=dict)
+    """Further recipes by label, of any family, trained and evaluated as they are."""
 
     def __post_init__(self) -> None:
-        if not self.choices:
+        if not self.choices and not self.beside:
             raise RacError("nothing is varied; give --vary, such as: --vary spread=nearest,shuffle")
+        if self.name in self.beside:
+            raise RacError(f"recipe {self.name} is named twice; name each recipe once")
         if "train.iterations" in {axis.name for axis in self._axes}:
             raise RacError("train.iterations is set by the budget; vary another field")
         if Budget.read(self.budget).seconds is None and self.equal == "time":
@@ -126,16 +132,15 @@ class Ablation:
         The number of steps that a finished coder takes affects no weight, so varying it needs no further training.
         """
         found = variants(self.recipe, [axis for axis in self._axes if axis.name != self.recipe.steps_field])
-        return {variant.label or "as the recipe": variant.recipe for variant in found}
+        return {**{variant.label or self.name: variant.recipe for variant in found}, **self.beside}
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Numbers of steps at which each trained coder is evaluated; empty for coders without a flow."""
-        name = self.recipe.steps_field
+    def steps(self, training: Training) -> tuple[int, ...]:
+        """Returns the numbers of steps at which a trained coder is evaluated; none for coders without a flow."""
+        name = training.recipe.steps_field
         if name is None:
             return ()
         varied = [tuple(axis.values.values()) for axis in self._axes if axis.name == name]
-        return varied[0] if varied else (getattr(self.recipe, name),)
+        return varied[0] if varied and training.label not in self.beside else (getattr(training.recipe, name),)
 
     def varies(self, *names: str) -> bool:
         """Returns whether any of these fields takes several values."""
@@ -243,11 +248,17 @@ class Ablation:
     def _asked(self) -> dict[str, Any]:
         """Returns everything that affects the result, as JSON."""
         recipe = fixed(self.recipe, to_json(self.recipe))
-        return {"recipe": recipe, "vary": list(self.choices), "budget": self.budget, "equal": self.equal}
+        asked = {"recipe": recipe, "vary": list(self.choices), "budget": self.budget, "equal": self.equal}
+        beside = {label: fixed(one, to_json(one)) for label, one in self.beside.items()}
+        return {**asked, "beside": beside} if beside else asked
 
     def _compared(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Returns the result of `_asked` without what may change on resume."""
-        return {**asked, "recipe": fixed(self.recipe, asked["recipe"])}
+        beside = {
+            label: fixed(self.beside[label], one) if label in self.beside else one
+            for label, one in asked.get("beside", {}).items()
+        }
+        return {**asked, "recipe": fixed(self.recipe, asked["recipe"]), **({"beside": beside} if beside else {})}
 
     def _keep(self, seconds_per_image: Mapping[str, float]) -> None:
         plan = {"asked": self._asked(), "seconds_per_image": dict(seconds_per_image)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..evaluate.comparison import Candidate, Comparison, lower_is_better, metric_text
 from ..evaluate.image_metrics import psnr
 from ..evaluate.image_sets import ImageSet
+from ..evaluate.reconstruction import Reconstructor
 from ..images import from_pixels, to_pixels
 from ..report.document import Figure, Section, Table
 from ..report.pictures import Panel, sheet, strip
@@ -50,14 +51,14 @@ class Strips:
         """
         device = next(candidate.coder.parameters()).device
         if candidate.teacher is not None and len(self.rows) == 1:
-            self._add("the teacher", candidate.teacher.reconstruct, device)
-        self._add(candidate.label, candidate.reconstruct, device)
+            self._add("the teacher", candidate.of_teacher(), device)
+        self._add(candidate.label, candidate, device)
 
-    def _add(self, title: str, reconstruct: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def _add(self, title: str, reconstructor: Reconstructor, device: torch.device) -> None:
         panels = []
-        for image in self.images:
+        for name, image in zip(self.names, self.images, strict=True):
             # As a file would hold it, and as the metrics see it.
-            made = from_pixels(to_pixels(reconstruct(image.to(device)).float().cpu()))
+            made = from_pixels(to_pixels(reconstructor.reconstruct(image.to(device), (name,)).float().cpu()))
             panels.append(Panel(made, f"{float(psnr(made, image)):.2f} dB"))
         self.rows.append(strip(panels, title))
 

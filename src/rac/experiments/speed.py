@@ -123,6 +123,15 @@ def coding_speeds(coder: Coder, images: Tensor, setting: Setting, steps: int | N
     return found
 
 
+@torch.no_grad()
+def generating_speed(work: Callable[[], object], images: int, setting: Setting) -> Speed:
+    """Measures `work`, which generates the latents of `images` images."""
+    with runtime.autocast(setting.device, setting.bf16):
+        with MacCounter() as counter:
+            work()
+        return Speed(images, median(timed(work, setting)), 2 * counter.macs)
+
+
 def training_speed(task: Task, stream: Stream, settings: TrainConfig, setting: Setting) -> Speed:
     """Measures one iteration of `task` at a time, on batches of `stream`, and the parts of its time.
 

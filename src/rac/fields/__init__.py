@@ -10,11 +10,14 @@ from .ddt import DDTField, DDTFieldConfig, ddt
 from .local import LocalField, LocalFieldConfig
 from .projector import Projector
 from .sit import SiTField, SiTFieldConfig, sit
+from .unet import UNet, UNetConfig, UNetField, UNetFieldConfig
 
 LatentFieldConfig = SiTFieldConfig | DDTFieldConfig
 """Configurations of fields over latents, whose conditions are labels."""
 
-FieldConfig = TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | LatentFieldConfig
+FieldConfig = (
+    TinyFieldConfig | LdmFieldConfig | LocalFieldConfig | CarriersFieldConfig | UNetFieldConfig | LatentFieldConfig
+)
 
 __all__ = [
     "CarriersField",
@@ -31,6 +34,10 @@ __all__ = [
     "SiTField",
     "SiTFieldConfig",
     "TinyFieldConfig",
+    "UNet",
+    "UNetConfig",
+    "UNetField",
+    "UNetFieldConfig",
     "ddt",
     "sit",
 ]

@@ -162,10 +162,51 @@ class SiTField(nn.Module):
 
         Raises `RacError` as `forward`, and for a block that is not there.
         """
+        after = self._block(self.config.depth if after is None else after)
+        x, given, turn = self._entered(state, time, interval, condition)
+        tokens = x
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, given, turn)
+            if number == after:
+                tokens = x
+        height, width = (side // self.config.patch for side in state.shape[-2:])
+        velocity = unpatchify(self.head(x, given), height, width, self.config.patch)
+        return Tapped(velocity.to(state.dtype), tokens)
+
+    def tokens(
+        self,
+        state: Tensor,
+        time: Tensor,
+        interval: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+        after: int,
+    ) -> Tensor:
+        """Returns the tokens of `tapped` alone, B N width, without computing what comes after them.
+
+        - `state`, `time`, `interval`, `condition`: as for `forward`.
+        - `after`: the block whose tokens are wanted, counted from 1.
+
+        Raises `RacError` as `tapped`.
+        """
+        x, given, turn = self._entered(state, time, interval, condition)
+        for block in self.blocks[: self._block(after)]:
+            x = block(x, given, turn)
+        return x
+
+    def _block(self, number: int) -> int:
+        if not 1 <= number <= self.config.depth:
+            raise RacError(f"a SiT of {self.config.depth} blocks has no block {number}; count them from 1")
+        return number
+
+    def _entered(
+        self, state: Tensor, time: Tensor, interval: Tensor | None, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Returns the tokens that enter the first block, and the condition and the rotation that all blocks are given.
+
+        Raises `RacError` as `forward`.
+        """
         check_input(state, self.config.patch, interval, self.config.interval)
-        after = self.config.depth if after is None else after
-        if not 1 <= after <= self.config.depth:
-            raise RacError(f"a SiT of {self.config.depth} blocks has no block {after}; count them from 1")
         height, width = (side // self.config.patch for side in state.shape[-2:])
         x = self.patches(state)
         x = x + positions(height, width, self.config.width, x)
@@ -173,11 +214,4 @@ class SiTField(nn.Module):
         if self.interval is not None:
             given = given + self.interval(torch.zeros_like(time) if interval is None else interval)
         head_width = self.config.width // self.config.heads
-        turn = rotation(height, width, head_width, x) if self.config.style == "rms" else None
-        tokens = x
-        for number, block in enumerate(self.blocks, 1):
-            x = block(x, given, turn)
-            if number == after:
-                tokens = x
-        velocity = unpatchify(self.head(x, given), height, width, self.config.patch)
-        return Tapped(velocity.to(state.dtype), tokens)
+        return x, given, rotation(height, width, head_width, x) if self.config.style == "rms" else None

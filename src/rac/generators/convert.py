@@ -8,18 +8,21 @@ of t is folded into the first layer of the time's network.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..coders.protocol import Coder
 from ..errors import WeightsError
 from ..fields import SiTFieldConfig
 from ..fields.transformer import TIME_FREQUENCIES, positions
+from ..files import write_bytes
 from ..storage import as_weights_error, fit_tensors, read_tensors
 from .flow import FlowGenerator, FlowGeneratorConfig
 from .sampling import Sampling
@@ -151,6 +154,21 @@ def to_public(generator: FlowGenerator, *, noise_time: bool = False, learn_sigma
     grid = generator.config.side // config.patch
     table = positions(grid, grid, config.width, tensors["patches.weight"])[None]
     return {POSITIONS: table, **{_public(name): tensor for name, tensor in tensors.items()}}
+
+
+def write_public(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Writes a state dict of `to_public` to `path`: a .safetensors file, or one of torch with the entry "ema".
+
+    The file is written completely or not at all. Raises `WeightsError` if the system refuses.
+    """
+    path = Path(path)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if path.suffix == ".safetensors":
+        write_bytes(path, to_safetensors(whole), WeightsError)
+        return
+    buffer = io.BytesIO()
+    torch.save({"ema": whole}, buffer)
+    write_bytes(path, buffer.getvalue(), WeightsError)
 
 
 def turned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

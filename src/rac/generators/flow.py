@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..coders.protocol import Coder
 from ..config import from_json, to_json
 from ..errors import RacError, WeightsError
 from ..fields import LatentFieldConfig
 from ..flow import Conditioned, Field, Guided, integrate
 from ..latents import LatentSpec
-from ..storage import CONFIG, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
+from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
 from .protocol import Generated, LatentGenerator, LatentKind
 from .sampling import SampleNoise, Sampling
+
+DROP_IN = "FlowGeneratorModel"
+"""Value of `_class_name` in the config.json of `rac.integrations.generation.FlowGeneratorModel`, a diffusers model."""
 
 FORMAT = "rac flow generator"
 """Value of `format` in the config.json of a flow generator."""
 
 VERSION = 1
 """Version of the file format."""
+
+OWN_CODER = "coder"
+"""Name of the folder, within a generator's, of a coder that was trained together with it."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,32 @@ class FlowGenerator(LatentGenerator):
         self.config = config
         self.kind = config.kind()
         self.sampling = config.sampling
-        self.field: nn.Module = config.field.build(config.spec.channels)
+        self.field = config.field.build(config.spec.channels)
+
+    @classmethod
+    def of(cls, generator: LatentGenerator) -> FlowGenerator:
+        """Returns `generator` if it is a flow generator. Raises `RacError` for another kind."""
+        if not isinstance(generator, FlowGenerator):
+            raise RacError(f"a flow generator is needed, such as SiT, and this is a {type(generator).__name__}")
+        return generator
 
     def renamed(self, classes: tuple[str, ...]) -> FlowGenerator:
         """Returns a generator of the same weights whose classes have these names."""
+        return self._with(replace(self.config, classes=classes))
+
+    def of_coder(self, coder: Coder) -> FlowGenerator:
+        """Returns a generator of the same weights, whose latents are those of `coder`."""
+        return self._with(replace(self.config, spec=coder.spec))
+
+    def _with(self, config: FlowGeneratorConfig) -> FlowGenerator:
         twin = copy.copy(self)
-        twin.config = replace(self.config, classes=classes)
-        twin.kind = twin.config.kind()
+        twin.config, twin.kind = config, config.kind()
         return twin
+
+    @property
+    def network(self) -> nn.Module:
+        """The velocity network."""
+        return self.field
 
     @property
     def multiple(self) -> int:
@@ -119,6 +146,8 @@ class FlowGenerator(LatentGenerator):
     def load(cls, directory: str | Path) -> FlowGenerator:
         """Reads a directory written by `save`: float32, in evaluation mode, parameters frozen.
 
+        A folder `coder` in it holds the coder of its latents, whatever its configuration names.
+
         Raises `WeightsError` for a directory that does not hold a flow generator, and for weights missing, cut, or of
         another shape.
         """
@@ -131,7 +160,29 @@ class FlowGenerator(LatentGenerator):
                     "or version"
                 )
         tensors, source = read_weights(directory)
+        own_coder = directory / OWN_CODER
+        return cls._built(
+            data.get("config"), tensors, said_by, source, own_coder if (own_coder / CONFIG).is_file() else None
+        )
+
+    @classmethod
+    def load_drop_in(cls, directory: str | Path) -> FlowGenerator:
+        """Reads a directory written by `FlowGeneratorModel.save_pretrained`. Raises `WeightsError` as `load`."""
+        directory = Path(directory)
+        data, (found, source) = read_settings(directory), read_weights(directory, DIFFUSERS)
+        tensors = {name.removeprefix("generator."): tensor for name, tensor in found.items()}
+        return cls._built(data.get("rac"), tensors, str(directory / CONFIG), source)
+
+    @classmethod
+    def _built(
+        cls, config: Any, tensors: Mapping[str, Tensor], said_by: str, source: str, own_coder: Path | None = None
+    ) -> FlowGenerator:
+        """Returns a frozen generator from the JSON of its configuration and its weights; errors name both files.
+
+        `own_coder` is the directory of a coder that was trained with it.
+        """
         with as_weights_error():
-            generator = cls(from_json(FlowGeneratorConfig, data.get("config"), said_by))
+            built = from_json(FlowGeneratorConfig, config, said_by)
+            generator = cls(built if own_coder is None else replace(built, coder=str(own_coder)))
         fit_tensors(generator, tensors, source)
         return generator.eval().requires_grad_(False)

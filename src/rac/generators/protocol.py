@@ -96,16 +96,21 @@ class LatentGenerator(nn.Module, ABC):
         """
         if not self.classes:
             raise RacError(f"class {name!r} cannot be asked for: this generator knows no classes; leave classes out")
-        names = {_plain(one): label for label, one in enumerate(self.classes)}
-        if (found := names.get(_plain(name))) is not None:
+        if (found := self.find_label(name)) is not None:
             return found
-        if re.fullmatch(r"\d{1,9}", name) and int(name) < len(self.classes):
-            return int(name)
+        names = {_plain(one): label for label, one in enumerate(self.classes)}
         near = difflib.get_close_matches(_plain(name), names, n=3, cutoff=0.5)
         hint = (
             f"did you mean {' or '.join(self.classes[names[one]] for one in near)}?" if near else self._some_classes()
         )
         raise RacError(f"no class {name!r}; {hint}")
+
+    def find_label(self, name: str) -> int | None:
+        """Returns the label of a class as `label` does, or None for an unknown class."""
+        names = {_plain(one): label for label, one in enumerate(self.classes)}
+        if (found := names.get(_plain(name))) is not None:
+            return found
+        return int(name) if re.fullmatch(r"\d{1,9}", name) and int(name) < len(self.classes) else None
 
     def _some_classes(self) -> str:
         shown = ", ".join(self.classes[:10])
@@ -114,7 +119,10 @@ class LatentGenerator(nn.Module, ABC):
 
     def check_coder(self, coder: Coder, name: str) -> None:
         """Raises `RacError` unless the coder called `name` decodes the latents that this generator makes."""
-        spec = coder.spec
+        self.check_spec(coder.spec, name)
+
+    def check_spec(self, spec: LatentSpec, name: str) -> None:
+        """Raises `RacError` unless `spec`, of the coder called `name`, is that of the latents of this generator."""
         if differ := self.kind.spec.differences(spec):
             own = f", such as {self.kind.coder}" if self.kind.coder else ""
             raise RacError(
@@ -124,7 +132,7 @@ class LatentGenerator(nn.Module, ABC):
 
     def sample(
         self,
-        rng_seeds: Sequence[int],
+        rng_seeds: Sequence[int | torch.Generator],
         labels: Sequence[int] | None = None,
         sampling: Sampling | None = None,
         *,
@@ -134,7 +142,8 @@ class LatentGenerator(nn.Module, ABC):
     ) -> Generated:
         """Generates one latent for each seed.
 
-        - `rng_seeds`: the seeds of the samples; equal seeds give equal noise, whatever else is in the batch.
+        - `rng_seeds`: the seeds of the samples; equal seeds give equal noise, whatever else is in the batch. Generators
+          of torch may stand in their place, and are drawn from.
         - `labels`: the labels of the samples; None: none, whatever classes there are.
         - `sampling`: the settings; None: the generator's own.
         - `weaker`: a weaker generator of the same latents and classes, to be guided away from, in place of the
@@ -181,6 +190,11 @@ class LatentGenerator(nn.Module, ABC):
             )
         if weaker is not None and (differ := weaker.kind.differences(self.kind)):
             raise RacError(f"the weaker generator is of another kind: {'; '.join(differ)}; give one of the same")
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The network, which maps states B c h w and times B to velocities."""
 
     @property
     @abstractmethod

@@ -70,6 +70,16 @@ class Sampling:
         """Whether there is any guidance."""
         return self.guidance != 1
 
+    def in_words(self) -> str:
+        """Returns method, steps, guidance and shift as words, such as "25 euler steps, guidance 2"."""
+        words = [f"{self.steps} {self.method} step{'' if self.steps == 1 else 's'}"]
+        if self.guides:
+            within = "" if self.interval == (0.0, 1.0) else f" from {self.interval[0]:g} to {self.interval[1]:g}"
+            words.append(f"guidance {self.guidance:g}{within}")
+        if self.shift != 1:
+            words.append(f"shift {self.shift:g}")
+        return ", ".join(words)
+
     def walk(self, noise: SampleNoise) -> Walk:
         """Returns the time grid and the solver; the SDE's random numbers come from `noise`."""
         if self.method == "sde":
@@ -82,15 +92,19 @@ class Sampling:
 class SampleNoise:
     """Standard normal numbers for samples, each from a generator of its own, which its seed starts.
 
-    They are drawn on the CPU, so that a sample has the same ones on every device and in every batch.
+    They are drawn on the CPU, so that a sample has the same ones on every device and in every batch. In place of a seed
+    a `torch.Generator` may be given, which draws on its own device.
     """
 
-    def __init__(self, rng_seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(rng_seed) for rng_seed in rng_seeds]
+    def __init__(self, rng_seeds: Sequence[int | torch.Generator]) -> None:
+        self._generators = [
+            one if isinstance(one, torch.Generator) else torch.Generator().manual_seed(one) for one in rng_seeds
+        ]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """Returns numbers B x `shape`, float32."""
-        return torch.stack([torch.randn(tuple(shape), generator=one) for one in self._generators])
+        """Returns numbers B x `shape`, float32, on the CPU."""
+        drawn = [torch.randn(tuple(shape), generator=one, device=one.device) for one in self._generators]
+        return torch.stack([one.cpu() for one in drawn])
 
     def __call__(self, like: Tensor) -> Tensor:
         """Returns numbers of the shape, type and device of `like`, one row for each sample."""

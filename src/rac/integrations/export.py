@@ -6,6 +6,7 @@ multiples of the factor. Files hold their own `Description`, the same JSON in ei
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -37,8 +38,11 @@ SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 KEY = "rac"
 """Name of a file's description: in ONNX's metadata, or as an exported program's extra file `rac.json`."""
 
+LEAST = (2, 3)
+"""Fewest blocks on a side for which an exported program promises to work: the second for networks with strides beyond
+the factor, which make a single place of two blocks."""
 LARGEST = 1 << 13
-"""Most blocks on a side for which an exported program promises to work, from 2 on."""
+"""Most blocks on a side for which an exported program promises to work."""
 LARGEST_BATCH = 63
 """Most images at once for which an exported program promises to work: diffusers' upsampling branches at 64.
 
@@ -63,6 +67,10 @@ class Description:
     """Shift of the latents: one number, or one per channel; None where there is one for each position."""
     scale: float | list[float] | None
     """Scale of the latents: one number, or one per channel; None where there is one for each position."""
+    noise: int | None
+    """Channels of the standard normal noise, B channels h*f w*f, that a decoder takes after the latent; None: it takes
+    none.
+    """
     statistics: str
     """Hash of shift and scale, `rac.latents.Statistics.hash`."""
     coder: str
@@ -74,7 +82,7 @@ class Description:
 
 
 class Half(nn.Module):
-    """One way of a coder as a module of one tensor, with sides that are multiples of f; nothing is checked."""
+    """One way of a coder as a module of tensors, with sides that are multiples of f; nothing is checked."""
 
     def __init__(self, coder: Coder, walk: Walk | None, latents: Latents) -> None:
         super().__init__()
@@ -94,40 +102,33 @@ class Encoding(Half):
 
 
 class Decoding(Half):
-    """A coder's decoder: latent B c h w -> image B 3 h*f w*f, not clamped."""
+    """A coder's decoder: latent B c h w, and noise if the coder takes any -> image B 3 h*f w*f, not clamped."""
 
-    def forward(self, latent: Tensor) -> Tensor:
-        """Decodes a latent B c h w to an image B 3 h*f w*f, not clamped."""
+    def forward(self, latent: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Decodes a latent B c h w, from noise B C h*f w*f if the coder takes any, to an image B 3 h*f w*f."""
         if self.latents == "raw":
             latent = self.coder.statistics.normalise(latent)
-        return self.coder._decode(latent, self.walk, None, "end").image
+        return self.coder._decode(latent, self.walk, noise, "end").image
 
 
 # --------------------------------------------------------------------------------------------------- writing
 
 
 def part_of(coder: Coder, part: Part, steps: int | None = None, latents: Latents = "normalised") -> nn.Module:
-    """Returns the half of a coder to export: a module of one tensor, image or latent.
+    """Returns the half of a coder to export: a module of an image, or of a latent and the noise of coders that take it.
 
     - `coder`: the coder.
     - `part`: which half.
     - `steps`: the number of steps; None: the coder's own.
     - `latents`: "raw" or "normalised" latents.
 
-    Raises `RacError` for steps below 1, for steps of a coder that takes one pass, and for decoding from noise, which
-    would be of one size.
+    Raises `RacError` for steps below 1, and for steps of a coder that takes one pass.
     """
     if latents not in get_args(Latents) or part not in get_args(Part):
         raise RacError(f"part {part!r} and latents {latents!r} must be encode or decode, and raw or normalised")
     walk = coder.walk(part, steps)
     if walk is None and steps is not None:
         raise RacError(f"a {type(coder).__name__} {part}s in one pass; leave out steps, or export a RAC")
-    spec = coder.spec
-    if part == "decode" and coder.noise_shape(torch.empty(1, spec.channels, 1, 1)) is not None:
-        raise RacError(
-            "this coder decodes from noise, which is drawn anew for each size and cannot be written to a file of free "
-            "sizes; export its encode part alone"
-        )
     return (Encoding if part == "encode" else Decoding)(coder, walk, latents).eval()
 
 
@@ -135,14 +136,17 @@ def describe(module: nn.Module, coder_name: str = "") -> Description:
     """Returns the description of a module made by `part_of`."""
     assert isinstance(module, Half)
     coder, per_position = module.coder, module.coder.statistics.shift.ndim == 3
+    part: Part = "encode" if isinstance(module, Encoding) else "decode"
+    noise = coder.noise_shape(torch.empty(1, coder.spec.channels, 1, 1)) if part == "decode" else None
     return Description(
-        part="encode" if isinstance(module, Encoding) else "decode",
+        part=part,
         steps=None if module.walk is None else module.walk.steps,
         latents=module.latents,
         factor=coder.spec.factor,
         channels=coder.spec.channels,
         shift=None if per_position else coder.statistics.shift.tolist(),
         scale=None if per_position else coder.statistics.scale.tolist(),
+        noise=None if noise is None else noise[1],
         statistics=coder.statistics.hash(),
         coder=coder_name or type(coder).__name__,
         weights=weights_hash(coder.state_dict()),
@@ -165,7 +169,7 @@ def export(module: nn.Module, path: str | Path, format: Format = "onnx", coder_n
     said = json.dumps(asdict(description))
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(module, (_example(description),), dynamic_shapes=(_free(description),))
+            program = _exported(module, description)
             onnx_program = _to_onnx(program, description) if format == "onnx" else None
         except Exception as error:  # the exporters fail in many ways on what they do not know
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -184,31 +188,47 @@ def export(module: nn.Module, path: str | Path, format: Format = "onnx", coder_n
     return description
 
 
+def _exported(module: nn.Module, description: Description) -> torch.export.ExportedProgram:
+    """Returns the program of a module, with free sides from as few blocks on as it allows."""
+    for least in LEAST[:-1]:
+        with contextlib.suppress(torch._dynamo.exc.UserError):
+            return torch.export.export(module, _example(description), dynamic_shapes=_free(description, least))
+    return torch.export.export(module, _example(description), dynamic_shapes=_free(description, LEAST[-1]))
+
+
 def _to_onnx(program: torch.export.ExportedProgram, description: Description) -> Any:
-    into, out = names(description)
-    result = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[into], output_names=[out])
+    *into, out = names(description)
+    result = torch.onnx.export(program, dynamo=True, verbose=False, input_names=into, output_names=[out])
     assert result is not None
     return result
 
 
-def names(description: Description) -> tuple[str, str]:
-    """Returns the names of the file's input and output."""
-    return ("image", "latent") if description.part == "encode" else ("latent", "image")
+def names(description: Description) -> tuple[str, ...]:
+    """Returns the names of the file's inputs, then that of its output."""
+    if description.part == "encode":
+        return ("image", "latent")
+    return ("latent", "image") if description.noise is None else ("latent", "noise", "image")
 
 
-def _example(description: Description) -> Tensor:
+def _example(description: Description) -> tuple[Tensor, ...]:
     # Sides of 4 and 6 blocks: not 1, which exporters take for a constant, and not alike.
     factor = description.factor
     if description.part == "encode":
-        return torch.zeros(2, 3, 4 * factor, 6 * factor)
-    return torch.zeros(2, description.channels, 4, 6)
+        return (torch.zeros(2, 3, 4 * factor, 6 * factor),)
+    latent = torch.zeros(2, description.channels, 4, 6)
+    if description.noise is None:
+        return (latent,)
+    return latent, torch.zeros(2, description.noise, 4 * factor, 6 * factor)
 
 
-def _free(description: Description) -> dict[int, Any]:
+def _free(description: Description, least: int) -> tuple[dict[int, Any], ...]:
     batch = torch.export.Dim("batch", max=LARGEST_BATCH)
-    down, across = (torch.export.Dim(name, min=2, max=LARGEST) for name in ("down", "across"))
-    blocks = description.factor if description.part == "encode" else 1
-    return {0: batch, 2: blocks * down, 3: blocks * across}
+    down, across = (torch.export.Dim(name, min=least, max=LARGEST) for name in ("down", "across"))
+    pixels = {0: batch, 2: description.factor * down, 3: description.factor * across}
+    if description.part == "encode":
+        return (pixels,)
+    blocks = {0: batch, 2: down, 3: across}
+    return (blocks,) if description.noise is None else (blocks, pixels)
 
 
 def _bytes(module: nn.Module) -> int:
@@ -254,15 +274,20 @@ def read_description(path: str | Path) -> dict[str, Any]:
     return json.loads(said)
 
 
-def load(path: str | Path) -> Callable[[Tensor], Tensor]:
-    """Loads an exported file as a function of one tensor, on the CPU: by ONNX Runtime, or by PyTorch."""
+def load(path: str | Path) -> Callable[..., Tensor]:
+    """Loads an exported file as a function of its inputs, on the CPU: by ONNX Runtime, or by PyTorch."""
     path = Path(path)
     if path.suffix == SUFFIX["torch-export"]:
         return torch.export.load(path).module()
     need("onnxruntime")
     session = _session(path)
-    (given,) = session.get_inputs()
-    return lambda x: torch.from_numpy(session.run(None, {given.name: x.contiguous().numpy()})[0])
+    given = [one.name for one in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> Tensor:
+        arrays = {name: x.contiguous().numpy() for name, x in zip(given, tensors, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return run
 
 
 def _session(path: Path) -> Any:
@@ -285,25 +310,25 @@ class Check:
 
 
 @torch.no_grad()
-def check(module: nn.Module, path: str | Path, inputs: Sequence[Tensor], runs: int = 3) -> Check:
+def check(module: nn.Module, path: str | Path, inputs: Sequence[tuple[Tensor, ...]], runs: int = 3) -> Check:
     """Runs the file and the module on the same inputs, in turns, and returns their differences and times.
 
     - `module`: the module that was exported.
     - `path`: the file.
-    - `inputs`: tensors to run on.
+    - `inputs`: the inputs of each run.
     - `runs`: number of runs on each input.
     """
     written = load(path)
     largest, theirs, ours = [], [], []
     for x in inputs:
-        largest.append(float((written(x) - module(x)).abs().max()))  # this warms both up
+        largest.append(float((written(*x) - module(*x)).abs().max()))  # this warms both up
         turns = [(_seconds(written, x), _seconds(module, x)) for _ in range(runs)]
         theirs.append(median(turn[0] for turn in turns))
         ours.append(median(turn[1] for turn in turns))
     return Check(tuple(largest), tuple(theirs), tuple(ours))
 
 
-def _seconds(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def _seconds(function: Callable[..., Tensor], x: tuple[Tensor, ...]) -> float:
     start = time.perf_counter()
-    function(x)
+    function(*x)
     return time.perf_counter() - start

@@ -55,24 +55,44 @@ class FlowSample(NamedTuple):
     """The labels B, some of them replaced by the null label; None: there are none."""
 
 
-def flow_sample(
-    latents: Tensor, labels: Tensor | None, null: int, objective: FlowObjective, draws: Draws
-) -> FlowSample:
-    """Draws times, noise and dropped labels, once for everything that is computed of a batch.
+class FlowDraw(NamedTuple):
+    """The randomness of a `FlowSample`, drawn once for everything that is computed of a batch."""
 
-    - `latents`: the latents, B c h w.
+    time: Tensor
+    """The time t, B."""
+    noise: Tensor
+    """The noise, B c h w."""
+    labels: Tensor | None
+    """The labels B, some of them replaced by the null label; None: there are none."""
+
+    def sample(self, latents: Tensor) -> FlowSample:
+        """Returns the point between the noise and latents B c h w. Gradients flow to them."""
+        state, velocity = straight(self.noise, latents, self.time)
+        return FlowSample(state, self.time, velocity, self.labels)
+
+
+def flow_draw(like: Tensor, labels: Tensor | None, null: int, objective: FlowObjective, draws: Draws) -> FlowDraw:
+    """Draws times, noise and dropped labels.
+
+    - `like`: latents, or anything of their shape B c h w, type and device.
     - `labels`: their labels, B; None: none.
     - `null`: the label that stands for none.
     - `objective`: the distribution of the times, and the share of dropped labels.
     - `draws`: the random numbers.
     """
-    time = times_of(draws.uniform(latents), objective.times, objective.time_mean, objective.time_std)
-    time = shift(time, objective.shift)
-    state, velocity = straight(draws.normal(latents), latents, time)
+    time = times_of(draws.uniform(like), objective.times, objective.time_mean, objective.time_std)
+    time, noise = shift(time, objective.shift), draws.normal(like)
     if labels is not None:
-        dropped = draws.uniform(latents) < objective.label_dropout
+        dropped = draws.uniform(like) < objective.label_dropout
         labels = torch.where(dropped, torch.full_like(labels, null), labels)
-    return FlowSample(state, time, velocity, labels)
+    return FlowDraw(time, noise, labels)
+
+
+def flow_sample(
+    latents: Tensor, labels: Tensor | None, null: int, objective: FlowObjective, draws: Draws
+) -> FlowSample:
+    """Returns the point of `latents` B c h w at a `flow_draw` of the same arguments."""
+    return flow_draw(latents, labels, null, objective, draws).sample(latents)
 
 
 def velocity_error(predicted: Tensor, sample: FlowSample) -> Tensor:

@@ -42,10 +42,14 @@ def klvae_terms(coder: KLVAE, image: Tensor, draws: Draws, losses: ImageLosses =
       harder.
     - the terms of `decoder_terms`, for the sampled latent.
     """
+    raw_latent, kl = sampled(coder, image, draws)
+    return {**decoder_terms(coder, image, coder.statistics.normalise(raw_latent), losses), "kl": kl}
+
+
+def sampled(coder: KLVAE, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Returns a sample of the posterior, a raw latent B c h w, for images B 3 H W in [-1, 1], and the term `kl`."""
     posterior = coder.posterior(image)
-    raw_latent = posterior.mean + posterior.std * draws.normal(posterior.mean)
-    terms = decoder_terms(coder, image, coder.statistics.normalise(raw_latent), losses)
-    return {**terms, "kl": posterior.kl().mean()}
+    return posterior.mean + posterior.std * draws.normal(posterior.mean), posterior.kl().mean()
 
 
 def decoder_terms(

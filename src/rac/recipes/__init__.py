@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import ddt, klvae, rac, rae, sit
+from . import ddt, dgae, klvae, rac, rae, repae, sit
+from .dgae import DGAERecipe
 from .klvae import KLVAERecipe
 from .rac import RACRecipe
 from .rae import RAERecipe
 from .recipe import Recipe
+from .repae import RepaERecipe
 from .sit import SiTRecipe
 
-__all__ = ["RECIPES", "KLVAERecipe", "RACRecipe", "RAERecipe", "Recipe", "SiTRecipe"]
+__all__ = ["RECIPES", "DGAERecipe", "KLVAERecipe", "RACRecipe", "RAERecipe", "Recipe", "RepaERecipe", "SiTRecipe"]
 
 
 def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
@@ -24,11 +26,6 @@ def _preset(make: Callable[[], Recipe]) -> tuple[str, Recipe]:
 
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
-    "klvae": _preset(klvae.klvae),
-    "klvae-sharp": _preset(klvae.klvae_sharp),
-    "rac": _preset(rac.rac),
-    "rollout": _preset(rac.rollout),
-    "one-step": _preset(rac.one_step),
     "klvae-f8d4": _preset(klvae.klvae_f8d4),
     "klvae-f8d4-sharp": _preset(klvae.klvae_f8d4_sharp),
     "rac-64": _preset(rac.rac_64),
@@ -42,16 +39,25 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "klvae-128": _preset(klvae.klvae_128),
     "rac-128": _preset(rac.rac_128),
     "rac-128-rollout": _preset(rac.rac_128_rollout),
+    **klvae.COUNTERPARTS,
+    **dgae.PRESETS,
+    "decoder-plain": _preset(rac.decoder_plain),
+    "decoder-rac": _preset(rac.decoder_rac),
+    "decoder-rac-noise": _preset(rac.decoder_rac_noise),
     "tiny": _preset(rac.tiny),
     "paper": _preset(rac.paper),
     "nano": _preset(rac.nano),
     "sit-64": _preset(sit.sit_64),
     "sit-128": _preset(sit.sit_128),
+    "sit-128-repa": _preset(sit.sit_128_repa),
     "sit-256": _preset(sit.sit_256),
+    "repae-64": _preset(repae.repae_64),
     "sit-s-2": _preset(sit.sit_s_2),
     "sit-b-2": _preset(sit.sit_b_2),
+    "sit-b-2-repa": _preset(sit.sit_b_2_repa),
     "sit-l-2": _preset(sit.sit_l_2),
     "sit-xl-2": _preset(sit.sit_xl_2),
+    "sit-xl-2-repa": _preset(sit.sit_xl_2_repa),
     "rae-128": _preset(rae.rae_128),
     "rac-rae-128": _preset(rac.rac_rae_128),
     "rac-rae-128-rollout": _preset(rac.rac_rae_128_rollout),

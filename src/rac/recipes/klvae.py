@@ -25,6 +25,7 @@ from ..train.discriminator import DiscriminatorConfig
 from .recipe import (
     ONE_CORE,
     ONE_GPU,
+    STATISTICS_BATCHES,
     coder_parts,
     coder_terms,
     gallery,
@@ -118,26 +119,10 @@ class KLVAERecipe:
         start = hub.load(self.start)
         if not isinstance(start, KLVAE):
             raise RacError(f"start {self.start} is not a KL-VAE; give one that an earlier stage trained")
-        ours, theirs = (shape_of(one) for one in (coder, start))
+        ours, theirs = coder.shape(), start.shape()
         if ours != theirs:
             raise RacError(f"start {self.start} has another network: {'; '.join(differences(ours, theirs))}")
         return start.requires_grad_(True)
-
-
-def shape_of(coder: KLVAE) -> dict[str, Any]:
-    """Returns a KL-VAE's configuration without its statistics and without what leaves no trace in the weights."""
-    shaping = (
-        "block_out_channels",
-        "layers_per_block",
-        "latent_channels",
-        "norm_num_groups",
-        "mid_block_add_attention",
-    )
-    return {name: coder.config[name] for name in shaping}
-
-
-STATISTICS_BATCHES = 16
-"""Number of training batches whose latents give a KL-VAE its scale and shift."""
 
 
 @dataclass
@@ -204,27 +189,6 @@ class KLVAETask:
         coder.save(directory)
 
 
-def klvae() -> KLVAERecipe:
-    """The shipped teacher: f8, 8 channels, L1 + KL, on 64-pixel crops; about 40 minutes on one core."""
-    return KLVAERecipe(
-        network=KLVAEConfig(latent_channels=8),
-        train=replace(ONE_CORE, iterations=9_000, batch=16, final_lr=0.02),
-    )
-
-
-def klvae_sharp() -> KLVAERecipe:
-    """A sharper decoder for the shipped teacher's own latents: L1 + LPIPS + a discriminator; needs LPIPS's weights."""
-    return KLVAERecipe(
-        network=KLVAEConfig(latent_channels=8),
-        start="klvae-f8d8",
-        train_encoder=False,
-        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
-        discriminator=DiscriminatorConfig(start=500),
-        data=DataConfig(cached_crops=10_000),
-        train=replace(ONE_CORE, iterations=4_000, batch=8, lr=3e-4),
-    )
-
-
 def klvae_f8d4() -> KLVAERecipe:
     """First stage of the f8d4 teacher, the SD-VAE at a quarter of its widths: L1 + KL; an hour on one core."""
     return KLVAERecipe(
@@ -238,11 +202,12 @@ def klvae_f8d4_sharp() -> KLVAERecipe:
     """Second stage of the f8d4 teacher, its decoder alone: L1 + LPIPS + a discriminator. Give the first as --start."""
     first = klvae_f8d4()
     return replace(
-        klvae_sharp(),
-        network=first.network,
+        first,
         start="klvae-f8d4",
-        data=replace(first.data, cached_crops=10_000),
+        train_encoder=False,
+        weights=KLVAEWeights(l1=1.0, kl=0.0, perceptual=1.0, adversarial=0.2),
         discriminator=DiscriminatorConfig(start=200),
+        data=replace(first.data, cached_crops=10_000),
         train=replace(first.train, iterations=1_500, lr=2e-4),
     )
 
@@ -256,3 +221,34 @@ def klvae_128() -> KLVAERecipe:
         data=DataConfig(size=128, held_out=32, keep_mb=2_048),
         train=replace(ONE_GPU, iterations=3_000, batch=128, lr=8e-4),
     )
+
+
+SMALL_WIDTHS = {"f8": (32, 64, 128, 128), "f16": (32, 64, 64, 128, 128)}
+"""Widths of small KL-VAEs at strides 1, 2, 4, ..., by factor."""
+
+
+def small_klvae(compression: str) -> KLVAEConfig:
+    """Returns the network of a small KL-VAE of a compression such as "f16d8": factor 16, 8 latent channels."""
+    factor, channels = compression.split("d")
+    return KLVAEConfig(SMALL_WIDTHS[factor], 2, int(channels), norm_groups=8)
+
+
+def klvae_64(compression: str) -> KLVAERecipe:
+    """Returns the counterpart of a small DGAE: the same encoder and latents, and the decoder of the SD-VAE's kind."""
+    return KLVAERecipe(
+        network=small_klvae(compression),
+        weights=KLVAEWeights(l1=1.0, kl=1e-6, perceptual=1.0, adversarial=0.2),
+        discriminator=DiscriminatorConfig(start=2_000),
+        data=DataConfig(held_out=16, keep_mb=1_024),
+        train=replace(ONE_CORE, iterations=5_000, batch=8, lr=4e-4),
+    )
+
+
+COUNTERPARTS = {
+    f"klvae-64-{compression}": (
+        f"The KL-VAE with the encoder of dgae-64-{compression}: L1 + KL + LPIPS, then a discriminator; one core.",
+        klvae_64(compression),
+    )
+    for compression in ("f8d4", "f8d2", "f16d8", "f16d4")
+}
+"""Presets by name: a sentence on the purpose, and the recipe."""

@@ -21,7 +21,14 @@ from ..draws import Draws
 from ..errors import RacError
 from ..evaluate.cost import CostRow, flow_row
 from ..evaluate.latent_metrics import LatentAgreement
-from ..fields import CarriersFieldConfig, FieldConfig, LdmFieldConfig, LocalFieldConfig, TinyFieldConfig
+from ..fields import (
+    CarriersFieldConfig,
+    FieldConfig,
+    LdmFieldConfig,
+    LocalFieldConfig,
+    TinyFieldConfig,
+    UNetFieldConfig,
+)
 from ..flow import Euler, MeanEuler
 from ..objectives.rac import NANO, PAPER, Coding, RACObjective, RACWeights, rac_terms
 from ..states import Spread
@@ -31,6 +38,7 @@ from ..train.discriminator import DiscriminatorConfig
 from .recipe import (
     ONE_CORE,
     ONE_GPU,
+    SMALL_UNET,
     check_latents,
     coder_parts,
     coder_terms,
@@ -214,9 +222,12 @@ class RACTask:
         with runtime.reproducible():
             latents, own_latents = self.teacher.encode(images), coder.encode(images)
             agreement.update(own_latents, latents)
-            by_teacher, one_step = self.teacher.decode(latents), coder.decode(latents, 1)
-            decoded = one_step if steps == 1 else coder.decode(latents)
-            alone = coder.decode(own_latents)
+            places = range(len(images))  # of coders that decode from noise, each image has its own
+            by_teacher = self.teacher.decode(latents, noise=self.teacher.noise_of(latents, places))
+            noise = coder.noise_of(latents, places)
+            one_step = coder.decode(latents, 1, noise=noise)
+            decoded = one_step if steps == 1 else coder.decode(latents, noise=noise)
+            alone = coder.decode(own_latents, noise=noise)
             metrics = {
                 "psnr_teacher": mean_psnr(by_teacher, images),
                 "psnr_1_step": mean_psnr(one_step, images),
@@ -260,44 +271,6 @@ def _through(most: int) -> RACObjective:
     )
 
 
-def rac() -> RACRecipe:
-    """First stage of the shipped coder: velocity matching on the shipped teacher's latents; 15 minutes on one core."""
-    return RACRecipe(
-        teacher="klvae-f8d8",
-        field=TinyFieldConfig(widths=(96, 64, 48), blocks=(3, 3, 2), patch=2),
-        state_channels=8,
-        spread="nearest",
-        objective=RACObjective(weights=RACWeights(velocity=1.0)),
-        data=DataConfig(cached_crops=30_000),
-        train=replace(ONE_CORE, iterations=4_500, batch=32),
-    )
-
-
-def rollout() -> RACRecipe:
-    """Second stage of the shipped coder: end-point and latent terms through 1 to 4 steps. Give the first as --start."""
-    first = rac()
-    return replace(
-        first,
-        objective=RACObjective(
-            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=0.2, round_trip=1.0),
-            steps=(1, 4),
-            memory="store",
-        ),
-        data=replace(first.data, cached_crops=10_000),
-        train=replace(first.train, iterations=1_000, batch=16, lr=3e-4, warmup=20, final_lr=0.02),
-    )
-
-
-def one_step() -> RACRecipe:
-    """A plain decoder to compare with: the shipped coder's network, trained for a single step from latent to image."""
-    first = rac()
-    return replace(
-        first,
-        steps=1,
-        objective=RACObjective(weights=RACWeights(reconstruction=1.0), steps=(1, 1), step_noise=0.0, memory="store"),
-    )
-
-
 def rac_64() -> RACRecipe:
     """First stage of the small coder of f8d4 latents: velocity matching at the ends of the flow; half an hour."""
     return RACRecipe(
@@ -335,9 +308,9 @@ def rac_64_sizes() -> RACRecipe:
 
 
 def rac_taef2() -> RACRecipe:
-    """A coder of TAEF2's latents that starts as its decoder; give the .pth file as --teacher; an hour on one core."""
+    """A coder of TAEF2's latents that only decodes and starts as TAEF2's decoder; an hour on one core."""
     return RACRecipe(
-        teacher="taef2_decoder.pth",
+        teacher="taef2",
         start_from_teacher=True,
         field=LocalFieldConfig(
             widths=(64, 64, 64, 64),
@@ -366,7 +339,7 @@ def rac_taef2() -> RACRecipe:
 
 
 def rac_taef2_sharp() -> RACRecipe:
-    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give --teacher, and the first as --start."""
+    """Second stage of the TAEF2 coder: mostly LPIPS; an hour on one core. Give the first as --start."""
     first = rac_taef2()
     weights = RACWeights(velocity=0.2, latent_velocity=0.02, reconstruction=1.0, perceptual=6.0)
     return replace(
@@ -379,7 +352,7 @@ def rac_taef2_sharp() -> RACRecipe:
 
 
 def rac_taef2_detail() -> RACRecipe:
-    """Third stage of the TAEF2 coder: fewer tints, less blur; 128 to 256 pixels. Give --teacher and --start."""
+    """Third stage of the TAEF2 coder: fewer tints, less blur; 128 to 256 pixels. Give the second as --start."""
     second = rac_taef2_sharp()
     weights = replace(second.objective.weights, coarse=100.0, detail=1000.0)
     return replace(
@@ -458,6 +431,41 @@ def rac_128_rollout() -> RACRecipe:
     )
 
 
+def decoder_plain() -> RACRecipe:
+    """A plain decoder of klvae-f8d4's latents: a small U-Net, one step; see decoder-rac and decoder-dgae."""
+    return RACRecipe(
+        teacher="klvae-f8d4",
+        field=UNetFieldConfig(network=SMALL_UNET),
+        state_channels=4,
+        spread="beside",
+        steps=1,
+        objective=RACObjective(
+            weights=RACWeights(reconstruction=1.0, perceptual=1.0),
+            steps=(1, 1),
+            random_grid=False,
+            step_noise=0.0,
+            memory="store",
+        ),
+        data=DataConfig(cached_crops=20_000, held_out=32),
+        train=replace(ONE_CORE, iterations=5_000, batch=8, lr=4e-4),
+    )
+
+
+def decoder_rac() -> RACRecipe:
+    """A RAC of the same network and latents as decoder-plain: velocity matching, and 1 to 4 steps unrolled."""
+    weights = RACWeights(velocity=1.0, latent_velocity=0.1, reconstruction=1.0, perceptual=1.0)
+    plain = decoder_plain()
+    objective = replace(plain.objective, weights=weights, steps=(1, 4), step_noise=0.02, times="ends")
+    return replace(plain, steps=4, objective=objective)
+
+
+def decoder_rac_noise() -> RACRecipe:
+    """A RAC that decodes as a DGAE does: decoder-rac with noise in its seed's free sites; velocity matching alone."""
+    rac = decoder_rac()
+    weights = RACWeights(velocity=1.0, latent_velocity=0.1)
+    return replace(rac, steps=8, seed_noise=1.0, objective=replace(rac.objective, weights=weights, times="uniform"))
+
+
 def rac_rae_128() -> RACRecipe:
     """A RAC of rae-128's latents, a step as costly as that decoder; an hour on one core. Give --teacher."""
     return RACRecipe(
@@ -484,17 +492,18 @@ def rac_rae_128_rollout() -> RACRecipe:
 def tiny() -> RACRecipe:
     """A small coder in five minutes on one core, for a first look: every kind of term, 1 to 2 unrolled steps."""
     return RACRecipe(
-        teacher="klvae-f8d8",
-        field=TinyFieldConfig(widths=(64, 48, 32), blocks=(2, 2, 1), patch=2),
-        state_channels=8,
-        spread="nearest",
+        teacher="klvae-f8d4",
+        field=LocalFieldConfig(widths=(64, 32, 16), blocks=(2, 1, 1), down=(16, 32), down_blocks=(0, 0)),
+        state_channels=4,
+        spread="beside",
         objective=RACObjective(
-            weights=RACWeights(velocity=1.0, reconstruction=1.0, latent=1.0, round_trip=1.0),
+            weights=RACWeights(velocity=1.0, latent_velocity=0.1, reconstruction=1.0, latent=0.1, round_trip=1.0),
             steps=(1, 2),
+            times="ends",
             memory="store",
         ),
         data=DataConfig(cached_crops=2_000),
-        train=replace(ONE_CORE, iterations=1_000, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),
+        train=replace(ONE_CORE, iterations=1_600, batch=16, ema=0.99, warmup=20, checkpoint_minutes=1.0),
     )
 
 

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from .. import runtime
 from ..coders.protocol import Coder
 from ..config import to_json
-from ..data import Batch, DataConfig, Latents, Stream, open_stream
+from ..data import Batch, DataConfig, Features, Latents, Stream, open_stream
 from ..data.stream import IMAGES, Want
 from ..errors import RacError
 from ..evaluate.cost import CostRow
 from ..evaluate.image_metrics import psnr
+from ..fields import UNetConfig
 from ..images import from_pixels, to_pixels
 from ..objectives.image_terms import ADVERSARIAL, DISCRIMINATOR
 from ..report.pictures import Panel, sheet, strip
+from ..representations import Targets
 from ..train import Fitted, Part, PartTerms, Task, TrainConfig, check_run, fit
 from ..train.adversary import EPSILON, AdaptiveWeight, ImageNetworks, last_layer
 from ..train.discriminator import DiscriminatorConfig
@@ -47,6 +49,12 @@ ONE_GPU = TrainConfig(
     log_every=50,
 )
 """Training settings of the recipes for one large GPU; their iterations are guesses, `tools/offline` plans them anew."""
+
+SMALL_UNET = UNetConfig(width=32, norm_groups=8)
+"""DGAE-B's U-Net at a quarter of its widths, with 7.7 million parameters."""
+
+STATISTICS_BATCHES = 16
+"""Number of training batches whose latents give a coder with a posterior its scale and shift."""
 
 SHOWN = 8
 """Number of held-out images in a gallery."""
@@ -125,12 +133,13 @@ def run_recipe(
     look: Callable[[Task, Stream], None] | None = None,
     wants: Collection[Want] = IMAGES,
     sample_posterior: bool = False,
+    targets: Callable[[Task], Targets | None] = lambda task: None,
 ) -> Fitted:
     """Implements `Recipe.run` for every recipe.
 
     - `recipe`, `directory`, `resume`, `crops`: as for `Recipe.run`.
     - `look`: called with the task and the stream when a new run begins, on the first process.
-    - `wants`, `sample_posterior`: as for `open_for`.
+    - `wants`, `sample_posterior`, `targets`: as for `open_for`; `targets` gets the task.
     """
     settings = recipe.train
     processes = Processes.join(settings.device, 60 * settings.patience_minutes)
@@ -139,7 +148,7 @@ def run_recipe(
     task = recipe.task()
     cache = crops or directory.parent / f"{directory.name}.crops"
     with processes.in_turn():
-        stream = open_for(recipe, task, cache, wants, sample_posterior)
+        stream = open_for(recipe, task, cache, wants, sample_posterior, targets(task))
         if look is not None and processes.first and not resume:
             look(task, stream)
     return fit(task, stream, settings, directory, recipe=recipe, resume=resume, product=recipe.product)
@@ -151,6 +160,7 @@ def open_for(
     cache: Path | None = None,
     wants: Collection[Want] = IMAGES,
     sample_posterior: bool = False,
+    targets: Targets | None = None,
 ) -> Stream:
     """Opens what a recipe trains on.
 
@@ -159,13 +169,24 @@ def open_for(
     - `cache`: the folder in which prepared crops are kept.
     - `wants`: what every batch must hold; latents come, where they are prepared, for every task with a coder.
     - `sample_posterior`: draw latents from the coder's posterior, if it has one, instead of taking its mean.
+    - `targets`: gives the features of the images, which come where they are prepared; otherwise the images do.
     """
     device, settings, encoder = runtime.pick_device(recipe.train.device), recipe.train, task.encoder
-    latents = None
+    latents = features = None
+    if targets is not None:
+        features = Features(targets.to(device), device)
     if encoder is not None:
         posterior: Literal["mean", "sample"] = "sample" if sample_posterior and encoder.has_posterior else "mean"
         latents = Latents(encoder.to(device), recipe.latents_of, device, posterior)
-    return open_stream(recipe.data, settings.rng_seed, wants=wants, batch=settings.batch, cache=cache, latents=latents)
+    return open_stream(
+        recipe.data,
+        settings.rng_seed,
+        wants=wants,
+        batch=settings.batch,
+        cache=cache,
+        latents=latents,
+        features=features,
+    )
 
 
 def prepared_from(recipe: Recipe) -> dict[str, Any]:
@@ -197,19 +218,24 @@ def coder_parts(
         )
     if networks.discriminator is None:
         return {"coder": Part(coder, own)}
-    config = networks.config
     adaptive = AdaptiveWeight(ADVERSARIAL, weights[ADVERSARIAL], last_layer(coder, last), epsilon)
+    return {"coder": Part(coder, own, adaptive), **discriminator_parts(networks)}
+
+
+def discriminator_parts(networks: ImageNetworks) -> dict[str, Part]:
+    """Returns the part "discriminator", if `networks` has one."""
+    if networks.discriminator is None:
+        return {}
     return {
-        "coder": Part(coder, own, adaptive),
         "discriminator": Part(
             networks.discriminator,
             {DISCRIMINATOR: 1.0},
-            rate=config.rate,
-            betas=config.betas,
+            rate=networks.config.rate,
+            betas=networks.config.betas,
             averaged=False,
             shard=False,
             fused_on_cpu=False,  # runs begun before parts had this setting go on with the same numbers
-        ),
+        )
     }
 
 

@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 from PIL import Image
@@ -60,11 +61,16 @@ class Figure:
     """File name of the picture, without suffix."""
     caption: str = ""
 
+    @cached_property
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
+        buffer = io.BytesIO()
+        self.picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
     def to_html(self) -> str:
         """Returns a `<figure>` with the picture in it as base64 PNG."""
-        buffer = io.BytesIO()
-        self.picture.save(buffer, "PNG", optimize=True)
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        data = base64.b64encode(self.png).decode("ascii")
         width, height = self.picture.size
         caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         alt = escape(self.caption or self.name)

@@ -33,7 +33,7 @@ class Panel(NamedTuple):
 
     image: Tensor
     """The picture, 1 3 H W or 3 H W in [-1, 1]; clamped."""
-    label: str
+    label: str = ""
     note: str = ""
     """A second, paler line, such as its PSNR."""
 
@@ -115,8 +115,10 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
 
 
 def _cell(panel: Panel) -> Image.Image:
-    """Draws a picture with its one or two lines of writing centred beneath."""
+    """Draws a picture with its one or two lines of writing, if any, centred beneath."""
     picture = _at_readable_size(Image.fromarray(to_pixels(panel.image)))
+    if not (panel.label or panel.note):
+        return picture
     width = max(picture.width, _text_width(panel.label, LABEL), _text_width(panel.note, NOTE))
     canvas = Image.new("RGB", (width, picture.height + 4 + 2 * LINE), WHITE)
     canvas.paste(picture, ((width - picture.width) // 2, 0))

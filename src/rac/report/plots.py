@@ -36,6 +36,8 @@ class Series:
     level: bool = False
     marks: Sequence[str] = ()
     """Texts beside the points, if any."""
+    spans: Sequence[tuple[float, float]] = ()
+    """Intervals around the points, lower and upper end, if any."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,11 @@ def _draw(axes: Any, series: Series) -> None:
     style = {"color": series.colour, "linestyle": "--" if series.dashed else "-", "linewidth": 1.6}
     if series.level:
         axes.axhline(series.y[0], label=series.name, **style)
+        for low, high in series.spans:
+            axes.axhspan(low, high, color=series.colour, alpha=0.08, linewidth=0)
         return
+    for x, (low, high) in zip(series.x, series.spans, strict=False):
+        axes.plot([x, x], [low, high], color=series.colour, linewidth=1.2)
     axes.plot(series.x, series.y, marker="s" if series.dashed else "o", markersize=4.5, label=series.name, **style)
     for x, y, mark in zip(series.x, series.y, series.marks or [""] * len(series.x), strict=True):
         axes.annotate(mark, (x, y), (4, 4), textcoords="offset points", fontsize=8, color=series.colour)

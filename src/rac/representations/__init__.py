@@ -19,6 +19,7 @@ from .inception import INCEPTION, INCEPTION_TO_MIXED_8, Inception768, Inception2
 from .levels import DINO, Levels, LevelsName, load_levels
 from .lpips import FILES
 from .representation import Representation
+from .targets import Targets
 from .vit import PUBLISHED, VisionTransformer
 from .weight_files import WeightFile, find_weights
 
@@ -33,6 +34,7 @@ __all__ = [
     "Levels",
     "LevelsName",
     "Representation",
+    "Targets",
     "extract",
     "join",
     "load_extractor",

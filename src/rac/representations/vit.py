@@ -1,7 +1,8 @@
-"""Vision transformers as representations: DINOv2 with registers, SigLIP 2 and MAE, by the package transformers.
+"""Vision transformers as representations: DINOv2, SigLIP 2 and MAE, by the package transformers.
 
-Oquab et al. (arXiv 2304.07193) and Darcet et al. (arXiv 2309.16588); Tschannen et al. (arXiv 2502.14786); He et al.
-(arXiv 2111.06377). They are read from a directory as transformers saves it, or by their name on the Hugging Face hub.
+Oquab et al. (arXiv 2304.07193) and, with registers, Darcet et al. (arXiv 2309.16588); Tschannen et al. (arXiv
+2502.14786); He et al. (arXiv 2111.06377). They are read from a directory as transformers saves it, or by their name on
+the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Family:
 _SIGLIP = Family("SiglipVisionModel", "post_layernorm", ((0.5,) * 3, (0.5,) * 3), has_class=False)
 
 FAMILIES: dict[str, Family] = {
+    "dinov2": Family("Dinov2Model", "layernorm", interpolated=False),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", interpolated=False),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,

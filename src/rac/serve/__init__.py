@@ -1,4 +1,4 @@
-"""The page of `rac serve`: checks of what visitors send (`guard`), and the layout (`page`).
+"""The page of `rac serve`: what visitors may send (`guard`, `numbers`), answers (`generate`, `html`), layout (`page`).
 
 Only `page` knows gradio, and imports it when a page is made.
 """

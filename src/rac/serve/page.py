@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 import os
 import socket
 import tempfile
@@ -17,26 +14,23 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
 from ..errors import RacError, install_extra
-from ..evaluate.one_image import Loaded, Reconstruction, decode_noised, reconstruct
-from ..flow import Trajectory
-from ..images import PICTURE_SUFFIXES, crop, to_pixels
-from ..report.document import Table
+from ..evaluate.one_image import Loaded, decode_noised, reconstruct
+from ..images import PICTURE_SUFFIXES
 from ..runtime import pick_device
+from .generate import GREATEST_GUIDANCE, GREATEST_STEPS_THERE, Generation, Maker
 from .guard import Gate, Limits, admit
+from .html import figures_html, film_html, notes_html, versions_html
+from .numbers import GREATEST_STEPS, number_in, whole_number
 
-GREATEST_STEPS = 16
 GREATEST_NOISE = 1.5
 """Greatest standard deviation of the noise on a latent, whose own deviation is about 1."""
 TABS = ("steps", "noise")
 ZOOMS = ("1x", "2x", "4x", "8x")
 UPLOAD_HEIGHT = 132
 """Height in pixels of the field that takes an upload."""
-FILM_SIDE = 144
-"""Longer side, in pixels, of the pictures in a film strip."""
 
 Load = Callable[[str], Loaded]
 
@@ -97,31 +91,18 @@ class Answers:
             raise RacError(f"there is no coder {name!r} here; choose one of {', '.join(self.names)}")
         compute: Callable[[Loaded, Tensor], str]
         if tab == "steps":
-            compute = partial(_steps_html, steps=whole_steps(steps))
+            compute = partial(_steps_html, steps=whole_number(steps, 1, GREATEST_STEPS, "{} steps cannot be taken"))
         else:
-            compute = partial(_noise_html, sigma=deviations(sigma))
+            words = "noise of {} standard deviations cannot be added"
+            compute = partial(_noise_html, sigma=number_in(sigma, 0, GREATEST_NOISE, words))
         with self.busy:
             image, note = admit(path, self.limits)
             loaded = self.load(name)
-            return _notes_html(note, _teacher_note(loaded)) + compute(loaded, image.to(pick_device(self.device)))
-
-
-def whole_steps(value: object) -> int:
-    """Returns a number of steps as an int. Raises `RacError` unless it is whole and from 1 to `GREATEST_STEPS`."""
-    if isinstance(value, (int, float)) and 1 <= value <= GREATEST_STEPS and float(value).is_integer():
-        return int(value)
-    raise RacError(f"{value} steps cannot be taken; give a whole number from 1 to {GREATEST_STEPS}")
-
-
-def deviations(value: object) -> float:
-    """Returns the standard deviation of the noise. Raises `RacError` unless it lies in 0 to `GREATEST_NOISE`."""
-    if isinstance(value, (int, float)) and 0 <= value <= GREATEST_NOISE:
-        return float(value)
-    raise RacError(f"noise of {value} standard deviations cannot be added; give a number from 0 to {GREATEST_NOISE}")
+            return notes_html(note, _teacher_note(loaded)) + compute(loaded, image.to(pick_device(self.device)))
 
 
 class Controls(NamedTuple):
-    """gradio's components of the page: the controls that visitors set, then the answers of the two tabs."""
+    """gradio's components of the page: the controls that visitors set, then the answers of the first two tabs."""
 
     upload: Any
     photograph: Any
@@ -131,11 +112,34 @@ class Controls(NamedTuple):
     steps: Any
     sigma: Any
     answers: tuple[Any, Any]
+    generate: GenerateControls | None
+    """Those of the tab that generates; None where there is no generator."""
 
     @property
     def given(self) -> list[Any]:
         """The inputs of `Answers`, after the tab."""
         return [self.upload, self.photograph, self.name, self.steps, self.sigma]
+
+
+class GenerateControls(NamedTuple):
+    """gradio's components of the tab that generates: the tab, the inputs of `Generation`, and its answer."""
+
+    tab: Any
+    name: Any
+    class_name: Any
+    seed: Any
+    guidance: Any
+    steps: Any
+    coder: Any
+    last: Any
+    another: Any
+    """Button that chooses another seed."""
+    answer: Any
+
+    @property
+    def given(self) -> list[Any]:
+        """The inputs of `Generation`."""
+        return [self.name, self.class_name, self.seed, self.guidance, self.steps, self.coder, self.last]
 
 
 def build(
@@ -144,6 +148,7 @@ def build(
     limits: Limits,
     *,
     photographs: Mapping[str, Path] | None = None,
+    makers: Mapping[str, Maker] | None = None,
     device: str = "cpu",
 ) -> Page:
     """Builds the page.
@@ -153,20 +158,23 @@ def build(
         names: the coders to choose from; the first is chosen at first.
         limits: what a visitor may ask of the machine.
         photographs: pictures offered beside what visitors upload, by name.
+        makers: generators to choose from, by name; where there is none, the page has no tab for them.
         device: where pictures are put; `load` puts the coders there.
 
-    Programs can ask two endpoints, "reconstruct" and "perturb". Raises `RacError` if gradio is not installed.
+    Programs can ask the endpoints "reconstruct", "perturb" and "generate". Raises `RacError` if gradio is not
+    installed.
     """
     gr = need_gradio()
     answers = Answers(load, tuple(names), limits, photographs or {}, device)
     with gr.Blocks(title="rac", analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
-        controls = _lay_out(gr, answers)
-        _connect(gr, controls, answers)
+        generation = Generation(makers, answers.busy) if makers else None
+        controls = _lay_out(gr, answers, generation)
+        _connect(gr, controls, answers, generation)
     blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     return Page(blocks, answers.busy)
 
 
-def _lay_out(gr: Any, page: Answers) -> Controls:
+def _lay_out(gr: Any, page: Answers, generation: Generation | None) -> Controls:
     gr.HTML(HEADER, elem_classes="rac-header")
     photographs = list(page.photographs)
     with gr.Row(equal_height=False, elem_classes="rac-main"):
@@ -187,31 +195,69 @@ def _lay_out(gr: Any, page: Answers) -> Controls:
             zoom = gr.Radio(list(ZOOMS), value=ZOOMS[0], label="Zoom", elem_classes="rac-zoom")
         with gr.Column(scale=4, min_width=300, elem_classes="rac-results"), gr.Tabs():
             with gr.Tab("Steps", id="steps") as first:
-                steps = gr.Slider(1, GREATEST_STEPS, 4, step=1, label="Steps in each direction")
+                steps = gr.Slider(1, GREATEST_STEPS, 2, step=1, label="Steps in each direction")
                 reconstruction = gr.HTML(EMPTY, elem_classes="rac-answer")
             with gr.Tab("Noisy latent", id="noise") as second:
                 sigma = gr.Slider(0, GREATEST_NOISE, 0.5, step=0.05, label="Noise, standard deviations")
                 denoised = gr.HTML(EMPTY, elem_classes="rac-answer")
+            generate = None if generation is None else _lay_out_generate(gr, generation)
     gr.HTML(f"<p class='rac-note'>{escape(_limits_in_words(page.limits))}</p>", elem_classes="rac-limits")
     # `Answers` checks what is sent. gradio's own checks fail on an emptied box, and log a traceback for every refusal.
     upload.preprocess = lambda file: None if file is None else file.path
     for control in (photograph, name, steps, sigma):
         control.preprocess = lambda value: value
-    return Controls(upload, photograph, name, zoom, (first, second), steps, sigma, (reconstruction, denoised))
+    return Controls(upload, photograph, name, zoom, (first, second), steps, sigma, (reconstruction, denoised), generate)
 
 
-def _connect(gr: Any, controls: Controls, answers: Answers) -> None:
+def _lay_out_generate(gr: Any, generation: Generation) -> GenerateControls:
+    names = list(generation.makers)
+    maker = generation.makers[names[0]]
+    own = maker.generator.sampling
+    with gr.Tab("Generate", id="generate") as tab:
+        with gr.Row(elem_classes="rac-generate"):
+            name = gr.Dropdown(names, value=names[0], label="Generator", visible=len(names) > 1, min_width=120)
+            class_name = gr.Dropdown(**_classes(maker), label="Class", min_width=120)
+            coder = gr.Dropdown(**_coders(maker), label="Decoded by", filterable=False, min_width=120)
+            seed = gr.Number(0, label="Seed", precision=0, step=1, min_width=120)
+            another = gr.Button("Another seed", size="sm", min_width=120)
+        with gr.Row():
+            guidance = gr.Slider(0, GREATEST_GUIDANCE, own.guidance, step=0.1, label="Guidance, 1: none")
+            steps = gr.Slider(1, GREATEST_STEPS_THERE, own.steps, step=1, label="Steps of the generator")
+            last = gr.Slider(1, GREATEST_STEPS, 8, step=1, label="Steps of decoding")
+        answer = gr.HTML("", elem_classes="rac-answer")
+    for control in (name, class_name, coder, seed, guidance, steps, last):
+        control.preprocess = lambda value: value
+    return GenerateControls(tab, name, class_name, seed, guidance, steps, coder, last, another, answer)
+
+
+def _classes(maker: Maker) -> dict[str, Any]:
+    """Returns the choices of a list of classes, and which is chosen at first."""
+    classes = maker.generator.classes
+    return {"choices": [(NO_CLASS, ""), *((name, name) for name in classes)], "value": classes[0] if classes else ""}
+
+
+def _coders(maker: Maker) -> dict[str, Any]:
+    """Returns the choices of a list of coders, and which is chosen at first."""
+    return {"choices": list(maker.coders), "value": next(iter(maker.coders))}
+
+
+def _connect(gr: Any, controls: Controls, answers: Answers, generation: Generation | None) -> None:
     tab = gr.State("steps")
 
     def show(front: str, *given: Any) -> list[Any]:
-        """Returns the contents of both tabs, of which only the one in front is computed, and which one that is."""
+        """Returns the contents of two tabs, of which only the one in front is computed, and which one that is."""
+        if front not in TABS:
+            return [gr.skip(), gr.skip(), front]
         made = _in_gradio_errors(gr, partial(answers, front, *given))
         shown = gr.skip() if made is None else made
         return [shown, gr.skip(), front] if front == "steps" else [gr.skip(), shown, front]
 
     # One at a time for the whole page, and of a slider's many values only the last.
     one = {"concurrency_id": "coder", "concurrency_limit": 1, "trigger_mode": "always_last"}
-    one |= {"outputs": [*controls.answers, tab], "show_progress": "minimal"}
+    one |= {"show_progress": "minimal"}
+    if controls.generate is not None and generation is not None:
+        _connect_generate(gr, controls.generate, generation, tab, one)
+    one |= {"outputs": [*controls.answers, tab]}
     hidden = {**one, "api_visibility": "private"}
     given = controls.given
     # A tab is selected when the page opens, too.
@@ -222,6 +268,34 @@ def _connect(gr: Any, controls: Controls, answers: Answers) -> None:
         # Of gradio's events only `change` comes for the mouse, the keyboard, the number box and the reset button alike.
         slider.change(partial(show, label), given, api_name=api_name, api_visibility="undocumented", **one)
     controls.zoom.change(None, controls.zoom, None, js=ON_ZOOM)
+
+
+def _connect_generate(
+    gr: Any, controls: GenerateControls, generation: Generation, tab: Any, one: Mapping[str, Any]
+) -> None:
+    def show(*given: Any) -> list[Any]:
+        """Returns the contents of the tab, and its name."""
+        made = _in_gradio_errors(gr, partial(generation, *given))
+        return [gr.skip() if made is None else made, "generate"]
+
+    def choose(name: str) -> list[Any]:
+        """Returns the lists of classes and coders of another generator."""
+        maker = generation.makers.get(name)
+        if maker is None:
+            return [gr.skip(), gr.skip()]
+        return [gr.Dropdown(**_classes(maker)), gr.Dropdown(**_coders(maker))]
+
+    given, outputs = controls.given, [controls.answer, tab]
+    hidden = {**one, "api_visibility": "private"}
+    controls.tab.select(show, given, outputs, **hidden)
+    lists = [controls.class_name, controls.coder]
+    chosen = controls.name.input(choose, controls.name, lists, api_visibility="private")
+    chosen.then(show, given, outputs, **{name: value for name, value in hidden.items() if name != "trigger_mode"})
+    gr.on([one.input for one in lists], show, given, outputs, **hidden)
+    for number in (controls.seed, controls.guidance, controls.steps):
+        number.change(show, given, outputs, **hidden)
+    controls.last.change(show, given, outputs, api_name="generate", api_visibility="undocumented", **one)
+    controls.another.click(None, None, controls.seed, js=ON_ANOTHER)
 
 
 def _in_gradio_errors(gr: Any, compute: Callable[[], str | None]) -> str | None:
@@ -339,8 +413,8 @@ def _steps_html(loaded: Loaded, image: Tensor, steps: int) -> str:
     made = reconstruct(loaded, image, steps)
     note = f"{loaded.name} decodes in one pass; the number of steps changes nothing." if made.decoding is None else ""
     return (
-        _notes_html(note)
-        + pictures_html(image, made.versions)
+        notes_html(note)
+        + versions_html(image, made.versions)
         + figures_html(made.versions, "round trip")
         + film_html("Encoding: from the image back to the seed state", made.encoding, image)
         + film_html("Decoding: from the latent's seed state to the image", made.decoding, image)
@@ -351,80 +425,12 @@ def _noise_html(loaded: Loaded, image: Tensor, sigma: float) -> str:
     versions = decode_noised(loaded, image, sigma)
     owner = f"latent of {loaded.name}" if loaded.teacher is None else "teacher's latent"
     note = f"All decode the same input: the {owner} plus normal noise of {sigma:g} standard deviations."
-    return _notes_html(note) + pictures_html(image, versions) + figures_html(versions, "decoding")
+    return notes_html(note) + versions_html(image, versions) + figures_html(versions, "decoding")
 
 
 def _teacher_note(loaded: Loaded) -> str:
     missing = loaded.teacher is None and loaded.teacher_name
     return f"The teacher {loaded.teacher_name} is not available here, so it is not compared." if missing else ""
-
-
-def _notes_html(*notes: str) -> str:
-    return "".join(f"<p class='rac-note'>{escape(note)}</p>" for note in notes if note)
-
-
-def pictures_html(image: Tensor, versions: Sequence[Reconstruction]) -> str:
-    """Lays out the original and its versions side by side; zoomed, they show the same part."""
-    cells = [("original", f"{image.shape[-1]} x {image.shape[-2]}", image)]
-    cells += [(one.name, f"{_decibels(one.psnr)} dB", one.image) for one in versions]
-    columns = 3 if len(cells) in (3, 5, 6) else len(cells)
-    figures = "".join(
-        f"<figure><div class='rac-lens'><img src='{_png(picture)}' alt='{escape(name)}'></div>"
-        f"<figcaption><b>{escape(name)}</b><span>{escape(note)}</span></figcaption></figure>"
-        for name, note, picture in cells
-    )
-    reached = "tabindex='0' role='group' aria-label='Pictures; when zoomed, the arrow keys move the part that is shown'"
-    return f"<div class='rac-pictures' style='--columns:{columns}' {reached}>{figures}</div>"
-
-
-def figures_html(versions: Sequence[Reconstruction], what: str) -> str:
-    """Tabulates PSNR, SSIM, time and cost of each version."""
-    rows = tuple(
-        (
-            one.name,
-            _decibels(one.psnr),
-            "-" if math.isnan(one.ssim) else f"{one.ssim:.3f}",
-            f"{1000 * one.seconds:,.0f} ms",
-            f"{one.evaluations}",
-            f"{one.macs / 1e9:.3g}",
-        )
-        for one in versions
-    )
-    table = Table((what, "PSNR dB", "SSIM", "time", "evaluations", "GMACs"), rows)
-    return f"<div class='rac-table' tabindex='0' role='region' aria-label='Table'>{table.to_html()}</div>"
-
-
-def film_html(title: str, flow: Trajectory | None, image: Tensor) -> str:
-    """Shows the first three channels of the states of a flow, in the order of computation."""
-    if flow is None:
-        return ""
-    frames = "".join(
-        f"<figure><img src='{_thumbnail(crop(state[:, :3], (image.shape[-2], image.shape[-1])))}' alt='t = {time:.3g}'>"
-        f"<figcaption>t = {time:.3g}</figcaption></figure>"
-        for state, time in zip(flow.states, flow.times, strict=True)
-    )
-    reached = f"tabindex='0' role='region' aria-label='{escape(title)}'"
-    return f"<h3 class='rac-title'>{escape(title)}</h3><div class='rac-film' {reached}>{frames}</div>"
-
-
-def _decibels(psnr: float) -> str:
-    return f"{psnr:.2f}" if math.isfinite(psnr) else "∞"
-
-
-def _png(image: Tensor) -> str:
-    return _data(Image.fromarray(to_pixels(image)), "PNG")
-
-
-def _thumbnail(image: Tensor) -> str:
-    picture = Image.fromarray(to_pixels(image))
-    picture.thumbnail((FILM_SIDE, FILM_SIDE), Image.Resampling.LANCZOS)
-    return _data(picture, "JPEG", quality=92, subsampling=0)
-
-
-def _data(picture: Image.Image, kind: str, **options: Any) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ------------------------------------------------------------------------------------------ looks
@@ -444,6 +450,10 @@ HEADER = (
 )
 EMPTY = "<p class='rac-empty'>Upload a picture, or choose a photograph.</p>"
 
+NO_CLASS = "none"
+"""What the list of classes calls images of no class."""
+
+ON_ANOTHER = "() => Math.floor(Math.random() * 1e6)"
 ON_ZOOM = """(zoom) => {
   const root = document.documentElement;
   root.style.setProperty('--rac-zoom', parseInt(zoom));
@@ -502,6 +512,7 @@ STYLE = """
 .rac-pictures figcaption span, .rac-film figcaption { color: var(--body-text-color-subdued); }
 /* The page hands out no files: there is nothing behind gradio's link to the upload. */
 .rac-controls .download { visibility: hidden; }
+.rac-generate { align-items: end; }
 .rac-choices .form { flex-direction: column; }
 .rac-zoom .wrap { gap: .3rem !important; }
 .rac-zoom label { padding: .3rem .5rem !important; }

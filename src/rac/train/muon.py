@@ -19,7 +19,7 @@ FEWEST = 8
 """A weight with no more inputs or outputs than this (images, masks) is not treated as a matrix."""
 
 
-def matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+def matrices(module: nn.Module) -> Iterator[Tensor]:
     """Yields the weights of `module` that `Muon` orthogonalises: those of linear layers and of 2-d convolutions.
 
     Layers with at most 8 inputs or outputs are left out, and so are embeddings.
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[Tensor],
         lr: float,
         betas: tuple[float, float],
         weight_decay: float = 0.0,

@@ -1,0 +1,118 @@
+"""The table, the plot and the sheet of pictures of the gap between reconstruction and generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..evaluate.resampling import Estimate
+from ..report.document import Table
+from ..report.pictures import Panel, sheet, strip
+from ..report.plots import BLACK, PALETTE, Series, line_panels
+from .gap import GENERATED, RECONSTRUCTED, GapExperiment, GapResult, GapRow
+
+
+def table(result: GapResult) -> Table:
+    """Returns the table for people: a row for each metric and decoder."""
+    kinds = list(result.rows[0].values)
+    columns = ("metric, decoder", "real", *kinds, "gap", "95 %", "of teacher's", "95 %")
+    rows = []
+    for row in result.rows:
+        cells = [_text(row.metric, row.real), *(_text(row.metric, row.values[kind]) for kind in kinds)]
+        cells += [_text(row.metric, row.gap), _span(row.metric, row.gap)]
+        cells += [_number(row.ratio.value, 2), f"{_number(row.ratio.low, 2)} to {_number(row.ratio.high, 2)}"]
+        rows.append((f"{_title(row.metric)}, {row.decoder}", *cells))
+    return Table(columns, tuple(rows))
+
+
+def markdown(result: GapResult) -> str:
+    """Returns the table with the words that it needs to be understood."""
+    sampling = result.sampling
+    classes = f" of {', '.join(result.classes[:10])}" if result.classes else ""
+    return (
+        f"# The gap between reconstruction and generation\n\n"
+        f"{result.count} images a set{classes}, {result.size} x {result.size}; latents of {result.encoder}, generated "
+        f"by {result.generator}: {sampling['method']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}, "
+        f"rng_seed {result.rng_seed}.\n"
+        f"Reconstructed: {result.source}. Compared with: {result.reference}, other pictures, as many.\n\n"
+        f"`{result.command}`\n\n{table(result).to_markdown()}\n{_LEGEND.format(resamples=result.resamples)}"
+    )
+
+
+def plot(result: GapResult) -> Image.Image:
+    """Draws, for each metric, the gap against the decoder's steps, with intervals; one pass is a level."""
+    coders = list(dict.fromkeys(row.coder for row in result.rows))
+    colours = dict(zip(coders, (BLACK, *(PALETTE * len(coders))), strict=False))
+    panels = {}
+    for metric in result.metrics:
+        rows = result.of(metric)
+        panels[f"gap, {_title(metric)} ↓"] = [
+            _series(coder, [row for row in rows if row.coder == coder], colours[coder]) for coder in coders
+        ]
+    steps = sorted({row.steps for row in result.rows if row.steps is not None})
+    return line_panels(panels, "steps of the decoder", "log2" if steps else "linear", steps)
+
+
+def _series(coder: str, rows: Sequence[GapRow], colour: str) -> Series:
+    level = rows[0].steps is None
+    scales = [_scale(row.metric) for row in rows]
+    return Series(
+        coder,
+        [row.steps or 1 for row in rows],
+        [scale * row.gap.value for scale, row in zip(scales, rows, strict=True)],
+        colour,
+        dashed=level,
+        level=level,
+        spans=[(scale * row.gap.low, scale * row.gap.high) for scale, row in zip(scales, rows, strict=True)],
+    )
+
+
+def pictures(experiment: GapExperiment) -> Image.Image:
+    """Draws the first images of each kind, one row for each latent and one column for each decoder."""
+    strips = []
+    originals = experiment.originals()
+    for kind in experiment.kinds:
+        columns = [experiment.pictures(kind, decoder) for decoder in experiment.decoders]
+        for place in range(len(originals) if kind in (RECONSTRUCTED, GENERATED) else 1):
+            panels = [Panel(originals[place], "original")] if kind != GENERATED else []
+            panels += [
+                Panel(column[place], decoder.label)
+                for column, decoder in zip(columns, experiment.decoders, strict=True)
+            ]
+            strips.append(strip(panels, kind if place == 0 else ""))
+    return sheet(strips)
+
+
+def _scale(metric: str) -> float:
+    return 1000.0 if metric.startswith("KID") else 1.0
+
+
+def _title(metric: str) -> str:
+    return f"{metric} x 1000" if metric.startswith("KID") else metric
+
+
+def _text(metric: str, estimate: Estimate) -> str:
+    return _number(_scale(metric) * estimate.value, _digits(metric))
+
+
+def _span(metric: str, estimate: Estimate) -> str:
+    low, high = (_number(_scale(metric) * end, _digits(metric)) for end in (estimate.low, estimate.high))
+    return f"{low} to {high}"
+
+
+def _digits(metric: str) -> int:
+    return 3 if metric.startswith("accuracy") else 2
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+_LEGEND = """- Distances compare images with the references: decoded ones, and as `real` the originals. Less is better.
+- `accuracy` is the share of images whose class that network tells among those of the data. More is better.
+- `gap` is how much worse images of generated latents are than images of encoded ones, by the same decoder.
+- `of teacher's` is the gap over that of the first decoder, the teacher's.
+- Intervals hold 95 % of {resamples:,} resamples of the images, which all decoders share.
+"""

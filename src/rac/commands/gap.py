@@ -40,8 +40,8 @@ class Command:
     """Measure how much worse generated latents decode than encoded ones: the gap of each decoder.
 
     The latents of one coder are encoded from images, perturbed by noise, and generated. That coder and every one of
-    --coders decodes all of them, and the images are compared with other images. Writes gap.md, gap.json, gap.png (the
-    gaps against steps) and pictures.png. Latents and features are kept for --resume, which may also add decoders,
+    --coders decodes all of them, and the images are compared with other images. Writes gap.md, gap.json, gap.png (gaps
+    against steps) and pictures.png. Latents and features are kept for --resume, which may also add decoders,
     sigmas and images.
     """
 

@@ -42,31 +42,39 @@ def markdown(result: GapResult) -> str:
 
 
 def plot(result: GapResult) -> Image.Image:
-    """Draws, for each metric, the gap against the decoder's steps, with intervals; one pass is a level."""
+    """Draws, for each metric, the gap and its ratio to the teacher's against the decoder's steps, with intervals.
+
+    A decoder without steps is a level. Intervals of ratios are those of paired resamples, and much narrower.
+    """
     coders = list(dict.fromkeys(row.coder for row in result.rows))
     colours = dict(zip(coders, (BLACK, *(PALETTE * len(coders))), strict=False))
-    panels = {}
+    panels: dict[str, list[Series]] = {}
     for metric in result.metrics:
-        rows = result.of(metric)
-        panels[f"gap, {_title(metric)} ↓"] = [
-            _series(coder, [row for row in rows if row.coder == coder], colours[coder]) for coder in coders
-        ]
+        families = {coder: [row for row in result.of(metric) if row.coder == coder] for coder in coders}
+        gaps = {coder: [_scaled(row.gap, _scale(metric)) for row in rows] for coder, rows in families.items()}
+        ratios = {coder: [row.ratio for row in rows] for coder, rows in families.items()}
+        for title, values in ((f"gap, {_title(metric)} ↓", gaps), (f"of teacher's, {metric} ↓", ratios)):
+            panels[title] = [_series(families[coder], values[coder], colours[coder]) for coder in coders]
     steps = sorted({row.steps for row in result.rows if row.steps is not None})
     return line_panels(panels, "steps of the decoder", "log2" if steps else "linear", steps)
 
 
-def _series(coder: str, rows: Sequence[GapRow], colour: str) -> Series:
+def _series(rows: Sequence[GapRow], estimates: Sequence[Estimate], colour: str) -> Series:
+    """Returns the estimates of one coder against its steps."""
     level = rows[0].steps is None
-    scales = [_scale(row.metric) for row in rows]
     return Series(
-        coder,
+        rows[0].coder,
         [row.steps or 1 for row in rows],
-        [scale * row.gap.value for scale, row in zip(scales, rows, strict=True)],
+        [one.value for one in estimates],
         colour,
         dashed=level,
         level=level,
-        spans=[(scale * row.gap.low, scale * row.gap.high) for scale, row in zip(scales, rows, strict=True)],
+        spans=[(one.low, one.high) for one in estimates],
     )
+
+
+def _scaled(estimate: Estimate, scale: float) -> Estimate:
+    return Estimate(scale * estimate.value, scale * estimate.low, scale * estimate.high)
 
 
 def pictures(experiment: GapExperiment) -> Image.Image:
@@ -94,12 +102,12 @@ def _title(metric: str) -> str:
 
 
 def _text(metric: str, estimate: Estimate) -> str:
-    return _number(_scale(metric) * estimate.value, _digits(metric))
+    return _number(_scaled(estimate, _scale(metric)).value, _digits(metric))
 
 
 def _span(metric: str, estimate: Estimate) -> str:
-    low, high = (_number(_scale(metric) * end, _digits(metric)) for end in (estimate.low, estimate.high))
-    return f"{low} to {high}"
+    scaled = _scaled(estimate, _scale(metric))
+    return f"{_number(scaled.low, _digits(metric))} to {_number(scaled.high, _digits(metric))}"
 
 
 def _digits(metric: str) -> int:

@@ -189,7 +189,7 @@ def test_hardly_a_block_is_left_out() -> None:
     assert {block.language for page in PAGES for block in blocks(page)} <= kinds
     tried = [page for page in PAGES if page.name != "recipe_hunt.md"]  # whose commands are trainings, each of minutes
     left_out = [block.title for page in tried for block in blocks(page) if block.title.startswith(NOT_RUN)]
-    assert len(left_out) <= 4
+    assert len(left_out) <= 5
     assert all(len(title) > len(NOT_RUN) for title in left_out)
 
 

@@ -150,7 +150,9 @@ def prepared(tmp_path: Path, images) -> Path:  # type: ignore[no-untyped-def]
         rac.write_image(images(1, 40, 48, k), path)
     data = DataConfig(paths=(tmp_path / "pets",), size=32, smallest_crop=32, held_out=32)
     out = tmp_path / "prepared"
-    made = Command("klvae-f8d4", data, out, crops=64, pixels=False, moments=True, dtype="bfloat16", shard_size=32)
+    made = Command(
+        "klvae-f8d4", data=data, out=out, crops=64, pixels=False, moments=True, dtype="bfloat16", shard_size=32
+    )
     assert made.run() == 0
     return out
 
@@ -171,7 +173,7 @@ def test_prepared_crops_are_packed_whole_or_not_at_all(tmp_path: Path, prepared:
     with pytest.raises(RacError, match="not all crops are prepared"):
         pack.crops_in(prepared)
     data = DataConfig(paths=(tmp_path / "pets",), size=32, smallest_crop=32)
-    assert Command(None, data, tmp_path / "bare", crops=32, shard_size=32).run() == 0
+    assert Command(data=data, out=tmp_path / "bare", crops=32, shard_size=32).run() == 0
     with pytest.raises(RacError, match="holds crops without latents; make them with rac cache --teacher"):
         pack.crops_in(tmp_path / "bare")
 

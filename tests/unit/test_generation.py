@@ -24,7 +24,8 @@ SETS = Protocol(
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> MetricSuite:
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MetricSuite:
+    monkeypatch.setenv("RAC_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "weights").write_bytes(b"weights")
     return MetricSuite(SETS.metrics, extractor=Colours(tmp_path / "weights"))
 

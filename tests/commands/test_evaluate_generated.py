@@ -34,6 +34,7 @@ def place(tmp_path: Path, run, images, make_rac, monkeypatch: pytest.MonkeyPatch
         rac.write_image(images(1, 40, 42, k), path)
     for protocol in (SETS, replace(SETS, name="pixels", metrics=("psnr",))):
         (tmp_path / f"{protocol.name}.json").write_text(json.dumps(to_json(protocol)))
+    monkeypatch.setenv("RAC_CACHE_DIR", str(tmp_path / "features"))
     (tmp_path / "weights").write_bytes(b"weights")
     judge = Colours(tmp_path / "weights")
     monkeypatch.setattr(MetricSuite, "load", lambda metrics, extractor, device: MetricSuite(metrics, extractor=judge))

@@ -54,7 +54,9 @@ def plot(result: GapResult) -> Image.Image:
         gaps = {coder: [_scaled(row.gap, _scale(metric)) for row in rows] for coder, rows in families.items()}
         ratios = {coder: [row.ratio for row in rows] for coder, rows in families.items()}
         for title, values in ((f"gap, {_title(metric)} ↓", gaps), (f"of teacher's, {metric} ↓", ratios)):
-            panels[title] = [_series(families[coder], values[coder], colours[coder]) for coder in coders]
+            # A ratio to a gap of 0 is not drawn.
+            if all(_drawable(one) for estimates in values.values() for one in estimates):
+                panels[title] = [_series(families[coder], values[coder], colours[coder]) for coder in coders]
     steps = sorted({row.steps for row in result.rows if row.steps is not None})
     return line_panels(panels, "steps of the decoder", "log2" if steps else "linear", steps)
 
@@ -71,6 +73,10 @@ def _series(rows: Sequence[GapRow], estimates: Sequence[Estimate], colour: str) 
         level=level,
         spans=[(one.low, one.high) for one in estimates],
     )
+
+
+def _drawable(estimate: Estimate) -> bool:
+    return all(map(math.isfinite, (estimate.value, estimate.low, estimate.high)))
 
 
 def _scaled(estimate: Estimate, scale: float) -> Estimate:

@@ -157,7 +157,7 @@ def test_recipes_of_several_families_beside_one_another(  # type: ignore[no-unty
     assert "decoder-dgae, 3 steps" in again.out
     other = run("ablate", "decoder-plain", "--beside", "decoder-rac", *data, *training, "--out", out, "--resume")
     assert other.code == 2
-    assert "was begun otherwise" in other.err
+    assert "was started with other settings" in other.err
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "rac-taef2-detail": _preset(rac.rac_taef2_detail),
     "rac-256": _preset(rac.rac_256),
     "rac-256-sharp": _preset(rac.rac_256_sharp),
+    "rac-256-long": _preset(rac.rac_256_long),
     "klvae-128": _preset(klvae.klvae_128),
     "rac-128": _preset(rac.rac_128),
     "rac-128-rollout": _preset(rac.rac_128_rollout),

@@ -408,6 +408,25 @@ def rac_256_sharp() -> RACRecipe:
     )
 
 
+def rac_256_long() -> RACRecipe:
+    """Third stage of the coder rac-256, by Muon: what steps bring; an hour on one core. Give the second as --start."""
+    second = rac_256_sharp()
+    return replace(
+        second,
+        data=replace(second.data, smallest_crop=96, largest_crop=192),
+        train=replace(
+            second.train,
+            optimizer="muon",
+            lr=1.5e-4,
+            iterations=2_000,
+            warmup=50,
+            ema=0.998,
+            rng_seed=3,
+            gallery_every=200,
+        ),
+    )
+
+
 def rac_128() -> RACRecipe:
     """First stage of a coder of klvae-128's latents: velocity matching at the ends of the flow, on new crops."""
     return RACRecipe(

@@ -41,7 +41,7 @@ VERBS = {
     "bench": "measure images per second to train, encode, decode and generate, and where the time goes",
     "export": "export a coder as an ONNX file or a PyTorch program",
     "convert": "turn public checkpoints of SiT and the like into generators, and back",
-    "weights": "list the weight files of LPIPS, KID and FID, and convert published ones",
+    "weights": "list the weight files that metrics and training may need, and convert published ones",
     "models": "list the shipped coders and generators and what they cost",
     "demo": "reconstruct real photographs with the shipped RAC and write an HTML report",
     "toy": "train a RAC on points of the plane in seconds, and draw how it decodes and encodes",
@@ -123,9 +123,7 @@ def _as_a_shell_would(arguments: Sequence[str]) -> list[str]:
 def _overview() -> int:
     width = shutil.get_terminal_size().columns
     print("usage: rac VERB [options]\n")
-    print(
-        textwrap.fill("RAC, the rectified flow auto coder: encode images to latents, decode latents to images.", width)
-    )
+    print(textwrap.fill("Encode images to latents, decode latents to images, and generate images of classes.", width))
     print("\n" + listing(VERBS, width))
     print("rac VERB --help lists a verb's options.")
     return 0

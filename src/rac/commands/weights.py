@@ -15,7 +15,7 @@ from .shared import note, say, show
 
 @dataclass(frozen=True)
 class Command:
-    """List the weight files of LPIPS, KID and FID: what needs each, whether it is there, and who publishes it.
+    """List the weight files of metrics and training: what needs each, whether it is there, and who publishes it.
 
     Nothing is downloaded. Put the published files, unchanged, into a folder, and give the folder with --convert.
     """

@@ -214,7 +214,7 @@ def test_cost_of_everything(run) -> None:  # type: ignore[no-untyped-def]
     assert rows["SD-VAE f8d4 decoder"]["parameters"] == 49_490_179
     assert rows["nano field"]["parameters"] == 1_369_988
     assert rows["nano field"]["macs"] / 1e9 == pytest.approx(17.86, abs=0.005)
-    assert {"klvae whole", "paper field", "ldm field at 0.1"} <= rows.keys()
+    assert {"klvae-f8d4 whole", "paper field", "ldm field at 0.1"} <= rows.keys()
 
 
 @pytest.mark.parametrize("kind", ["table", "markdown", "csv"])

@@ -103,7 +103,10 @@ class Command:
         result = experiment.result(RESAMPLES)
         result.save(self.out / "gap.json")
         write_bytes(self.out / "gap.md", utf8(markdown(result)))
-        write_picture(plot(result), self.out / "gap.png")
+        if (drawn := plot(result)) is None:
+            note("gap.png is left out, since no gap is a number; give more images")
+        else:
+            write_picture(drawn, self.out / "gap.png")
         write_picture(pictures(experiment), self.out / "pictures.png")
         if result.count <= AXES:
             note(f"Frechet distances are left out, since they need more than {AXES} images a set")

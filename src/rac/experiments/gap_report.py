@@ -41,10 +41,11 @@ def markdown(result: GapResult) -> str:
     )
 
 
-def plot(result: GapResult) -> Image.Image:
+def plot(result: GapResult) -> Image.Image | None:
     """Draws, for each metric, the gap and its ratio to the teacher's against the decoder's steps, with intervals.
 
-    A decoder without steps is a level. Intervals of ratios are those of paired resamples, and much narrower.
+    A decoder without steps is a level. Intervals of ratios are those of paired resamples, and much narrower. Returns
+    None if there is nothing to draw: with very few images no gap may be a number.
     """
     coders = list(dict.fromkeys(row.coder for row in result.rows))
     colours = dict(zip(coders, (BLACK, *(PALETTE * len(coders))), strict=False))
@@ -57,6 +58,8 @@ def plot(result: GapResult) -> Image.Image:
             # A ratio to a gap of 0 is not drawn.
             if all(_drawable(one) for estimates in values.values() for one in estimates):
                 panels[title] = [_series(families[coder], values[coder], colours[coder]) for coder in coders]
+    if not panels:
+        return None
     steps = sorted({row.steps for row in result.rows if row.steps is not None})
     return line_panels(panels, "steps of the decoder", "log2" if steps else "linear", steps)
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from rac.coders.dgae import DGAE, DGAEConfig
-from rac.coders.klvae import KLVAEConfig
+from rac.coders.klvae import KLVAE, KLVAEConfig
 from rac.coders.rac import RAC, RACConfig
 from rac.fields import SiTFieldConfig, TinyFieldConfig, UNetConfig
 from rac.generators.flow import FlowGenerator, FlowGeneratorConfig
 from rac.generators.sampling import Sampling
+from rac.images import write_image
 from rac.latents import LatentSpec, Statistics
 from rac.representations import Features
 
@@ -61,6 +62,21 @@ def untrained_dgae(lively: float = 0.0, statistics: Statistics | None = None, **
             for parameter in coder.field.parameters():
                 parameter.add_(lively * torch.randn_like(parameter))
     return coder
+
+
+def classed_photos(folder: Path) -> Path:
+    """Writes eight pictures of two classes to `folder`/photos, and returns that."""
+    for number in range(8):
+        path = folder / "photos" / ("fish", "bird")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(smooth_images(1, 40, 48, number), path)
+    return folder / "photos"
+
+
+def untrained_klvae() -> KLVAE:
+    """A KL-VAE of a few thousand weights at f = 8, c = 4."""
+    torch.manual_seed(0)
+    return KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build()
 
 
 def untrained_generator(

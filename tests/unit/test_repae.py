@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import classed_photos, untrained_klvae
 from torch import Tensor, nn
 
 import rac
 from rac.cli import main
-from rac.coders.klvae import KLVAE, KLVAEConfig
+from rac.coders.klvae import KLVAE
 from rac.data import Batch
 from rac.draws import Draws
 from rac.errors import RacError, WeightsError
@@ -33,12 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def recipe(tmp_path: Path, images) -> RepaERecipe:  # type: ignore[no-untyped-def]
-    for number in range(8):
-        path = tmp_path / "photos" / ("fish", "bird")[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rac.write_image(images(1, 40, 48, number), path)
-    torch.manual_seed(0)
-    coder = KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build()
+    coder = untrained_klvae()
     coder.fit_statistics([images(4, 32, 32)])
     rac.save(coder, tmp_path / "start")
     small = RECIPES["repae-64"][1].tiny()
@@ -48,7 +44,7 @@ def recipe(tmp_path: Path, images) -> RepaERecipe:  # type: ignore[no-untyped-de
         start=str(tmp_path / "start"),
         field=replace(small.field, classes=2),
         weights=replace(small.weights, perceptual=0.0),
-        data=replace(small.data, paths=(tmp_path / "photos",), smallest_crop=None),
+        data=replace(small.data, paths=(classed_photos(tmp_path),), smallest_crop=None),
         train=replace(small.train, device="cpu", tensorboard=False, iterations=2, gallery_every=100, bf16=False),
     )
 

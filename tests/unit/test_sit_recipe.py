@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import classed_photos, untrained_klvae
 
 import rac
 from rac.cli import main
-from rac.coders.klvae import KLVAEConfig
 from rac.data import Batch
 from rac.data.class_words import IMAGENETTE, in_words
 from rac.draws import Draws
@@ -22,20 +22,15 @@ from rac.train.step import TrainState, train_step
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, images) -> SiTRecipe:  # type: ignore[no-untyped-def]
-    for number in range(8):
-        path = tmp_path / "photos" / ("fish", "bird")[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rac.write_image(images(1, 40, 48, number), path)
-    torch.manual_seed(0)
-    rac.save(KLVAEConfig(widths=(8, 8, 8, 8), latent_channels=4, norm_groups=4).build(), tmp_path / "coder")
+def recipe(tmp_path: Path) -> SiTRecipe:
+    untrained_klvae().save(tmp_path / "coder")
     small = RECIPES["sit-64"][1].tiny()
     assert isinstance(small, SiTRecipe)
     return replace(
         small,
         coder=str(tmp_path / "coder"),
         field=replace(small.field, classes=2),
-        data=replace(small.data, paths=(tmp_path / "photos",), smallest_crop=None),
+        data=replace(small.data, paths=(classed_photos(tmp_path),), smallest_crop=None),
         train=replace(small.train, device="cpu", tensorboard=False, iterations=2, gallery_every=100),
     )
 

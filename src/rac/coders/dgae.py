@@ -189,10 +189,7 @@ class DGAE(Coder):
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> DGAE:
         """Reads a directory written by `AutoencoderDGAE.save_pretrained`. Raises `WeightsError` as `load`."""
-        files = read_drop_in(Path(directory), "dgae")
-        if isinstance(files.config, dict):
-            files.config["steps"] = files.settings.get("num_inference_steps", DGAEConfig.steps)
-        return cls._built(files)
+        return cls._built(read_drop_in(Path(directory), "dgae"))
 
     @classmethod
     def _built(cls, files: NativeFiles) -> DGAE:

@@ -41,8 +41,6 @@ class NativeFiles(NamedTuple):
     """The file that `config` is from, for messages."""
     source: str
     """The file that `tensors` are from, for messages."""
-    settings: dict[str, Any]
-    """All of config.json."""
 
 
 def write_native(
@@ -75,7 +73,7 @@ def read_native(directory: Path, format: str, versions: tuple[int, ...]) -> Nati
     statistics = None
     if numbers["shift"] is not None and numbers["scale"] is not None:
         statistics = Statistics(numbers["shift"], numbers["scale"])
-    return NativeFiles(data.get("config"), tensors, statistics, said_by, source, data)
+    return NativeFiles(data.get("config"), tensors, statistics, said_by, source)
 
 
 def read_drop_in(directory: Path, key: str) -> NativeFiles:
@@ -88,4 +86,7 @@ def read_drop_in(directory: Path, key: str) -> NativeFiles:
     with as_weights_error(str(directory / CONFIG)):
         check_keys(data, (key, *DROP_IN_KEYS))
         statistics = statistics_of(data)
-    return NativeFiles(data.get(key), tensors, statistics, str(directory / CONFIG), source, data)
+    config = data.get(key)
+    if isinstance(config, dict) and "num_inference_steps" in data:
+        config["steps"] = data["num_inference_steps"]
+    return NativeFiles(config, tensors, statistics, str(directory / CONFIG), source)

@@ -194,10 +194,7 @@ class RAC(Coder):
     @classmethod
     def load_drop_in(cls, directory: str | Path) -> RAC:
         """Reads a directory written by `AutoencoderRAC.save_pretrained`. Raises `WeightsError` as `load`."""
-        files = read_drop_in(Path(directory), "rac")
-        if isinstance(files.config, dict):
-            files.config["steps"] = files.settings.get("num_inference_steps", RACConfig.steps)
-        return cls._built(files)
+        return cls._built(read_drop_in(Path(directory), "rac"))
 
     @classmethod
     def _built(cls, files: NativeFiles) -> RAC:

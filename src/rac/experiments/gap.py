@@ -199,7 +199,7 @@ class GapExperiment:
             return {GENERATED: self._generated(piece).to(self.device)}
         part = piece.source._replace(images=piece.source.images.to(self.device))
         sigmas = (0.0, *self.sigmas)
-        return dict(zip(self.kinds, noised_latents(self.encoder, part, sigmas, self.rng_seed), strict=False))
+        return dict(zip(self.kinds[:-1], noised_latents(self.encoder, part, sigmas, self.rng_seed), strict=True))
 
     def _generated(self, piece: _Piece) -> Tensor:
         path, count = self._file("latents", piece.number), len(piece.source.names)

@@ -23,6 +23,7 @@ from .transformer import (
     Head,
     LabelEmbedding,
     Patches,
+    check_factor,
     initialise,
     positions,
     rotation,
@@ -77,8 +78,7 @@ class DDTFieldConfig:
 
         Raises `RacError` for another factor.
         """
-        if factor not in (None, self.patch):
-            raise RacError(f"patches of {self.patch} undo a factor of {self.patch}, not {factor}; give patch {factor}")
+        check_factor(self.patch, factor)
         return DDTField(self, state_channels)
 
     def tiny(self) -> DDTFieldConfig:

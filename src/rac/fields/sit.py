@@ -20,6 +20,7 @@ from .transformer import (
     Patches,
     Style,
     TimeEmbedding,
+    check_factor,
     initialise,
     positions,
     rotation,
@@ -72,8 +73,7 @@ class SiTFieldConfig:
 
         Raises `RacError` for another factor.
         """
-        if factor not in (None, self.patch):
-            raise RacError(f"patches of {self.patch} undo a factor of {self.patch}, not {factor}; give patch {factor}")
+        check_factor(self.patch, factor)
         return SiTField(self, state_channels)
 
     def tiny(self) -> SiTFieldConfig:

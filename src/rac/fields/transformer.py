@@ -124,6 +124,12 @@ class Patches(nn.Conv2d):
         return super().forward(state).flatten(2).transpose(1, 2)
 
 
+def check_factor(patch: int, factor: int | None) -> None:
+    """Raises `RacError` for a factor, if one is asked for, that patches of this side do not undo."""
+    if factor not in (None, patch):
+        raise RacError(f"patches of {patch} undo a factor of {patch}, not {factor}; give patch {factor}")
+
+
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
     """Returns the state B C H W of tokens B N p p C; `height` and `width` count patches."""
     channels = tokens.shape[-1] // patch**2

@@ -129,7 +129,7 @@ def _draw(axes: Any, series: Series) -> None:
         for low, high in series.spans:
             axes.axhspan(low, high, color=series.colour, alpha=0.08, linewidth=0)
         return
-    for x, (low, high) in zip(series.x, series.spans, strict=False):
+    for x, (low, high) in zip(series.x if series.spans else (), series.spans, strict=True):
         axes.plot([x, x], [low, high], color=series.colour, linewidth=1.2)
     axes.plot(series.x, series.y, marker="s" if series.dashed else "o", markersize=4.5, label=series.name, **style)
     for x, y, mark in zip(series.x, series.y, series.marks or [""] * len(series.x), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.rac import RAC
 from rac.evaluate.matched_sets import matched_sets
+from rac.evaluate.resampling import Estimate
 from rac.experiments.gap import Decoder, GapExperiment
+from rac.experiments.gap_report import plot
 from rac.images import to_pixels
 from rac.latents import Statistics
 
@@ -86,6 +89,11 @@ def test_every_decoder_decodes_every_kind(run, folder: Path, tmp_path: Path, jud
             loss = row["values"]["generated"]["value"] - row["values"]["reconstructed"]["value"]
             assert row["gap"]["value"] == pytest.approx(-loss if "accuracy" in metric else loss)
             assert row["gap"]["low"] <= row["gap"]["value"] <= row["gap"]["high"]
+    by_kernel = rows(out, "KID-colours")
+    teachers = by_kernel["teacher"]["gap"]["value"]
+    for row in by_kernel.values():
+        assert row["ratio"]["value"] == pytest.approx(row["gap"]["value"] / teachers)
+    assert by_kernel["one-step"]["ratio"]["value"] != pytest.approx(1.0, abs=0.01)
     # Four decoders of four kinds, originals and references.
     assert judge.seen == 10 * (4 * 4 + 2)
     assert {path.name for path in out.glob("gap.*")} == {"gap.json", "gap.md", "gap.png"}
@@ -131,6 +139,9 @@ def test_a_decoder_that_decodes_alike_has_the_same_gap(folder: Path, tmp_path: P
         if one.gap.value != 0:
             assert (other.ratio.value, other.ratio.low, other.ratio.high) == (1.0, 1.0, 1.0)
     assert result.of("KID-colours")[0].gap.value != 0
+    assert plot(result) is not None
+    unknown = Estimate(float("nan"), float("nan"), float("nan"))
+    assert plot(replace(result, rows=tuple(replace(row, gap=unknown, ratio=unknown) for row in result.rows))) is None
 
 
 def test_each_image_is_decoded_from_noise_of_its_own(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rac.generators.flow import FlowGenerator, FlowGeneratorConfig
 from rac.generators.sample import Source
 from rac.generators.sampling import Sampling
 from rac.latents import Statistics
+from rac.report.pictures import Panel, strip
 
 CLASSES = ("tench", "golf ball", "church", "gas/pump")
 
@@ -83,12 +84,17 @@ def test_images_lie_in_folders_of_their_classes(run, folder: Path, tmp_path: Pat
     assert f"{out}: 3 images" in ran.out
 
 
-def test_each_latent_is_decoded_with_each_number_of_steps(run, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_each_latent_is_decoded_with_each_number_of_steps(  # type: ignore[no-untyped-def]
+    run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
+    drawn: list[Panel] = []
+    monkeypatch.setattr("rac.commands.generate.strip", lambda panels: drawn.extend(panels) or strip(panels))
     asked = ("--classes", "church", "--count", 2, "--decode-steps", 1, 3, "--latents", "--guidance", 2, "--steps", 3)
     ran = run("generate", folder / "g", *asked, "--out", out)
     assert ran.code == 0, ran
     assert {name.split("/")[0] for name in pictures(out)} == {"images-1", "images-3"}
+    assert [panel.note for panel in drawn] == ["1 step", "3 steps"] * 2
     assert json.loads((out / "generate.json").read_text())["evaluations"] == 6
     # The latents are what `rac decode` reads.
     decoded = run("decode", out / "latents", "--steps", 3, "--out", tmp_path / "decoded")

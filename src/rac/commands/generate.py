@@ -19,7 +19,7 @@ from ..config import differences, json_safe, read_json, to_json
 from ..errors import RacError
 from ..files import MARKER, make_folder, make_output, write_bytes
 from ..flow import Walk
-from ..flow.grid import check_steps
+from ..flow.grid import check_steps, steps_in_words
 from ..flow.stochastic import Diffusion
 from ..generators.protocol import LatentGenerator
 from ..generators.sample import Samples, Source, Wanted
@@ -328,7 +328,7 @@ class _Job:
 
     def _panel(self, folder: str, one: Wanted) -> Panel:
         name = "" if one.label is None else f"{self.source.generator.classes[one.label]} "
-        steps = f"{folder.removeprefix('images-')} steps" if folder != "images" else ""
+        steps = steps_in_words(int(folder.removeprefix("images-"))) if folder != "images" else ""
         return Panel(read_image(self.file(folder, one)), f"{name}{one.number}", steps)
 
 

@@ -21,7 +21,7 @@ from ..coders.protocol import Coder
 from ..config import json_safe, to_json
 from ..errors import RacError
 from ..files import write_bytes
-from ..flow.grid import check_steps
+from ..flow.grid import check_steps, steps_in_words
 from ..report.document import Table
 from ..runtime import pick_device
 from .cost import MacCounter, parameters
@@ -415,11 +415,6 @@ def coder_titles(names: Sequence[str]) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------- names, in words
-
-
-def steps_in_words(steps: int) -> str:
-    """Returns a number of steps in words, such as "1 step" and "4 steps"."""
-    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def short_name(name: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..data.files import find_pictures
 from ..flow import Trajectory
+from ..flow.grid import steps_in_words
 from ..images import crop, from_pixels, read_picture
 from ..report.document import Figure, Section, Table
 from ..report.pictures import Panel, scale_bar, sheet, strip
@@ -449,7 +450,8 @@ def _some_places(state: Tensor) -> Tensor:
 
 
 def _steps_of(candidate: Candidate) -> str:
-    return f"{candidate.title}, {candidate.steps} step{'' if candidate.steps == 1 else 's'}"
+    steps = "" if candidate.steps is None else f", {steps_in_words(candidate.steps)}"
+    return f"{candidate.title}{steps}"
 
 
 _QUALITY = (

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..coders.protocol import Coder
+from ..flow.grid import steps_in_words
 from ..generators.protocol import LatentGenerator
 from ..latents import LatentSpec
 
@@ -173,7 +174,7 @@ def coder_rows(name: str, coder: Coder, side: int = 256) -> list[CostRow]:
         cost, walk = count(network.module, *shapes), coder.walk("decode")
         note = ""
         if walk is not None and network.way != "encode":
-            steps = f"{walk.steps} step{'' if walk.steps == 1 else 's'}"
+            steps = steps_in_words(walk.steps)
             note = f"{shapes[0][1]} channels in; {cost.gmacs * walk.steps:.2f} GMACs at {steps}"
         rows.append(CostRow(f"{name} {title}", cost.parameters, cost, note))
     if len(rows) == 1:
@@ -221,8 +222,7 @@ def flow_row(name: str, field: nn.Module, state_channels: int, steps: int, side:
     """
     row = field_row(name, field, state_channels, side)
     assert row.cost is not None
-    walk = "1 step" if steps == 1 else f"{steps} steps"
-    note = f"{state_channels} state channels; {row.cost.gmacs * steps:.2f} GMACs at {walk}"
+    note = f"{state_channels} state channels; {row.cost.gmacs * steps:.2f} GMACs at {steps_in_words(steps)}"
     return CostRow(name, row.parameters, row.cost, note)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..coders.protocol import Coder, Decoded
 from ..flow import Solver, Trajectory
+from ..flow.grid import steps_in_words
 from ..images import crop
 from ..report.document import Table
 from ..report.pictures import Panel, strip
 from ..runtime import reproducible
-from .comparison import steps_in_words
 from .cost import MacCounter
 from .image_metrics import psnr, ssim
 from .image_sets import Batch

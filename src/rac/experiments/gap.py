@@ -24,7 +24,6 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..config import differences, json_safe, read_json, to_json
 from ..errors import RacError
-from ..evaluate.comparison import steps_in_words
 from ..evaluate.image_sets import Batch
 from ..evaluate.matched_sets import MatchedSets
 from ..evaluate.resampling import Estimate, FrechetDistances, KernelDistances, centred, resamples
@@ -32,6 +31,7 @@ from ..evaluate.result import command_line, versions
 from ..evaluate.robustness import noised_latents
 from ..files import MARKER, make_folder, make_output, write_bytes
 from ..flow import Walk
+from ..flow.grid import steps_in_words
 from ..generators.protocol import LatentGenerator
 from ..generators.sample import Source, Wanted
 from ..generators.sampling import Sampling

@@ -84,6 +84,11 @@ class TimeGrid:
         return TimeGrid(self.nodes[::-1])
 
 
+def steps_in_words(steps: int) -> str:
+    """Returns a number of steps in words, such as "1 step" and "4 steps"."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
+
+
 def check_steps(steps: int) -> int:
     """Returns `steps` as an int. Raises `RacError` unless it is a whole number from 1 to `MOST_STEPS`."""
     try:

@@ -30,6 +30,7 @@ from ..fields import (
     UNetFieldConfig,
 )
 from ..flow import Euler, MeanEuler
+from ..flow.grid import steps_in_words
 from ..objectives.rac import NANO, PAPER, Coding, RACObjective, RACWeights, rac_terms
 from ..states import Spread
 from ..train import Fitted, PartTerms, Task, TrainConfig
@@ -236,7 +237,7 @@ class RACTask:
                 "explained_variance": float(agreement.explained_variance().mean()),
                 **self.networks.metrics(decoded, images),
             }
-        steps_taken = f"{steps} step" + "s" * (steps > 1)
+        steps_taken = steps_in_words(steps)
         picture = gallery(
             {
                 "original": images,

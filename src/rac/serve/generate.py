@@ -13,6 +13,7 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..errors import RacError
 from ..flow import Walk
+from ..flow.grid import steps_in_words
 from ..generators.protocol import LatentGenerator
 from ..generators.sampling import Sampling, sample_seeds
 from ..report.document import Table
@@ -113,7 +114,7 @@ def _walks(coder: Coder, greatest: int) -> dict[str, Walk | None]:
     if coder.walk("decode") is None:
         return {"in one pass": None}
     numbers: Sequence[int] = [*(steps for steps in DECODE_STEPS if steps < greatest), greatest]
-    return {f"{steps} step{'' if steps == 1 else 's'}": coder.walk("decode", steps) for steps in numbers}
+    return {steps_in_words(steps): coder.walk("decode", steps) for steps in numbers}
 
 
 def _milliseconds(since: float) -> str:

@@ -104,6 +104,28 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return data
 
 
+def read_format(directory: Path, format: str, versions: tuple[int, ...]) -> Any:
+    """Reads the value of `config` in a config.json of this library: {"format": ..., "version": ..., "config": ...}.
+
+    - `directory`: the directory of config.json.
+    - `format`: the value of `format` that is expected.
+    - `versions`: the values of `version` that can be read, the newest last.
+
+    Raises `WeightsError` for another format or version, and for unknown keys.
+    """
+    data, said_by = read_settings(directory), str(directory / CONFIG)
+    if unknown := data.keys() - {"format", "version", "config"}:
+        raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; correct or remove them")
+    known: dict[str, tuple[Any, ...]] = {"format": (format,), "version": versions}
+    for name, values in known.items():
+        if data.get(name) not in values:
+            raise WeightsError(
+                f"{said_by} has {name} {data.get(name)!r}, expected {values[-1]!r}; it was written by another "
+                "program or version"
+            )
+    return data.get("config")
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads the tensors and the metadata of one safetensors file.
 

@@ -5,6 +5,7 @@ config.json holds `format`, the name of the family, `version`, and `config`, whi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import to_json
-from ..errors import WeightsError
 from ..latents import Statistics
-from ..storage import CONFIG, DIFFUSERS, as_weights_error, read_settings, read_weights, write_directory
+from ..storage import CONFIG, DIFFUSERS, as_weights_error, read_format, read_settings, read_weights, write_directory
 from .adapter import check_keys, statistics_of
 from .protocol import Coder
 
@@ -44,13 +44,22 @@ class NativeFiles(NamedTuple):
 
 
 def write_native(
-    coder: Coder, config: Any, format: str, version: int, directory: Path, dtype: torch.dtype | None
+    coder: Coder,
+    config: Any,
+    format: str,
+    version: int,
+    directory: Path,
+    dtype: torch.dtype | None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a coder, completely or not at all; `dtype` narrows its weights. Raises `WeightsError` if refused."""
+    """Writes a coder, completely or not at all; `dtype` narrows its weights. Raises `WeightsError` if refused.
+
+    `tensors` are those to write; None: all of the coder's.
+    """
     said = {"format": format, "version": version, "config": to_json(config)}
     # In full precision even among narrowed weights, so that their hash stays true.
     statistics = {STATISTICS + name: values for name, values in coder.statistics.named_buffers()}
-    write_directory(directory, said, coder.state_dict(), dtype=dtype, exact=statistics)
+    write_directory(directory, said, coder.state_dict() if tensors is None else tensors, dtype=dtype, exact=statistics)
 
 
 def read_native(directory: Path, format: str, versions: tuple[int, ...]) -> NativeFiles:
@@ -58,22 +67,13 @@ def read_native(directory: Path, format: str, versions: tuple[int, ...]) -> Nati
 
     Raises `WeightsError` for another format or version, and for files missing or cut.
     """
-    data, said_by = read_settings(directory), str(directory / CONFIG)
-    if unknown := data.keys() - {"format", "version", "config"}:
-        raise WeightsError(f"{said_by} has unknown keys, {', '.join(sorted(unknown))}; correct or remove them")
-    known: dict[str, tuple[Any, ...]] = {"format": (format,), "version": versions}
-    for name, values in known.items():
-        if data.get(name) not in values:
-            raise WeightsError(
-                f"{said_by} has {name} {data.get(name)!r}, expected {values[-1]!r}; it was written by another "
-                "program or version"
-            )
+    config = read_format(directory, format, versions)
     tensors, source = read_weights(directory)
     numbers = {name: tensors.pop(STATISTICS + name, None) for name in ("shift", "scale")}
     statistics = None
     if numbers["shift"] is not None and numbers["scale"] is not None:
         statistics = Statistics(numbers["shift"], numbers["scale"])
-    return NativeFiles(data.get("config"), tensors, statistics, said_by, source)
+    return NativeFiles(config, tensors, statistics, str(directory / CONFIG), source)
 
 
 def read_drop_in(directory: Path, key: str) -> NativeFiles:

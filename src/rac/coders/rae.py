@@ -15,14 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import from_json, to_json
+from ..config import from_json
 from ..errors import RacError, WeightsError
 from ..fields.transformer import PlainBlock, positions, unpatchify
 from ..flow import Walk
 from ..latents import LatentSpec, Moments, Statistics
 from ..representations import Representation, load_representation
 from ..representations.representation import PIXELS
-from ..storage import CONFIG, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
+from ..storage import as_weights_error, fit_tensors
+from .native import read_native, write_native
 from .protocol import Coder, Decoded, Keep, Network
 
 FORMAT = "rac rae"
@@ -31,8 +32,8 @@ FORMAT = "rac rae"
 VERSION = 1
 """Version of the file format."""
 
-DECODER, STATISTICS = "decoder.", "statistics."
-"""Prefixes of the names of tensors in model.safetensors."""
+DECODER = "decoder."
+"""Prefix of the names of the decoder's tensors in model.safetensors, which holds no encoder."""
 
 VARIANCE_EPSILON = 1e-5
 """Number added to the variance of latents, as in the paper's code."""
@@ -210,10 +211,8 @@ class RAE(Coder):
     # ------------------------------------------------------------------------------------- files
 
     def _save(self, directory: Path, dtype: torch.dtype | None) -> None:
-        config = {"format": FORMAT, "version": VERSION, "config": to_json(self.config)}
         tensors = {DECODER + name: tensor for name, tensor in self.decoder.state_dict().items()}
-        statistics = {STATISTICS + name: values for name, values in self.statistics.named_buffers()}
-        write_directory(directory, config, tensors, dtype=dtype, exact=statistics)
+        write_native(self, self.config, FORMAT, VERSION, directory, dtype, tensors)
 
     @classmethod
     def load(cls, directory: str | Path) -> RAE:
@@ -222,20 +221,11 @@ class RAE(Coder):
         Raises `WeightsError` for a directory that does not hold an RAE, for weights missing, cut, or of another shape,
         and if the representation is not found.
         """
-        directory = Path(directory)
-        data, said_by = read_settings(directory), str(directory / CONFIG)
-        for name, known in (("format", FORMAT), ("version", VERSION)):
-            if data.get(name) != known:
-                raise WeightsError(
-                    f"{said_by} has {name} {data.get(name)!r}, expected {known!r}; it was written by another program "
-                    "or version"
-                )
-        tensors, source = read_weights(directory)
-        values = [tensors.pop(STATISTICS + name, None) for name in ("shift", "scale")]
-        if values[0] is None or values[1] is None:
-            raise WeightsError(f"{source} lacks the statistics of its latents; save the coder again")
-        with as_weights_error(said_by):
-            config = from_json(RAEConfig, data.get("config"), said_by)
-            coder = cls(config, Statistics(values[0], values[1]))
-        fit_tensors(coder.decoder, {name.removeprefix(DECODER): one for name, one in tensors.items()}, source)
+        files = read_native(Path(directory), FORMAT, (VERSION,))
+        if files.statistics is None:
+            raise WeightsError(f"{files.source} lacks the statistics of its latents; save the coder again")
+        with as_weights_error(files.said_by):
+            coder = cls(from_json(RAEConfig, files.config, files.said_by), files.statistics)
+        decoder = {name.removeprefix(DECODER): tensor for name, tensor in files.tensors.items()}
+        fit_tensors(coder.decoder, decoder, files.source)
         return coder.eval().requires_grad_(False)

@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from ..coders.protocol import Coder
 from ..config import from_json, to_json
-from ..errors import RacError, WeightsError
+from ..errors import RacError
 from ..fields import LatentFieldConfig
 from ..flow import Conditioned, Field, Guided, integrate
 from ..latents import LatentSpec
-from ..storage import CONFIG, DIFFUSERS, as_weights_error, fit_tensors, read_settings, read_weights, write_directory
+from ..storage import (
+    CONFIG,
+    DIFFUSERS,
+    as_weights_error,
+    fit_tensors,
+    read_format,
+    read_settings,
+    read_weights,
+    write_directory,
+)
 from .protocol import Generated, LatentGenerator, LatentKind
 from .sampling import SampleNoise, Sampling
 
@@ -152,17 +161,11 @@ class FlowGenerator(LatentGenerator):
         another shape.
         """
         directory = Path(directory)
-        data, said_by = read_settings(directory), str(directory / CONFIG)
-        for name, known in (("format", FORMAT), ("version", VERSION)):
-            if data.get(name) != known:
-                raise WeightsError(
-                    f"{said_by} has {name} {data.get(name)!r}, expected {known!r}; it was written by another program "
-                    "or version"
-                )
+        config = read_format(directory, FORMAT, (VERSION,))
         tensors, source = read_weights(directory)
         own_coder = directory / OWN_CODER
         return cls._built(
-            data.get("config"), tensors, said_by, source, own_coder if (own_coder / CONFIG).is_file() else None
+            config, tensors, str(directory / CONFIG), source, own_coder if (own_coder / CONFIG).is_file() else None
         )
 
     @classmethod

@@ -105,13 +105,14 @@ class Command:
         write_bytes(self.out / "gap.md", utf8(markdown(result)))
         if (drawn := plot(result)) is None:
             note("gap.png is left out, since no gap is a number; give more images")
+            (self.out / "gap.png").unlink(missing_ok=True)  # one of fewer decoders or images would mislead
         else:
             write_picture(drawn, self.out / "gap.png")
         write_picture(pictures(experiment), self.out / "pictures.png")
         if result.count <= AXES:
             note(f"Frechet distances are left out, since they need more than {AXES} images a set")
         show(table(result), f"{result.count} images a set, {result.size} x {result.size}, latents of {result.encoder}")
-        say(f"{self.out}: gap.md, gap.json, gap.png and pictures.png")
+        say(f"{self.out}: gap.md, gap.json, {'' if drawn is None else 'gap.png, '}pictures.png")
         return 0
 
     def _check(self) -> None:

@@ -269,7 +269,7 @@ def rae_xl_512() -> RAERecipe:
 
 
 def rae_128() -> RAERecipe:
-    """An RAE of EfficientNet-Lite0 at 128 pixels, whose representation every machine has; two hours on one core."""
+    """An RAE of EfficientNet-Lite0 at 128 pixels, whose representation every machine has; hours on one core."""
     return RAERecipe(
         decoder=vit_decoder("XS"),
         tau=5.8,  # the paper's .8 of the tokens' deviation

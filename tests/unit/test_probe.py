@@ -14,7 +14,7 @@ import rac
 from rac.cli import main
 from rac.errors import RacError
 from rac.evaluate import PROTOCOLS, ImageSet, measure
-from rac.evaluate.probe import FOLDS, PER_TOKEN, POOLED, LinearProbe, _folds, _regression
+from rac.evaluate.probe import FOLDS, PER_TOKEN, POOLED, LinearProbe, _accuracy, _folds, _regression
 
 
 def latents(count: int = 60, classes: int = 3, rng_seed: int = 0) -> tuple[Tensor, Tensor, list[str]]:
@@ -121,3 +121,11 @@ def test_the_command_adds_it_to_a_protocol(make_rac, images, tmp_path: Path, cap
     assert "probe" in found["protocol"]["metrics"]
     assert main(["evaluate", *given[:5], "lpips", *given[6:]]) == 2
     assert "metric 'lpips' is not known" in capsys.readouterr().err
+
+
+def test_what_is_tested_has_no_part_in_the_scaling():
+    """One value far away spoils the scale of whatever it is counted in: that of its own test would be spoilt too."""
+    labels = torch.arange(40) % 2
+    features = (2.0 * labels - 1)[:, None]
+    features[1] = 1e8
+    assert _accuracy(features, labels, (torch.arange(40) >= 20).long()) == pytest.approx(0.75, abs=0.01)

@@ -261,7 +261,7 @@ class RepaETask:
         if self.recipe.weights.adversarial and ADVERSARIAL not in terms:
             terms[ADVERSARIAL] = kl.new_zeros(())  # before the discriminator is used
         yield from coder_terms(terms)
-        sample = draw.sample(self.module.norm.observe(raw_latent.detach()))
+        sample = draw.sample(self.module.norm.observe(raw_latent))
         yield PartTerms("generator", field_terms(aligned, sample, features))
 
     def gallery(self, modules: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, float]]:

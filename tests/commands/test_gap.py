@@ -15,10 +15,10 @@ from tiny import Colours, untrained_generator, untrained_rac
 import rac
 from rac.coders.klvae import KLVAEConfig
 from rac.coders.rac import RAC
+from rac.evaluate.gap import Decoder, GapExperiment
+from rac.evaluate.gap_report import plot
 from rac.evaluate.matched_sets import matched_sets
 from rac.evaluate.resampling import Estimate
-from rac.experiments.gap import Decoder, GapExperiment
-from rac.experiments.gap_report import plot
 from rac.images import to_pixels
 from rac.latents import Statistics
 

@@ -14,9 +14,9 @@ from .. import hub, runtime
 from ..coders.protocol import Coder
 from ..errors import RacError
 from ..evaluate.comparison import coder_titles
+from ..evaluate.gap import AXES, Decoder, GapExperiment
+from ..evaluate.gap_report import markdown, pictures, plot, table
 from ..evaluate.matched_sets import MatchedSets, matched_sets
-from ..experiments.gap import AXES, Decoder, GapExperiment
-from ..experiments.gap_report import markdown, pictures, plot, table
 from ..files import check_output, write_bytes
 from ..flow.grid import check_steps
 from ..generators.protocol import LatentGenerator

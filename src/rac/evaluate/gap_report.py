@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ..evaluate.resampling import Estimate
 from ..report.document import Table
 from ..report.pictures import Panel, sheet, strip
 from ..report.plots import BLACK, PALETTE, Series, line_panels
 from .gap import GENERATED, RECONSTRUCTED, GapExperiment, GapResult, GapRow
+from .resampling import Estimate
 
 
 def table(result: GapResult) -> Table:

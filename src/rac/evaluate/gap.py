@@ -24,11 +24,6 @@ from torch import Tensor
 from ..coders.protocol import Coder
 from ..config import differences, json_safe, read_json, to_json
 from ..errors import RacError
-from ..evaluate.image_sets import Batch
-from ..evaluate.matched_sets import MatchedSets
-from ..evaluate.resampling import Estimate, FrechetDistances, KernelDistances, centred, resamples
-from ..evaluate.result import command_line, versions
-from ..evaluate.robustness import noised_latents
 from ..files import MARKER, make_folder, make_output, write_bytes
 from ..flow import Walk
 from ..flow.grid import steps_in_words
@@ -39,6 +34,11 @@ from ..images import from_pixels, to_pixels
 from ..representations import Extractor, metric_name
 from ..runtime import reproducible
 from ..storage import read_tensors, weights_hash
+from .image_sets import Batch
+from .matched_sets import MatchedSets
+from .resampling import Estimate, FrechetDistances, KernelDistances, centred, resamples
+from .result import command_line, versions
+from .robustness import noised_latents
 
 SETTINGS = "settings.json"
 """Name of the file that says what the features in a folder were made by."""
